@@ -56,8 +56,8 @@ def damped_cholesky(matrix: Tensor, damping: float, name: str) -> tuple[Tensor, 
 
     ``matrix`` (n, n) is symmetrised and ``damping * mean(diagonal)`` added to its diagonal; when the
     factorisation fails, ten times more, a bounded number of times, with a warning that gives ``name`` (the
-    layer) and the damping. An input that never occurs (a zero on the diagonal) gets the mean diagonal, so that
-    it stays apart from all others; the mean is over the inputs that do occur.
+    layer) and the damping. An input that never occurs (a zero on the diagonal) gets the mean diagonal, so
+    that it stays apart from all others; the mean is over the inputs that do occur.
 
     Returns the lower factor (n, n) in float64 on the matrix's device, and the damping used. Raises UserError
     for NaN or infinity, for a negative diagonal, and when no damping helps.
