@@ -1,0 +1,79 @@
+"""The contract that a quantizer fulfils, and how the installed quantizers are found."""
+
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from casp.errors import UserError
+from casp.linear import QuantizedLinear
+
+ENTRY_POINT_GROUP = "casp.backends"
+
+Format = Mapping[str, Any]
+"""A JSON description of how one linear is stored; from it and the shape the empty module can be built."""
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """A quantizer of one weight matrix: it knows nothing of models, files or loops.
+
+    A package offers one through the entry-point group `casp.backends`: an object, or a class without
+    arguments, that has the attributes below.
+    """
+
+    name: str
+
+    def bytes(self, format: Format, out_features: int, in_features: int) -> int:
+        """Exact bytes of the tensors that `quantize` returns for this shape; a bias is not counted."""
+
+    def quantize(
+        self, weight: Tensor, hessian: Tensor, format: Format, generator: torch.Generator | None, **settings: Any
+    ) -> dict[str, Tensor]:
+        """Quantize `weight` (out, in) float32 under `hessian` = E[x x^T] (in, in).
+
+        Returns the state dict of `linear(...)` without its bias. `settings` are the backend's own knobs of
+        the search (what the module does not need to know to be built).
+        """
+
+    def linear(
+        self,
+        out_features: int,
+        in_features: int,
+        bias: bool,
+        format: Format,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> QuantizedLinear:
+        """An empty module whose state dict takes what `quantize` returns."""
+
+    def tunable(self, module: nn.Module) -> dict[str, Tensor]:
+        """The tensors of a quantized module that fine-tuning may move, by name."""
+
+
+def backend_names() -> list[str]:
+    """Names of the installed backends, sorted."""
+    return sorted(entry_points(group=ENTRY_POINT_GROUP).names)
+
+
+def load_backend(name: str) -> Backend:
+    """The installed backend called `name`; UserError if there is none or it does not load."""
+    found = entry_points(group=ENTRY_POINT_GROUP, name=name)
+    if not found:
+        raise UserError(
+            f"no backend called {name!r} is installed (found: {', '.join(backend_names()) or 'none'}); install the "
+            f"package that offers it in the entry-point group {ENTRY_POINT_GROUP!r}."
+        )
+    try:
+        loaded = next(iter(found)).load()
+    except ImportError as error:
+        raise UserError(f"backend {name!r} does not import ({error}); reinstall the package it comes from.") from error
+    backend = loaded() if isinstance(loaded, type) else loaded
+    if not isinstance(backend, Backend):
+        raise UserError(
+            f"backend {name!r} lacks part of the contract (name, bytes, quantize, linear, tunable); "
+            "see casp.backend.Backend."
+        )
+    return backend

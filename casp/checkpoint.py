@@ -1,0 +1,108 @@
+"""Compressed checkpoints: ordinary Hugging Face folders whose config says how each linear is stored.
+
+`import casp` registers quant_method "casp" with transformers; from then on
+`AutoModelForCausalLM.from_pretrained(folder)` and `AutoModelForImageTextToText.from_pretrained(folder)`
+build the compressed modules on the meta device and read the packed tensors into them, so that memory holds
+what the disk holds. `save_pretrained` writes the same format again.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from casp.models import Decoder
+from casp.swap import swap_modules
+
+QUANT_METHOD = "casp"
+FORMAT_VERSION = 1
+
+
+@register_quantization_config(QUANT_METHOD)
+class CaspConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a CASP checkpoint.
+
+    backend: name of the quantizer, None when only low-rank factors were made; original_weights: number of
+    weights that the decoder's linears had before any compression (the denominator of bits per weight);
+    modules: module path -> {"rank": int} or {"format": {...}}.
+    """
+
+    def __init__(
+        self,
+        modules: dict[str, dict[str, Any]],
+        original_weights: int,
+        backend: str | None = None,
+        version: int = FORMAT_VERSION,
+        **kwargs: Any,
+    ) -> None:
+        self.quant_method = QUANT_METHOD
+        self.version = version
+        self.backend = backend
+        self.original_weights = original_weights
+        self.modules = modules
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, as it stands in config.json."""
+        keys = ("quant_method", "version", "backend", "original_weights", "modules")
+        return {key: getattr(self, key) for key in keys}
+
+
+@register_quantizer(QUANT_METHOD)
+class CaspQuantizer(HfQuantizer):
+    """Builds the compressed modules before transformers reads the tensors into them."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        config = self.quantization_config
+        if config.version > FORMAT_VERSION:
+            raise ValueError(
+                f"this checkpoint has format version {config.version}, this casp reads up to {FORMAT_VERSION}: "
+                "update casp"
+            )
+        swap_modules(model, config.to_dict())
+
+    def is_serializable(self) -> bool:
+        """save_pretrained writes the compressed modules as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed codes do not train; low-rank factors alone do."""
+        return self.quantization_config.backend is None
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the decoder's linears take on disk: bytes, the original model's weights, and their ratio in bits."""
+
+    bytes: int
+    original_weights: int
+
+    @property
+    def bpw(self) -> float:
+        """Bits per original weight, every overhead counted (scales, zeros, codebooks, factors; no biases)."""
+        return 8 * self.bytes / self.original_weights
+
+
+def size(folder: Path) -> Size:
+    """Exact size on disk of the decoder's linears of a plain or a CASP checkpoint, from the shards' headers."""
+    decoder = Decoder.open(folder)
+    total = 0
+    for index, block in enumerate(decoder.blocks):
+        for path in decoder.linears(index).values():
+            prefix = f"{block}.{path}."
+            for name in decoder.shards.names(prefix):
+                if not name.endswith(".bias"):
+                    total += sum(decoder.shards.entries[stored].bytes for stored in decoder.shards.stored_names(name))
+    return Size(total, decoder.original_weights())
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers that `model` holds in memory; tied tensors counted once."""
+    tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()] if t.numel()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -1,0 +1,90 @@
+"""The two kinds of module that stand in for a decoder's `nn.Linear`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class LowRankLinear(nn.Module):
+    """`y = up(down(x)) + bias`: a linear of rank `rank`, stored as its two factors.
+
+    `down.weight` is (rank, in_features) and `up.weight` (out_features, rank); a bias belongs to `up`.
+    The factors are ordinary linears, so a quantizer treats them like any other.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.down = nn.Linear(in_features, rank, bias=False, dtype=dtype, device=device)
+        self.up = nn.Linear(rank, out_features, bias=bias, dtype=dtype, device=device)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense (out_features, in_features) product, computed on each access."""
+        return self.up.weight @ self.down.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the linear that this one replaces, or None."""
+        return self.up.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., in_features) to (..., out_features)."""
+        return self.up(self.down(x))
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows of this module besides its factors."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class QuantizedLinear(nn.Module):
+    """Base of the backends' linears: packed tensors as buffers, a dense weight only while it is used.
+
+    A backend registers the tensors that its `quantize` returns as buffers of the same names and implements
+    `dequantize`. `format` is the JSON description from which the empty module can be built again.
+    """
+
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        bias: bool,
+        format: Mapping[str, Any],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.format = dict(format)
+        empty = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
+
+    def dequantize(self) -> Tensor:
+        """The dense (out_features, in_features) weight that the packed tensors stand for."""
+        raise TypeError(f"{type(self).__name__} does not implement dequantize()")
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, computed on each access and never kept."""
+        return self.dequantize()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., in_features) to (..., out_features) in x's dtype; the reference for every kernel."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.dequantize().to(x.dtype), bias)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows of this module."""
+        details = ", ".join(f"{key}={value}" for key, value in self.format.items())
+        return f"in_features={self.in_features}, out_features={self.out_features}, {details}"

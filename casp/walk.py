@@ -1,0 +1,235 @@
+"""The block-by-block walk: one block in memory at a time, fed with what the blocks before it produce.
+
+`capture_inputs` runs the model once with its blocks skipped and records what each block is called with;
+`walk` then loads the blocks in order, lets a visitor look at and change each, and runs the changed block to
+make the inputs of the next.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from casp.attention import AttentionCall, observe_attention
+from casp.errors import UserError
+from casp.models import Decoder
+
+
+@dataclass
+class BatchInputs:
+    """One calibration batch as the blocks see it.
+
+    hidden: (batch, tokens, hidden), what the next block is fed; kwargs: one dict of keyword arguments per
+    block (tensors shared between blocks are shared here); tokens: (batch, tokens) bool, False for padding;
+    images: (batch, tokens) bool, True where an image token stands.
+    """
+
+    hidden: Tensor
+    kwargs: list[dict[str, Any]]
+    tokens: Tensor
+    images: Tensor
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(_to(item, device) for item in value)
+    return value
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+class _Recorder:
+    """Stands in for the blocks' forward: notes the arguments and returns the hidden states unchanged."""
+
+    def __init__(self, depth: int) -> None:
+        self.hidden: Tensor | None = None
+        self.kwargs: list[dict[str, Any]] = [{} for _ in range(depth)]
+        self._last: Tensor | None = None
+
+    def block(self, index: int) -> Callable[..., Tensor]:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if args:
+                raise UserError("the model passes positional arguments to its blocks, which CASP cannot replay.")
+            if index == 0:
+                self.hidden = hidden_states
+            elif hidden_states is not self._last:
+                raise UserError(
+                    f"the model changes the hidden states between block {index - 1} and block {index}; "
+                    "architectures that do so are not supported."
+                )
+            cache = {"past_key_values": None, "use_cache": False}
+            self.kwargs[index] = {key: cache.get(key, value) for key, value in kwargs.items()}
+            self._last = hidden_states
+            return hidden_states
+
+        return forward
+
+
+@torch.no_grad()
+def capture_inputs(
+    decoder: Decoder, batches: list[dict[str, Tensor]], device: torch.device, dtype: torch.dtype
+) -> list[BatchInputs]:
+    """Run embeddings (and vision tower) over `batches` and record what the blocks would be called with.
+
+    Loads everything outside the blocks, and forgets it again. Hidden states are kept on the CPU in `dtype`.
+    """
+    model = decoder.model
+    decoder.load_rest(device, dtype)
+    recorded: list[BatchInputs] = []
+    try:
+        for batch in batches:
+            recorder = _Recorder(len(decoder.blocks))
+            for index, block in enumerate(decoder.block_list):
+                block.forward = recorder.block(index)
+            moved = {
+                key: value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
+                for key, value in batch.items()
+            }
+            model.base_model(**moved, use_cache=False)
+            ids = batch["input_ids"]
+            mask = batch.get("attention_mask")
+            recorded.append(
+                BatchInputs(
+                    hidden=recorder.hidden.cpu(),
+                    kwargs=[_to(kwargs, torch.device("cpu")) for kwargs in recorder.kwargs],
+                    tokens=torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool(),
+                    images=ids == (-1 if decoder.image_token_id is None else decoder.image_token_id),
+                )
+            )
+    finally:
+        for block in decoder.block_list:
+            block.__dict__.pop("forward", None)
+        decoder.unload_rest()
+    return recorded
+
+
+class _Enough(Exception):
+    """Ends a replay early: everything that was asked for has been seen."""
+
+
+@dataclass
+class Visit:
+    """One block, loaded, with its cached inputs."""
+
+    index: int
+    block: nn.Module
+    linears: Mapping[str, str]
+    inputs: list[BatchInputs]
+    device: torch.device
+    influence: list[float] = field(default_factory=list)
+
+    @torch.no_grad()
+    def replay(
+        self,
+        inputs: Mapping[str, Callable[[Tensor, BatchInputs], None]] | None = None,
+        attention: Callable[[AttentionCall, BatchInputs], None] | None = None,
+        output: Callable[[Tensor, Tensor, BatchInputs], None] | None = None,
+        first: int | None = None,
+    ) -> None:
+        """Run the block, as it is now, over its cached inputs, and show what was asked for.
+
+        inputs: module path relative to the block -> called with that module's input (batch, tokens, width);
+        attention: called with the operands of the block's attention; output: called with the hidden states
+        that enter and leave the block; first: only so many batches.
+        The masks in the BatchInputs passed along are on the walk's device. A replay that only asks for
+        inputs stops each batch as soon as the last of them was seen.
+        """
+        wanted = dict(inputs or {})
+        for batch in self.inputs[:first]:
+            here = BatchInputs(
+                batch.hidden.to(self.device), [], batch.tokens.to(self.device), batch.images.to(self.device)
+            )
+            waiting = set(wanted)
+
+            def see(path: str, x: Tensor, here: BatchInputs = here, waiting: set[str] = waiting) -> None:
+                wanted[path](x, here)
+                waiting.discard(path)
+                if not waiting and output is None:
+                    raise _Enough
+
+            with ExitStack() as stack:
+                for path in wanted:
+                    hook = self.block.get_submodule(path).register_forward_pre_hook(
+                        lambda module, args, path=path: see(path, args[0])
+                    )
+                    stack.callback(hook.remove)
+                if attention is not None:
+                    stack.enter_context(
+                        observe_attention(self.block, lambda call, here=here: attention(call, here))
+                    )
+                try:
+                    left = _first(self.block(here.hidden, **_to(batch.kwargs[self.index], self.device)))
+                except _Enough:
+                    continue
+            if output is not None:
+                output(here.hidden, left, here)
+
+    def input_groups(self, paths: list[str]) -> list[list[str]]:
+        """`paths` (relative to the block) grouped by the input they share, in the order of computation.
+
+        Modules of one group see one and the same tensor, so one second moment serves them all.
+        """
+        order: list[tuple[Tensor, list[str]]] = []
+
+        def see(path: str, x: Tensor) -> None:
+            for tensor, group in order:
+                if tensor is x:
+                    group.append(path)
+                    return
+            order.append((x, [path]))
+
+        self.replay({path: lambda x, _, path=path: see(path, x) for path in paths}, first=1)
+        unseen = set(paths) - {path for _, group in order for path in group}
+        if unseen:
+            raise UserError(f"block {self.index} never runs {sorted(unseen)[0]}; such blocks are not supported.")
+        return [group for _, group in order]
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Replace the cached inputs by the outputs of the block as it is now."""
+        for batch in self.inputs:
+            kwargs = _to(batch.kwargs[self.index], self.device)
+            batch.hidden = _first(self.block(batch.hidden.to(self.device), **kwargs)).cpu()
+
+    def block_influence(self) -> float:
+        """`1 - E[cos(x_l, x_{l+1})]` over the tokens, of the block as it is now (ShortGPT, arXiv 2403.03853)."""
+        total, count = 0.0, 0
+
+        def add(entered: Tensor, left: Tensor, batch: BatchInputs) -> None:
+            nonlocal total, count
+            cosine = F.cosine_similarity(entered.float(), left.float(), dim=-1)
+            total += cosine[batch.tokens].double().sum().item()
+            count += int(batch.tokens.sum())
+
+        self.replay(output=add)
+        return 1 - total / count
+
+
+def walk(
+    decoder: Decoder,
+    inputs: list[BatchInputs],
+    device: torch.device,
+    dtype: torch.dtype,
+    advance: Callable[[int], bool] = lambda index: True,
+) -> Iterator[Visit]:
+    """Visit the blocks in order: each is loaded, yielded, run to make the next block's inputs, forgotten.
+
+    A visitor changes the block in place between two yields. `advance(index)` False leaves the inputs alone.
+    `inputs` is consumed: at the end it holds the last block's outputs.
+    """
+    last = len(decoder.blocks) - 1
+    for index in range(last + 1):
+        block = decoder.load_block(index, device, dtype)
+        visit = Visit(index, block, decoder.linears(index), inputs, device)
+        yield visit
+        if index < last and advance(index):
+            visit.advance()
+        decoder.unload_block(index)
