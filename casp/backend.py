@@ -30,7 +30,12 @@ class Backend(Protocol):
         """Exact bytes of the tensors that `quantize` returns for this shape; a bias is not counted."""
 
     def quantize(
-        self, weight: Tensor, hessian: Tensor, format: Format, generator: torch.Generator | None, **settings: Any
+        self,
+        weight: Tensor,
+        hessian: Tensor,
+        format: Format,
+        generator: torch.Generator | None,
+        **settings: Any,
     ) -> dict[str, Tensor]:
         """Quantize `weight` (out, in) float32 under `hessian` = E[x x^T] (in, in).
 

@@ -40,7 +40,9 @@ def _open_config(folder: Path) -> object:
         return AutoConfig.from_pretrained(folder)
     except (ValueError, OSError, KeyError, TypeError) as error:
         first_line = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder}/config.json does not describe a model that transformers knows: {first_line}") from error
+        raise UserError(
+            f"{folder}/config.json does not describe a model that transformers knows: {first_line}"
+        ) from error
 
 
 def _empty_model(config: object) -> PreTrainedModel:
@@ -99,6 +101,9 @@ class Decoder:
             swap_modules(self.model, self.compression)
         self.blocks_path, self.block_list = _find_blocks(self.model)
         self.shards = Shards(self.folder, self.model)
+        fused = self.shards.converted(self.blocks_path + ".")
+        if fused:
+            raise UserError(f"{fused[0]} is stored in fused form, which CASP does not compress; choose a dense model.")
         if not self.linears(0):
             raise UserError(f"the blocks of model type {self.config.model_type!r} hold no linear layers to compress.")
 
@@ -216,7 +221,9 @@ class Decoder:
 
     def _require_loaded(self, module: nn.Module, prefix: str, ignore: Callable[[str], bool]) -> None:
         missing = [
-            prefix + name for name, tensor in module.state_dict().items() if tensor.is_meta and not ignore(prefix + name)
+            prefix + name
+            for name, tensor in module.state_dict().items()
+            if tensor.is_meta and not ignore(prefix + name)
         ]
         if missing:
             raise UserError(

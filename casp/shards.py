@@ -135,6 +135,10 @@ class Shards:
         """The model's names, under `prefix`, of what is stored."""
         return [name for name in self._sources if name.startswith(prefix)]
 
+    def converted(self, prefix: str) -> list[str]:
+        """The names under `prefix` whose tensors are regrouped while they are read (fused experts, say)."""
+        return [name for name in self.names(prefix) if self._sources[name].converter is not None]
+
     def stored_names(self, name: str) -> list[str]:
         """The stored tensors that make up the model's tensor `name`."""
         return [stored for stored, _ in self._sources[name].stored]

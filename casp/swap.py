@@ -39,6 +39,8 @@ def swap_modules(model: nn.Module, compression: Mapping[str, Any]) -> None:
     for path, entry in sorted(modules.items(), key=lambda item: "format" in item[1]):
         parent, leaf = find_module(model, path)
         old = parent.get_submodule(leaf)
+        if isinstance(old, LowRankLinear) and entry == {"rank": old.rank}:
+            continue
         if not isinstance(old, nn.Linear):
             raise UserError(f"{path} is a {type(old).__name__}, not a linear; the checkpoint's config is damaged.")
         bias, like = old.bias is not None, {"dtype": old.weight.dtype, "device": old.weight.device}
@@ -64,5 +66,3 @@ def module_bytes(module: nn.Module) -> int:
     """Bytes of a linear's stored tensors (dense, low-rank or quantized), its bias not counted."""
     stored = {name: tensor for name, tensor in module.state_dict().items() if name.rpartition(".")[2] != "bias"}
     return sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
-
-

@@ -162,9 +162,7 @@ class Visit:
                     )
                     stack.callback(hook.remove)
                 if attention is not None:
-                    stack.enter_context(
-                        observe_attention(self.block, lambda call, here=here: attention(call, here))
-                    )
+                    stack.enter_context(observe_attention(self.block, lambda call, here=here: attention(call, here)))
                 try:
                     left = _first(self.block(here.hidden, **_to(batch.kwargs[self.index], self.device)))
                 except _Enough:

@@ -1,0 +1,173 @@
+"""The command line that all stages share: common flags, where a model is found, how an error is told."""
+
+import argparse
+import errno
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+
+from casp.demo import NAMES
+from casp.errors import UserError
+
+RUNS = Path("runs")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence, like all others; --help shows defaults as written."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the flags and exit with 2."""
+        print(f"error: {message} (see --help).", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, default_model: str, calibration: bool = True) -> None:
+    """Add the flags that every stage understands; those of calibration only where a stage calibrates."""
+    parser.add_argument(
+        "--model",
+        default=default_model,
+        help=f"hub id, folder, or built-in name ({', '.join(NAMES)}) (default: %(default)s)",
+    )
+    parser.add_argument("--output", type=Path, help="folder to write (default: runs/<model>/<stage>)")
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto = cuda if there is one)"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", *DTYPES],
+        help="dtype to compute in (default: auto = float32 on a CPU, the checkpoint's own on a GPU)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of everything random, an integer (default: %(default)s)"
+    )
+    if calibration:
+        parser.add_argument(
+            "--samples",
+            type=positive_int,
+            default=128,
+            help="calibration samples, a count (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--sequence-length",
+            type=positive_int,
+            default=2048,
+            help="tokens per text sample; cut to what the model can take (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--batch-size",
+            type=positive_int,
+            default=8,
+            help="samples run at once, a count (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--dataset",
+            default="demo",
+            help="calibration data: rp, c4, wikitext2, ptb (hub), a .txt file, a .jsonl file with text or image, "
+            "question and answer, demo, demo-text or demo-images (built in) (default: %(default)s)",
+        )
+
+
+def positive_int(text: str) -> int:
+    """Argparse type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def model_name(model: str) -> str:
+    """The last part of a hub id or folder: what outputs are filed under."""
+    return Path(model).resolve().name if Path(model).is_dir() else model.rstrip("/").rpartition("/")[2]
+
+
+def default_output(model: str, stage: str) -> Path:
+    """runs/<model>/<stage>, below the current folder."""
+    return RUNS / model_name(model) / stage
+
+
+def model_folder(model: str) -> Path:
+    """The local folder of `model`: a built-in name is assembled, a folder taken as it is, a hub id downloaded."""
+    if model in NAMES:
+        from casp.demo.models import build
+
+        return build(model)
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"--model {model} is a file; give the folder that holds config.json.")
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise UserError(
+            f"--model {model} does not exist; give a folder, a hub id (owner/name) or {' or '.join(NAMES)}."
+        )
+    try:
+        return Path(snapshot_download(model, allow_patterns=DOWNLOADED))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"--model {model} is no folder here and could not be fetched from the hub ({type(error).__name__}); check the "
+            "spelling and the network, or give a local folder."
+        ) from error
+
+
+def stage_input(model: str, earlier_stage: str, from_original: bool) -> Path:
+    """What a stage starts from: the output of `earlier_stage` for the same model if there is one, and says so."""
+    earlier = default_output(model, earlier_stage)
+    if not from_original and (earlier / "config.json").is_file():
+        print(f"starting from {earlier}, the output of stage {earlier_stage} (--from-original starts from {model})")
+        return earlier
+    return model_folder(model)
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device that --device asks for; UserError where it cannot be had."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name} is unknown; use auto, cpu, cuda or cuda:N.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here; use another or cpu."
+        )
+    return device
+
+
+def pick_dtype(name: str, device: torch.device, own: torch.dtype) -> torch.dtype:
+    """The dtype to compute in; "auto" is float32 on a CPU, where half precision is slow, else the model's own."""
+    if name != "auto":
+        return DTYPES[name]
+    return torch.float32 if device.type == "cpu" else own
+
+
+def run_main(main: Callable[[], None]) -> NoReturn:
+    """Run a stage; bad input and a full disk end in one sentence on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes.", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        if not full and not isinstance(error, PermissionError):
+            raise
+        reason = (
+            "the disk is full; free some space" if full else f"no permission ({error.filename}); choose another folder"
+        )
+        print(f"error: {reason} and run the same command again: it resumes.", file=sys.stderr)
+        raise SystemExit(2) from None
+    raise SystemExit(0)
