@@ -1,0 +1,169 @@
+"""Calibration batches of text or of image and text, the same for the same seed.
+
+A batch is a dict of CPU tensors that `model(**batch)` takes. Text batches are windows of exactly
+`sequence_length` tokens, without padding and without special tokens. Image and text batches hold one chat
+per sample (picture, question, answer), padded on the right within a batch; a chat keeps its own length,
+since cutting it would cut image tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+
+from casp.calibration.sources import Chat, find, first_line
+from casp.errors import UserError
+
+__all__ = ["calibration_batches", "fingerprint"]
+
+
+def calibration_batches(
+    folder: Path, dataset: str, samples: int, sequence_length: int, seed: int, batch_size: int
+) -> list[dict[str, Tensor]]:
+    """Batches of `samples` sequences for the checkpoint in `folder`, on the CPU.
+
+    `dataset` is rp, c4, wikitext2 or ptb (hub); a local .txt or .jsonl file; or demo, demo-text or demo-images
+    (built in; demo is demo-images for a multimodal model and demo-text for a text model). The rows of a
+    .jsonl are all {"text"} or all {"image", "question", "answer"}, image paths relative to the file.
+    """
+    sizes = {"samples": samples, "sequence length": sequence_length, "batch size": batch_size}
+    for name, value in sizes.items():
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, not {value}")
+    folder = Path(folder)
+    config = AutoConfig.from_pretrained(folder)
+    multimodal = getattr(config, "vision_config", None) is not None
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and sequence_length > positions:
+        raise UserError(
+            f"a sequence length of {sequence_length} is more than the {positions} positions of the model in"
+            f" {folder}: lower --sequence-length"
+        )
+    rng = random.Random(seed)
+    found = find(dataset, multimodal, samples, rng)
+    if isinstance(found, list):
+        if not multimodal:
+            raise UserError(f"{dataset} has images, but {folder} is a text model: use a text set")
+        return _chat_batches(found, folder, batch_size, positions, rng)
+    tokenizer = _load(AutoTokenizer, folder)
+    if isinstance(found, str):
+        windows = _windows_of_text(found, dataset, tokenizer, samples, sequence_length, rng)
+    else:
+        windows = _windows_of_documents(found, dataset, tokenizer, samples, sequence_length, rng)
+    parts = torch.stack(windows).split(batch_size)
+    return [{"input_ids": ids.clone(), "attention_mask": torch.ones_like(ids)} for ids in parts]
+
+
+def fingerprint(batches: list[dict[str, Tensor]]) -> str:
+    """SHA-256 over the names, types, shapes and bytes of all tensors, in order."""
+    digest = hashlib.sha256()
+    for number, batch in enumerate(batches):
+        for name, tensor in sorted(batch.items()):
+            digest.update(f"{number} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _windows_of_text(
+    text: str, dataset: str, tokenizer: Any, samples: int, length: int, rng: random.Random
+) -> list[Tensor]:
+    """Windows at random places of one text, none overlapping another, in random order."""
+    ids = _tokens(tokenizer, text)
+    spare = len(ids) - samples * length
+    if spare < 0:
+        raise UserError(
+            f"{dataset} has {len(ids)} tokens, fewer than {samples} samples of {length}: lower --samples or"
+            " --sequence-length, or use a longer text"
+        )
+    # Sorted shifts of a row of windows that touch: every place is reached and none overlap.
+    shifts = sorted(rng.choices(range(spare + 1), k=samples))
+    windows = [ids[shift + i * length : shift + (i + 1) * length] for i, shift in enumerate(shifts)]
+    rng.shuffle(windows)
+    return windows
+
+
+def _windows_of_documents(
+    documents: Iterator[str], dataset: str, tokenizer: Any, samples: int, length: int, rng: random.Random
+) -> list[Tensor]:
+    """One window at a random place of each document that is long enough (the protocol of GPTQ and QuIP#)."""
+    windows: list[Tensor] = []
+    for document in documents:
+        spare = len(document) - 16 * length
+        if spare > 0:  # a whole book would take seconds to tokenize
+            start = rng.randrange(spare + 1)
+            document = document[start : start + 16 * length]
+        ids = _tokens(tokenizer, document)
+        if len(ids) >= length:
+            start = rng.randrange(len(ids) - length + 1)
+            windows.append(ids[start : start + length])
+        if len(windows) == samples:
+            return windows
+    raise UserError(
+        f"{dataset} has only {len(windows)} documents of at least {length} tokens: lower --samples or --sequence-length"
+    )
+
+
+def _tokens(tokenizer: Any, text: str) -> Tensor:
+    # verbose=False: a text longer than the model's context is no mistake here.
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def _chat_batches(
+    chats: list[Chat], folder: Path, batch_size: int, positions: int | None, rng: random.Random
+) -> list[dict[str, Tensor]]:
+    """Chats of like length together, so that little is padding; the batches in random order."""
+    processor = _load(AutoProcessor, folder)
+    if not hasattr(processor, "image_processor"):
+        raise UserError(f"{folder} has no image processor: copy the original model's processor files there")
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+
+    def render(part: list[Chat]) -> dict[str, Tensor]:
+        batch = processor.apply_chat_template(
+            [chat.messages() for chat in part],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "right"},
+        )
+        return dict(batch)
+
+    # Rendering each chat alone first gives its exact length (how many tokens a picture takes may depend on its
+    # size) and lets an error name its row, at the price of preparing each picture twice.
+    lengths: dict[int, int] = {}
+    for number, chat in enumerate(chats):
+        try:
+            lengths[number] = render([chat])["input_ids"].shape[1]
+        except Exception as error:  # the template and the processor are the checkpoint's: anything may come
+            reason = first_line(error)
+            raise UserError(f"the processor of {folder} cannot take {chat.source}: {reason}") from error
+        if positions is not None and lengths[number] > positions:
+            raise UserError(
+                f"{chat.source} makes {lengths[number]} tokens, more than the model's {positions} positions:"
+                " shorten or remove it"
+            )
+    order = sorted(lengths, key=lambda number: lengths[number])
+    starts = range(0, len(order), batch_size)
+    batches = [render([chats[i] for i in order[start : start + batch_size]]) for start in starts]
+    rng.shuffle(batches)
+    return batches
+
+
+def _load(kind: type[AutoTokenizer] | type[AutoProcessor], folder: Path) -> Any:
+    """The tokenizer or the processor of a checkpoint."""
+    try:
+        return kind.from_pretrained(folder)
+    except (OSError, ValueError, ImportError) as error:
+        what = "tokenizer" if kind is AutoTokenizer else "processor"
+        reason = first_line(error)
+        raise UserError(
+            f"cannot load the {what} of {folder} ({reason}): copy the original model's files there"
+        ) from error
