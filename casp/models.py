@@ -68,7 +68,7 @@ def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     paths = {module: path for path, module in model.named_modules()}
     for module in decoder.modules():
         is_list = isinstance(module, nn.ModuleList) and len(module) == depth
-        if is_list and any(isinstance(child, nn.Linear) for child in module[0].modules()):
+        if is_list and any(isinstance(child, nn.Linear | QuantizedLinear) for child in module[0].modules()):
             return paths[module], module
     raise UserError(
         f"model type {model.config.model_type!r} has no decoder that CASP knows (a list of {depth} blocks of linear "
@@ -237,9 +237,8 @@ class Decoder:
         prefix = self.blocks[index] + "."
         self._load(self.shards.names(prefix), device, dtype)
         block = self.block(index)
-        block.to(device)
         self._require_loaded(block, prefix, lambda name: False)
-        return block
+        return block.to(device)
 
     def unload_block(self, index: int) -> None:
         """Forget the weights of block `index`."""

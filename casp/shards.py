@@ -42,7 +42,7 @@ def _header(shard: Path) -> dict[str, dict]:
     try:
         with shard.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if length > shard.stat().st_size:
+            if not 2 <= length <= shard.stat().st_size:
                 raise UserError(f"{shard} is truncated or not a safetensors file; {remedy}.")
             header = json.loads(file.read(length))
     except FileNotFoundError as error:

@@ -1,0 +1,377 @@
+"""Calibration: the same batches for the same seed, windows that do not overlap, padding that masks show."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+
+from casp.calibration import _windows_of_text, calibration_batches, fingerprint
+from casp.errors import UserError
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """A text of 4000 characters (= tokens of the tiny models) in which every place reads differently."""
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{number:04d}\n" for number in range(800)))
+    return path
+
+
+@pytest.fixture
+def chat_file(tmp_path: Path) -> Path:
+    """Ten rows of image, question and answer; answers of different lengths; a blank line at the end."""
+    rows = []
+    for number in range(10):
+        Image.new("RGB", (30 + number, 40), (25 * number, 90, 200)).save(tmp_path / f"{number}.png")
+        rows.append({"image": f"{number}.png", "question": f"what is {number}?", "answer": "x" * (1 + 3 * number)})
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    return path
+
+
+def batches(folder: Path, dataset: object, samples=8, sequence_length=32, seed=0, batch_size=3):
+    """`calibration_batches` with small defaults."""
+    return calibration_batches(folder, str(dataset), samples, sequence_length, seed, batch_size)
+
+
+def decoded(folder: Path, found: list[dict[str, torch.Tensor]]) -> list[str]:
+    """The text of every sample."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return [tokenizer.decode(ids) for batch in found for ids in batch["input_ids"]]
+
+
+def rows_of(found: list[dict[str, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(tokens, mask) of every sample."""
+    return [pair for batch in found for pair in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+
+
+# ---- text
+
+
+def test_text_batches_are_exact_windows_of_the_file(tiny_llama: Path, text_file: Path):
+    found = batches(tiny_llama, text_file)
+    assert [tuple(batch["input_ids"].shape) for batch in found] == [(3, 32), (3, 32), (2, 32)]
+    assert all(batch["attention_mask"].all() for batch in found)
+    content = text_file.read_text()
+    assert all(text in content for text in decoded(tiny_llama, found))
+    AutoModelForCausalLM.from_pretrained(tiny_llama)(**found[0])
+
+
+def test_the_seed_decides_everything(tiny_llama: Path, text_file: Path):
+    first = fingerprint(batches(tiny_llama, text_file, seed=1))
+    assert first == fingerprint(batches(tiny_llama, text_file, seed=1))
+    assert first != fingerprint(batches(tiny_llama, text_file, seed=2))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    length=st.integers(1, 40),
+    samples=st.integers(1, 20),
+    spare=st.integers(0, 300),
+    rng=st.randoms(use_true_random=False),
+)
+def test_windows_never_overlap(length: int, samples: int, spare: int, rng):
+    def tokenizer(text: str, **_) -> dict:
+        return {"input_ids": list(range(len(text)))}  # a token tells its place
+
+    windows = _windows_of_text("x" * (samples * length + spare), "text", tokenizer, samples, length, rng)
+    assert all(len(window) == length for window in windows)
+    places = torch.cat(windows)
+    assert len(places.unique()) == len(places) == samples * length
+
+
+def test_a_text_that_just_fits_is_used_whole(tiny_llama: Path, text_file: Path):
+    found = batches(tiny_llama, text_file, samples=8, sequence_length=500, batch_size=8)
+    assert sorted(decoded(tiny_llama, found)) == sorted(
+        text_file.read_text()[start : start + 500] for start in range(0, 4000, 500)
+    )
+
+
+def test_jsonl_of_texts(tiny_llama: Path, tmp_path: Path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(json.dumps({"text": letter * 99}) for letter in "abcdef"))
+    joined = "\n\n".join(letter * 99 for letter in "abcdef")
+    assert all(text in joined for text in decoded(tiny_llama, batches(tiny_llama, path)))
+
+
+def test_text_for_a_multimodal_model(tiny_llava: Path, text_file: Path):
+    found = batches(tiny_llava, text_file)
+    assert set(found[0]) == {"input_ids", "attention_mask"}
+    AutoModelForImageTextToText.from_pretrained(tiny_llava)(**found[0])
+
+
+# ---- images and text
+
+
+def test_chats_become_padded_batches_with_right_masks(tiny_llava: Path, chat_file: Path):
+    found = batches(tiny_llava, chat_file, samples=10, batch_size=4)
+    pad = AutoTokenizer.from_pretrained(tiny_llava).pad_token_id
+    for ids, mask in rows_of(found):
+        assert (mask == (ids != pad)).all()
+        assert (mask.diff() <= 0).all()  # padded on the right only
+        assert (ids == 3).sum() == 16  # the image tokens of one picture
+    assert sum(batch["pixel_values"].shape[0] for batch in found) == 10
+    texts = "".join(decoded(tiny_llava, found))
+    assert all(f"what is {number}?" in texts and "x" * (1 + 3 * number) in texts for number in range(10))
+
+
+def test_padding_changes_no_logits(tiny_llava: Path, chat_file: Path):
+    model = AutoModelForImageTextToText.from_pretrained(tiny_llava)
+    padded = {}
+    for batch in batches(tiny_llava, chat_file, samples=10, batch_size=5):
+        for ids, mask, logits in zip(batch["input_ids"], batch["attention_mask"], model(**batch).logits, strict=True):
+            padded[tuple(ids[mask.bool()].tolist())] = logits[mask.bool()]
+    for batch in batches(tiny_llava, chat_file, samples=10, batch_size=1):
+        expected = padded[tuple(batch["input_ids"][0].tolist())]
+        torch.testing.assert_close(model(**batch).logits[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_chats_of_like_length_share_a_batch(tiny_llava: Path, chat_file: Path):
+    found = batches(tiny_llava, chat_file, samples=10, batch_size=2)
+    assert all((batch["attention_mask"] == 0).sum() <= 3 for batch in found)  # neighbours differ by 3 tokens
+
+
+def test_the_seed_chooses_the_rows(tiny_llava: Path, chat_file: Path):
+    first = fingerprint(batches(tiny_llava, chat_file, samples=5, seed=1))
+    assert first == fingerprint(batches(tiny_llava, chat_file, samples=5, seed=1))
+    assert first != fingerprint(batches(tiny_llava, chat_file, samples=5, seed=2))
+
+
+def test_other_outputs_of_a_processor_pass_through(tmp_path: Path, chat_file: Path):
+    """LLaVA-NeXT: pictures of several sizes make different numbers of tiles; `image_sizes` tells the model."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextProcessor
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    from tests.conftest import IMAGE_TEMPLATE, decoder_settings, tiny_tokenizer
+
+    LlavaNextConfig(
+        vision_config=CLIPVisionConfig(hidden_size=32, image_size=32, patch_size=8),
+        text_config=LlamaConfig(**decoder_settings()),
+    ).save_pretrained(tmp_path / "next")
+    LlavaNextProcessor(
+        LlavaNextImageProcessorPil(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_grid_pinpoints=[[32, 64], [64, 32]]
+        ),
+        tiny_tokenizer(),
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+        chat_template=IMAGE_TEMPLATE,
+    ).save_pretrained(tmp_path / "next")
+    found = batches(tmp_path / "next", chat_file, samples=10, batch_size=4)
+    assert sum(len(batch["image_sizes"]) for batch in found) == 10
+    assert all(batch["pixel_values"].shape[:2] == (len(batch["input_ids"]), 3) for batch in found)
+
+
+# ---- built in
+
+
+def test_built_in_text(tiny_llama: Path, tiny_llava: Path):
+    from casp.demo import text
+
+    found = batches(tiny_llama, "demo")
+    assert fingerprint(found) == fingerprint(batches(tiny_llama, "demo-text"))
+    assert fingerprint(found) == fingerprint(batches(tiny_llava, "demo-text"))
+    calibration = AutoTokenizer.from_pretrained(tiny_llama)(text.load("calibration"), verbose=False)["input_ids"]
+    assert set(found[0]["input_ids"][0].tolist()) <= set(calibration)
+
+
+def test_built_in_images_are_of_the_calibration_split(tiny_llava: Path, monkeypatch: pytest.MonkeyPatch):
+    from casp.demo import scenes
+
+    splits, original = [], scenes.question
+    monkeypatch.setattr(scenes, "question", lambda split, i: (splits.append(split), original(split, i))[1])
+    found = batches(tiny_llava, "demo")
+    assert splits == ["calibration"] * 8
+    assert sum(len(batch["pixel_values"]) for batch in found) == 8
+    assert fingerprint(found) == fingerprint(batches(tiny_llava, "demo-images"))
+    assert fingerprint(found) != fingerprint(batches(tiny_llava, "demo-images", seed=1))
+
+
+def test_the_built_in_llava_takes_its_calibration(demo_llava: Path):
+    found = batches(demo_llava, "demo", samples=4, batch_size=2)
+    model = AutoModelForImageTextToText.from_pretrained(demo_llava)
+    assert all(model(**batch).logits.isfinite().all() for batch in found)
+
+
+# ---- the hub, played by rows of the real sets' schemas
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """Replaces `load_dataset`; returns the list of its calls."""
+    calls = []
+
+    def load_dataset(path: str, name: str | None = None, **arguments):
+        calls.append({"path": path, "name": name, **arguments})
+        streaming = arguments.get("streaming", False)
+        if path == "text":
+            subset = arguments["data_files"].rsplit("/", 1)[1].removesuffix("_sample.jsonl")
+            rows = [{"text": json.dumps({"text": f"{subset} {i} " * (i % 40), "meta": {}})} for i in range(400)]
+        elif path == "allenai/c4":
+            rows = [{"text": f"page {i} " * i, "timestamp": "2019-04-25T12:57:54Z", "url": "u"} for i in range(99)]
+        elif path == "Salesforce/wikitext":
+            rows = [{"text": row} for row in ["", " = Valkyria = \n", " Senjo no @-@ Valkyria , " * 20] * 9]
+        else:
+            rows = [{"sentence": "pierre <unk> N years old will join the board"} for _ in range(99)]
+        found = datasets.Dataset.from_list(rows)
+        return found.to_iterable_dataset() if streaming else found
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["rp", "c4", "wikitext2", "ptb"])
+def test_hub_sets(tiny_llama: Path, hub: list[dict], name: str):
+    found = batches(tiny_llama, name, samples=20, seed=3)
+    assert sum(len(batch["input_ids"]) for batch in found) == 20
+    assert fingerprint(found) == fingerprint(batches(tiny_llama, name, samples=20, seed=3))
+    assert fingerprint(found) != fingerprint(batches(tiny_llama, name, samples=20, seed=4))
+    assert all(call["split"] == "train" and "trust_remote_code" not in call for call in hub)
+
+
+def test_rp_mixes_its_parts(tiny_llama: Path, hub: list[dict]):
+    texts = decoded(tiny_llama, batches(tiny_llama, "rp", samples=40))
+    assert len(hub) == 11
+    assert sum("cc_" in text for text in texts) > 10
+    assert len({text.strip("0123456789 ").split(" ")[0] for text in texts}) > 5
+
+
+def test_documents_give_one_window_each(tiny_llama: Path, hub: list[dict]):
+    texts = decoded(tiny_llama, batches(tiny_llama, "c4", samples=60))
+    pages = [text.split("page ")[1].split(" ")[0] for text in texts]
+    assert len(set(pages)) == 60
+    with pytest.raises(UserError, match=r"c4 has only .* documents of at least 500 tokens"):
+        batches(tiny_llama, "c4", samples=90, sequence_length=500)
+
+
+@pytest.mark.parametrize("name", ["rp", "c4", "wikitext2", "ptb"])
+def test_unreachable_hub_names_the_remedy(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    def refuse(*_, **__):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(UserError, match=f"'{name}' from the hub .*--dataset a local .txt or .jsonl file or 'demo'"):
+        batches(tiny_llama, name)
+
+
+def test_a_connection_that_breaks_on_the_way(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
+    def rows():
+        yield {"text": "x" * 99}
+        raise ConnectionError("Server disconnected")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.IterableDataset.from_generator(rows))
+    with pytest.raises(UserError, match="Server disconnected"):
+        batches(tiny_llama, "c4")
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samples": 0}, "samples must be at least 1, not 0"),
+        ({"sequence_length": -1}, "sequence length must be at least 1"),
+        ({"batch_size": 0}, "batch size must be at least 1"),
+        ({"sequence_length": 513}, "more than the 512 positions .*lower --sequence-length"),
+        ({"samples": 126}, "has 4000 tokens, fewer than 126 samples of 32: lower --samples"),
+    ],
+)
+def test_impossible_sizes(tiny_llama: Path, text_file: Path, changes: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        batches(tiny_llama, text_file, **changes)
+
+
+@pytest.mark.parametrize("name", ["wikitext3", "demo-audio", "data.csv"])
+def test_unknown_set(tiny_llama: Path, name: str):
+    with pytest.raises(UserError, match=f"no data set '{name}': use rp, c4, wikitext2, ptb, demo"):
+        batches(tiny_llama, name)
+
+
+def test_unreadable_files(tiny_llama: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=r"missing.txt: No such file"):
+        batches(tiny_llama, tmp_path / "missing.txt")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"latin.txt is not UTF-8"):
+        batches(tiny_llama, tmp_path / "latin.txt")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{not json", "line 3 of .* is not JSON"),
+        ("[1, 2]", "line 3 of .* has neither"),
+        ('{"image": "0.png", "question": "q"}', "line 3 of .* has neither"),
+        ('{"image": "0.png", "question": "q", "answer": 3}', "line 3 of .* has neither"),
+        ('{"text": "words"}', "line 3 of .* another kind"),
+        ('{"image": "none.png", "question": "q", "answer": "a"}', "line 3 of .*none.png, which does not open"),
+        ('{"image": "chats.jsonl", "question": "q", "answer": "a"}', "line 3 of .* does not open"),
+    ],
+)
+def test_bad_rows_are_named(tiny_llava: Path, chat_file: Path, line: str, message: str):
+    lines = chat_file.read_text().splitlines()
+    lines[2] = line
+    chat_file.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=message):
+        batches(tiny_llava, chat_file, samples=10)
+
+
+def test_truncated_image(tiny_llava: Path, chat_file: Path):
+    picture = chat_file.parent / "4.png"
+    picture.write_bytes(picture.read_bytes()[:60])
+    with pytest.raises(UserError, match=r"line 5 of .*4.png, which does not open"):
+        batches(tiny_llava, chat_file, samples=10)
+
+
+def test_too_few_or_no_rows(tiny_llava: Path, chat_file: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=r"has only 10 rows for 11 samples"):
+        batches(tiny_llava, chat_file, samples=11)
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    with pytest.raises(UserError, match=r"empty.jsonl has no usable rows"):
+        batches(tiny_llava, tmp_path / "empty.jsonl")
+
+
+def test_a_chat_longer_than_the_model(tiny_llava: Path, chat_file: Path):
+    lines = chat_file.read_text().splitlines()
+    lines[6] = json.dumps({"image": "6.png", "question": "q" * 600, "answer": "a"})
+    chat_file.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"line 7 of .* makes 6.. tokens, more than the model's 512"):
+        batches(tiny_llava, chat_file, samples=10)
+
+
+def test_images_for_a_text_model(tiny_llama: Path, chat_file: Path):
+    with pytest.raises(UserError, match=r"has images, but .* is a text model"):
+        batches(tiny_llama, chat_file)
+
+
+def test_a_folder_without_processor(tiny_llava: Path, chat_file: Path, tmp_path: Path):
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text((tiny_llava / "config.json").read_text())
+    with pytest.raises(UserError, match=r"cannot load the processor of .*copy the original model's"):
+        batches(tmp_path / "bare", chat_file)
+
+
+# ---- fingerprint
+
+
+def test_fingerprint_sees_values_names_types_shapes_and_order():
+    base = [{"a": torch.arange(6), "b": torch.zeros(2)}]
+    others = [
+        [{"a": torch.arange(6), "b": torch.zeros(3)}],
+        [{"a": torch.arange(6).reshape(2, 3), "b": torch.zeros(2)}],
+        [{"a": torch.arange(6).int(), "b": torch.zeros(2)}],
+        [{"a": torch.arange(6), "c": torch.zeros(2)}],
+        [{"a": torch.arange(6)}, {"b": torch.zeros(2)}],
+        [{"a": torch.arange(6), "b": torch.tensor([0.0, 1.0])}],
+        [{"a": torch.arange(6), "b": torch.zeros(2, dtype=torch.bfloat16)}],
+    ]
+    assert len({fingerprint(found) for found in [base, *others]}) == 8
+    assert fingerprint([{"b": torch.zeros(2), "a": torch.arange(6)}]) == fingerprint(base)
