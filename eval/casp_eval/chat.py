@@ -1,0 +1,87 @@
+"""Ask a checkpoint in the shell: `python -m casp_eval.chat --model DIR --image FILE`.
+
+Reads questions from standard input, one a line, until it ends; answers go to standard output as they are
+written. Every question is put anew, without those before it: the models made here answer one question about
+one image.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+from transformers import TextStreamer
+
+from casp.cli import Parser, model_folder, run_main
+from casp_eval.data import Image, open_image
+from casp_eval.loading import Checkpoint, open_checkpoint, read_config, require_images
+from casp_eval.options import add_device_arguments, add_model_argument, at_least
+
+
+class _Timer(TextStreamer):
+    """A TextStreamer that notes when each token came."""
+
+    def __init__(self, tokenizer: object) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())  # the first is the prompt
+        super().put(value)
+
+
+def reply(checkpoint: Checkpoint, question: str, image: Image.Image | None, max_new_tokens: int) -> float:
+    """Print the answer to stdout as it is written; returns tokens per second after the first token.
+
+    The first token's time is that of reading the question; NaN when there is no second one.
+    """
+    prompt, _ = checkpoint.prompt(question, image is not None)
+    inputs = checkpoint.encode([prompt], None if image is None else [image], "left")
+    timer = _Timer(checkpoint.tokenizer)
+    checkpoint.model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=timer)
+    tokens = len(timer.times) - 2
+    return tokens / (timer.times[-1] - timer.times[1]) if tokens > 0 else float("nan")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser(
+        prog="chat.sh", description="Ask a checkpoint, about an image or not. Questions are read one a line."
+    )
+    add_model_argument(parser)
+    parser.add_argument("--image", help="the picture to ask about (multimodal models)")
+    parser.add_argument("--question", help="ask this and end (default: read questions from standard input)")
+    parser.add_argument(
+        "--max-new-tokens", type=at_least(1), default=128, help="longest answer, in tokens (default: %(default)s)"
+    )
+    add_device_arguments(parser)
+    options = parser.parse_args(arguments)
+    image = open_image(options.image) if options.image else None
+    folder = model_folder(options.model)
+    if image is not None:
+        require_images(folder, read_config(folder))
+    checkpoint = open_checkpoint(options.model, options.device, options.dtype)
+    if options.question:
+        asked = iter([options.question])
+    else:
+        asked = _lines()
+    for question in asked:
+        speed = reply(checkpoint, question, image, options.max_new_tokens)
+        if speed == speed:
+            print(f"{speed:.1f} tokens/s", file=sys.stderr)
+
+
+def _lines():
+    """Questions from standard input; a prompt is shown only to somebody who types."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+if __name__ == "__main__":
+    run_main(main)

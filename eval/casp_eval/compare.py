@@ -1,0 +1,281 @@
+"""Evaluate several checkpoints alike and report: `python -m casp_eval.compare CHECKPOINT... --output DIR`.
+
+Every figure is kept in DIR/figures under the checkpoint's content and the settings it was measured with, as soon
+as it is known: an interrupted comparison goes on where it stopped, a repeated one measures nothing, and neither
+shows a figure of other weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from casp.checkpoint import size
+from casp.cli import Parser, model_folder, model_name, pick_device, pick_dtype, run_main
+from casp.errors import UserError
+from casp.run import write_atomically, write_json
+from casp_eval import data, plots, questions, report
+from casp_eval.loading import Checkpoint, is_multimodal, open_checkpoint, read_config
+from casp_eval.options import add_device_arguments, at_least
+from casp_eval.perplexity import text_perplexity
+
+PROTOCOL = 1
+"""Raise it when what a figure means changes: kept figures of an older protocol are then measured again."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint to be compared: as typed, where it lies, and the label given with NAME=FOLDER."""
+
+    given: str
+    folder: Path
+    label: str | None
+
+    @classmethod
+    def parse(cls, text: str) -> Subject:
+        """NAME=CHECKPOINT or CHECKPOINT; a folder whose own name has an equals sign is taken as it is."""
+        label, equals, given = text.partition("=")
+        if not equals or Path(text).exists():
+            return cls(text, model_folder(text), None)
+        return cls(given, model_folder(given), label)
+
+
+class Figures:
+    """Measured figures on disk, one small JSON file each, addressed by what they depend on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def get(self, key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The figure kept under `key`, or the one that `measure` returns, kept from now on."""
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+        path = self.folder / f"{key['figure']}-{name}.json"
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["key"] == key:
+                return kept["result"]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # not measured yet, or not a whole file: measure
+        result = measure()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"key": key, "result": result})
+        return result
+
+
+def content_fingerprint(folder: Path) -> str:
+    """sha256 over all that an evaluation depends on: weights, configuration, tokenizer, templates, processor.
+
+    Every byte counts: an evaluation reads them all anyway. The model card and what the stages recorded (casp_*)
+    do not change a figure and are left out.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name != "README.md" and not path.name.startswith((".", "casp_")):
+            digest.update(f"{path.name}\n".encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+class Evaluation:
+    """The figures of one checkpoint; the model is loaded when the first figure that is not kept asks for it."""
+
+    def __init__(self, subject: Subject, figures: Figures, options: argparse.Namespace) -> None:
+        self.subject, self.figures, self.options = subject, figures, options
+        self.config = read_config(subject.folder)
+        self.opened: Checkpoint | None = None
+        device = pick_device(options.device)
+        self.key = {
+            "protocol": PROTOCOL,
+            "checkpoint": content_fingerprint(subject.folder),
+            "device": device.type,
+            "dtype": str(pick_dtype(options.dtype, device, self.config.dtype or torch.float32)),
+        }
+
+    def checkpoint(self) -> Checkpoint:
+        if self.opened is None:
+            self.opened = open_checkpoint(str(self.subject.folder), self.options.device, self.options.dtype)
+        return self.opened
+
+    def text(self, text: str) -> dict[str, Any]:
+        options = self.options
+        key = {
+            **self.key,
+            "figure": "text",
+            "data": data.text_fingerprint(text),
+            "windows": options.windows,
+            "sequence_length": options.sequence_length,
+        }
+        return self.figures.get(
+            key,
+            lambda: text_perplexity(
+                self.checkpoint(), text, options.sequence_length, options.windows, options.batch_size, self._bar("text")
+            ),
+        )
+
+    def answer_perplexity(self, items: list[data.Item], fingerprint: str) -> dict[str, Any]:
+        key = {**self.key, "figure": "answers", "data": fingerprint}
+        return self.figures.get(
+            key,
+            lambda: questions.answer_perplexity(
+                self.checkpoint(), items, self.options.batch_size, self._bar("answers scored")
+            ),
+        )
+
+    def accuracy(self, items: list[data.Item], fingerprint: str) -> dict[str, Any]:
+        length = self.options.max_new_tokens
+        key = {**self.key, "figure": "accuracy", "data": fingerprint, "max_new_tokens": length}
+
+        def measure() -> dict[str, Any]:
+            bar = self._bar("questions asked")
+            given = questions.answers(self.checkpoint(), items, self.options.batch_size, length, bar)
+            return questions.accuracy(items, given)
+
+        return self.figures.get(key, measure)
+
+    def _bar(self, what: str) -> str:
+        return f"{self.subject.label or self.subject.given}: {what}"
+
+    def row(self, text: str, items: list[data.Item], fingerprint: str) -> report.Row:
+        """The row of report.json, with the interval, the kinds and where the checkpoint lies besides."""
+        folder, subject = self.subject.folder, self.subject
+        stages = report.stage_report(folder)
+        stored = size(folder)
+        asked = is_multimodal(self.config)
+        text_figure = self.text(text)
+        answer_figure = self.answer_perplexity(items, fingerprint) if asked else None
+        right = self.accuracy(items, fingerprint) if asked else None
+        self.opened = None
+        gc.collect()
+        return {
+            "model": base_model(subject, stages),
+            "method": subject.label or report.method_name(self.config, stages),
+            "bpw": stored.bpw,
+            "bytes": stored.bytes,
+            "perplexity_text": text_figure["perplexity"],
+            "perplexity_image_text": answer_figure["perplexity"] if answer_figure else None,
+            "accuracy": right["accuracy"] if right else None,
+            "questions": right["questions"] if right else None,
+            "accuracy_interval": right["interval"] if right else None,
+            "kinds": right["kinds"] if right else {},
+            "text_tokens": text_figure["tokens"],
+            "dtype": self.key["dtype"].removeprefix("torch."),
+            "device": self.key["device"],
+            "checkpoint": subject.given,
+            "sha256": self.key["checkpoint"],
+        }
+
+
+def base_model(subject: Subject, stages: dict[str, Any] | None) -> str:
+    """The name of the model that a checkpoint was made from, as the stages recorded it, else its own."""
+    return model_name(stages["base_model"] if stages else subject.given)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="compare.sh",
+        description="Evaluate checkpoints alike; write report.md, report.json and plots. Run again to resume.",
+    )
+    parser.add_argument(
+        "checkpoints",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="a folder, a hub id or a built-in name (demo-llama, demo-llava); NAME=CHECKPOINT sets its name in the "
+        "report",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for the report and the kept figures")
+    parser.add_argument(
+        "--split",
+        default="test",
+        choices=data.SCENES,
+        help="built-in questions, and the built-in text of that name (test for test-unseen) (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--text",
+        help=f"another text than the split's: {', '.join((*data.TEXTS, *data.HUB_TEXTS))} or a .txt file",
+    )
+    parser.add_argument(
+        "--questions-file", help="a .jsonl of image, question, answer, kind, instead of the built-in questions"
+    )
+    parser.add_argument(
+        "--questions", type=at_least(0), default=300, help="questions asked, 0 = all (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--windows", type=at_least(0), default=64, help="windows of text scored, 0 = all (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--sequence-length", type=at_least(2), default=512, help="tokens in a window (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=at_least(1), default=8, help="longest answer, in tokens (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=at_least(1), default=8, help="windows or questions at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="which questions are drawn from a --questions-file longer than --questions (default: %(default)s)",
+    )
+    add_device_arguments(parser)
+    parser.add_argument(
+        "--update-cards",
+        action="store_true",
+        help="also put the table into the model cards of the checkpoints that CASP made",
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = build_parser().parse_args(arguments)
+    subjects = [Subject.parse(text) for text in options.checkpoints]
+    text_name = options.text or ("test" if options.split == "test-unseen" else options.split)
+    text = data.load_text(text_name)
+    questions_name = options.questions_file or options.split
+    evaluations = [Evaluation(subject, Figures(options.output / "figures"), options) for subject in subjects]
+    items: list[data.Item] = []
+    if any(is_multimodal(evaluation.config) for evaluation in evaluations):
+        items = data.load_questions(questions_name, options.questions, options.seed)
+    fingerprint = data.questions_fingerprint(items)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{options.output} cannot be made ({error.strerror}): choose another --output") from error
+    rows = [evaluation.row(text, items, fingerprint) for evaluation in evaluations]
+    settings = {
+        "text": text_name,
+        "windows": f"{options.windows or 'all'} of {options.sequence_length} tokens",
+        "questions": f"{questions_name}, {len(items)} asked, at most {options.max_new_tokens} tokens an answer",
+        "dtype": ", ".join(sorted({row["dtype"] for row in rows})),
+        "device": ", ".join(sorted({row["device"] for row in rows})),
+        "seed": options.seed,
+    }
+    details = [plots.block_details(subject.folder) for subject in subjects]
+    pictures = plots.draw(rows, details, options.output)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command = shlex.join(["bash", "eval/scripts/compare.sh", *given])
+    write_json(options.output / "report.json", rows)
+    write_atomically(options.output / "report.md", report.markdown(rows, settings, command, pictures).encode())
+    if options.update_cards:
+        for subject, row in zip(subjects, rows, strict=True):
+            if report.stage_report(subject.folder) is not None:
+                report.update_card(subject.folder, rows, row)
+    print(report.table(rows))
+    if kinds := report.kinds_table(rows):
+        print(f"\n{kinds}")
+    print(f"\nreport: {options.output / 'report.md'}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,202 @@
+"""Open a checkpoint for evaluation: model, tokenizer and, for a multimodal model, its processor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.utils import logging
+
+import casp  # noqa: F401  (registers the quantization method "casp" with transformers)
+from casp.cli import model_folder, pick_device, pick_dtype
+from casp.errors import UserError
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass
+class Checkpoint:
+    """A model ready to be evaluated. `chat` is the processor of a multimodal model, else the tokenizer."""
+
+    folder: Path
+    config: Any
+    model: nn.Module
+    tokenizer: Any
+    processor: Any | None
+    device: torch.device
+
+    @property
+    def chat(self) -> Any:
+        return self.processor if self.processor is not None else self.tokenizer
+
+    @property
+    def is_multimodal(self) -> bool:
+        return self.processor is not None
+
+    def prompt(self, question: str, has_image: bool, answer: str | None = None) -> tuple[str, str]:
+        """The model's own chat template filled in: (text up to the answer, the answer as the template spells it).
+
+        The second part is empty without an answer. Templates put a space, a newline or nothing before the
+        answer, so it is cut out of the rendered conversation rather than appended to the prompt.
+        """
+        template = getattr(self.chat, "chat_template", None)
+        if not template:
+            raise UserError(
+                f"{self.folder} has no chat template, so questions cannot be put to it: add a chat_template.jinja "
+                "to the folder, or evaluate its text perplexity alone"
+            )
+        user = _message("user", question, has_image, self.is_multimodal)
+        before = self.chat.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
+        if answer is None:
+            return before, ""
+        reply = _message("assistant", answer, False, self.is_multimodal)
+        whole = self.chat.apply_chat_template([user, reply], tokenize=False)
+        end = whole.rfind(answer) + len(answer)
+        if whole.startswith(before) and end > len(before):
+            return before, whole[len(before) : end]
+        # Some templates render a past answer unlike the one being written (without its reasoning block, say).
+        return before, answer
+
+    def encode(self, texts: list[str], images: list[Any] | None, padding_side: str) -> dict[str, Tensor]:
+        """Model inputs for rendered prompts, padded to the longest, on the model's device and dtype.
+
+        images: one PIL image a text, or None. padding_side: "left" to generate, "right" to score.
+        """
+        bos = self.tokenizer.bos_token
+        options: dict[str, Any] = {
+            "return_tensors": "pt",
+            "padding": True,
+            "padding_side": padding_side,
+            # A template that writes the first token itself must not get a second one.
+            "add_special_tokens": not (bos and texts[0].startswith(bos)),
+        }
+        if images is not None:
+            batch = self.processor(text=texts, images=[[image] for image in images], **options)
+        else:
+            batch = self.tokenizer(texts, **options)
+        return {
+            name: value.to(self.device, self.model.dtype if value.is_floating_point() else None)
+            for name, value in batch.items()
+            if isinstance(value, Tensor)
+        }
+
+
+def _message(role: str, text: str, has_image: bool, is_multimodal: bool) -> dict[str, Any]:
+    """One turn of a conversation; processors take lists of parts, the templates of text models take strings."""
+    if not is_multimodal:
+        return {"role": role, "content": text}
+    parts: list[dict[str, str]] = [{"type": "image"}] if has_image else []
+    return {"role": role, "content": [*parts, {"type": "text", "text": text}]}
+
+
+def is_multimodal(config: Any) -> bool:
+    """Whether transformers loads this configuration as an image-text-to-text model."""
+    return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+
+def require_images(folder: Path, config: Any) -> None:
+    """UserError for a model that takes no images; told from the configuration, before weights are read."""
+    if not is_multimodal(config):
+        raise UserError(
+            f"{folder} is a text-only model ({config.model_type}) and takes no images: leave the images out, or give "
+            "a multimodal model"
+        )
+
+
+def read_config(folder: Path) -> Any:
+    """The checkpoint's configuration; UserError when it has none that transformers can read."""
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder} has no readable config.json ({_first_line(error)}): give the folder of a checkpoint"
+        ) from error
+
+
+def open_checkpoint(model: str, device: str, dtype: str) -> Checkpoint:
+    """Load a folder, hub id or built-in name for evaluation.
+
+    device, dtype: as on the command line ("auto": the GPU when there is one; float32 on a CPU, where bfloat16
+    products are several times slower, else the checkpoint's own).
+    """
+    folder = model_folder(model)
+    config = read_config(folder)
+    place = pick_device(device)
+    number = pick_dtype(dtype, place, config.dtype or torch.float32)
+    multimodal = is_multimodal(config)
+    auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+    try:
+        with _quiet_transformers():
+            loaded, info = auto.from_pretrained(folder, dtype=number, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, torch.OutOfMemoryError) as error:
+        raise UserError(
+            f"{folder} cannot be loaded ({_first_line(error)}): it is damaged, incomplete or of an unknown kind; "
+            "make or download it again"
+        ) from error
+    except Exception as error:
+        # safetensors has an exception of its own, not derived from any of the above.
+        if type(error).__module__.split(".")[0] not in ("safetensors", "safetensors_rust"):
+            raise
+        raise UserError(
+            f"{folder} has a damaged safetensors file ({_first_line(error)}): make or download it again"
+        ) from error
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        raise UserError(
+            f"{folder} lacks {len(names)} tensors (first: {names[0]}), which would be evaluated as random numbers: "
+            "make or download it again"
+        )
+    try:
+        processor = AutoProcessor.from_pretrained(folder) if multimodal else None
+        tokenizer = processor.tokenizer if multimodal else AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        kind = "processor" if multimodal else "tokenizer"
+        raise UserError(
+            f"{folder} has no usable {kind} ({_first_line(error)}): copy the original model's {kind} files into it"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # masked out wherever it stands
+    loaded = loaded.to(place).eval()
+    loaded.generation_config = _greedy(loaded.generation_config, tokenizer)
+    return Checkpoint(folder, config, loaded, tokenizer, processor, place)
+
+
+def _greedy(own: GenerationConfig, tokenizer: Any) -> GenerationConfig:
+    """Plain greedy decoding: of the model's own settings keep the special tokens, not its sampling or penalties."""
+    eos = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
+    return GenerationConfig(
+        do_sample=False, bos_token_id=own.bos_token_id, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".:")
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers' progress and loading report off the terminal; what matters in them is told as an error."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,63 @@
+"""Command-line options and output that the evaluation scripts share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from casp.cli import DTYPES
+from casp.demo import NAMES
+from casp.errors import UserError
+from casp.run import write_atomically
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number, `least` or more."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text} is not at least {least}")
+        return value
+
+    number.__name__ = "whole number"  # argparse names the type so when int() fails
+    return number
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """--device and --dtype, as every stage has them."""
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto = cuda if there is one)"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", *DTYPES],
+        help="dtype to compute in (default: auto = float32 on a CPU, the checkpoint's own on a GPU)",
+    )
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """--model of a script about one checkpoint."""
+    parser.add_argument("--model", required=True, help=f"hub id, folder, or built-in name ({', '.join(NAMES)})")
+
+
+def add_output_argument(parser: argparse.ArgumentParser) -> None:
+    """--output of a script that measures one figure."""
+    parser.add_argument("--output", type=Path, help="a file for the JSON (default: print it)")
+
+
+def write_figure(figure: dict[str, Any], output: Path | None) -> None:
+    """Print a result as JSON, or write it to a file."""
+    text = json.dumps(figure, indent=2)
+    if output is None:
+        print(text)
+        return
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, (text + "\n").encode())
+    except OSError as error:
+        raise UserError(f"{output} cannot be written ({error.strerror}): choose another --output") from error

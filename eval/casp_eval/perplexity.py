@@ -1,0 +1,110 @@
+"""Text perplexity on non-overlapping windows: `python -m casp_eval.perplexity --model ... --dataset ...`.
+
+Perplexity = exp of the mean negative log-likelihood of the next token. The text is tokenized once, without
+special tokens, and cut into windows that do not overlap; in each, every token but the first is predicted from
+those before it in that window. This is the protocol of the GPTQ paper (arXiv 2210.17323) and of those after it;
+the defaults here (64 windows of 512 tokens) are smaller than theirs (all windows of 2048).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from casp.cli import Parser, run_main
+from casp.errors import UserError
+from casp_eval.data import HUB_TEXTS, TEXTS, load_text
+from casp_eval.loading import Checkpoint, open_checkpoint
+from casp_eval.options import add_device_arguments, add_model_argument, add_output_argument, at_least, write_figure
+from casp_eval.scoring import token_losses
+
+
+def text_windows(tokenizer: Any, text: str, length: int, count: int) -> Tensor:
+    """The first `count` windows of `length` tokens (0 = all that fit): int64 (windows, length), no BOS.
+
+    UserError when the text is too short for one window.
+    """
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
+    fit = len(ids) // length
+    if fit == 0:
+        raise UserError(
+            f"the text has {len(ids)} tokens, too few for one window of {length}: "
+            "give a longer text or a smaller --sequence-length"
+        )
+    windows = min(fit, count) if count else fit
+    return ids[: windows * length].view(windows, length)
+
+
+def mean_loss(model: nn.Module, windows: Tensor, batch_size: int, progress: str | None = None) -> float:
+    """Mean negative log-likelihood, in nats a token, of every token but the first of each window.
+
+    windows: token ids (windows, length). progress: a label for the bar, None for no bar.
+    """
+    device = next(model.parameters()).device
+    total, tokens = 0.0, 0
+    for batch in tqdm(windows.split(batch_size), desc=progress, disable=progress is None, leave=False):
+        ids = batch.to(device)
+        keep = torch.ones_like(ids, dtype=torch.bool)
+        keep[:, -1] = False
+        losses = token_losses(model, {"input_ids": ids}, ids.roll(-1, dims=1), keep)
+        total += losses.double().sum().item()
+        tokens += losses.numel()
+    return total / tokens
+
+
+def perplexity(loss: float, of: str) -> float:
+    """exp(loss); `of` names the checkpoint. UserError for NaN; the largest float where exp would overflow."""
+    if math.isnan(loss):
+        raise UserError(f"{of} predicts NaN: its weights or scales are damaged, make it again")
+    return math.exp(min(loss, 709.0))  # exp(710) has no float; a model that bad may still appear in a table
+
+
+def text_perplexity(
+    checkpoint: Checkpoint, text: str, length: int, count: int, batch_size: int, progress: str | None = None
+) -> dict[str, Any]:
+    """{"perplexity", "windows", "sequence_length", "tokens"} of a text; see the module for the protocol."""
+    windows = text_windows(checkpoint.tokenizer, text, length, count)
+    loss = mean_loss(checkpoint.model, windows, batch_size, progress)
+    return {
+        "perplexity": perplexity(loss, str(checkpoint.folder)),
+        "windows": len(windows),
+        "sequence_length": length,
+        "tokens": len(windows) * (length - 1),
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser(prog="perplexity.sh", description="Text perplexity of a checkpoint, as JSON.")
+    add_model_argument(parser)
+    add_output_argument(parser)
+    add_device_arguments(parser)
+    parser.add_argument(
+        "--dataset",
+        default="test",
+        help=f"text: built-in ({', '.join(TEXTS)}), from the hub ({', '.join(HUB_TEXTS)}) or a .txt file "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--windows", type=at_least(0), default=64, help="windows scored, 0 = all (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--sequence-length", type=at_least(2), default=512, help="tokens in a window (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=at_least(1), default=4, help="windows scored at a time (default: %(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    text = load_text(options.dataset)
+    checkpoint = open_checkpoint(options.model, options.device, options.dtype)
+    figure = text_perplexity(
+        checkpoint, text, options.sequence_length, options.windows, options.batch_size, progress="text"
+    )
+    write_figure({"model": options.model, "dataset": options.dataset, **figure}, options.output)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,160 @@
+"""Questions about images: perplexity of the answers and exact match, `python -m casp_eval.questions --model ...`.
+
+Perplexity of the answers: exp of the mean negative log-likelihood of the answers' tokens, given image and
+question in the model's own chat template (the token that ends the turn is not counted).
+Exact match: greedy answers equal to the right one after `normalise`, per kind of question, with the 95% interval
+of Wilson (J. Am. Stat. Assoc. 22, 1927), which stays inside [0, 1] and is sound for small samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from casp.cli import Parser, model_folder, run_main
+from casp_eval.data import SCENES, Item, load_questions
+from casp_eval.loading import Checkpoint, open_checkpoint, read_config, require_images
+from casp_eval.options import add_device_arguments, add_model_argument, add_output_argument, at_least, write_figure
+from casp_eval.perplexity import perplexity
+from casp_eval.scoring import token_losses
+
+Z95 = 1.959963984540054
+"""Two-sided 95% quantile of the normal distribution."""
+
+
+def wilson(right: int, asked: int) -> tuple[float, float]:
+    """95% Wilson score interval of a proportion: (low, high), both in [0, 1]; asked > 0."""
+    share = right / asked
+    weight = Z95**2 / asked
+    centre = (share + weight / 2) / (1 + weight)
+    half = Z95 / (1 + weight) * math.sqrt(share * (1 - share) / asked + weight / (4 * asked))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def normalise(answer: str) -> str:
+    """What two answers are compared by: no outer white space, lower case, no final dot."""
+    return answer.strip().lower().removesuffix(".").rstrip()
+
+
+def answer_length(tokenizer: Any, before: str, answer: str) -> int:
+    """How many tokens of before + answer belong to the answer.
+
+    A tokenizer may merge the prompt's last characters with the answer's first, so the answer begins where the
+    encodings with and without it part. Images do not matter here: they only lengthen both alike.
+    """
+    whole = tokenizer(before + answer).input_ids
+    alone = tokenizer(before).input_ids
+    same = next((i for i, (a, b) in enumerate(zip(whole, alone, strict=False)) if a != b), len(alone))
+    return len(whole) - same
+
+
+def answer_loss(
+    checkpoint: Checkpoint, items: list[Item], batch_size: int, progress: str | None = None
+) -> tuple[float, int]:
+    """Mean negative log-likelihood of the answers' tokens in nats, and how many tokens that were."""
+    total, tokens = 0.0, 0
+    for batch in tqdm(_batches(items, batch_size), desc=progress, disable=progress is None, leave=False):
+        rendered = [checkpoint.prompt(item.question, True, item.answer) for item in batch]
+        inputs = checkpoint.encode(
+            [before + answer for before, answer in rendered], [item.image for item in batch], "right"
+        )
+        ids = inputs["input_ids"]
+        keep = torch.zeros_like(ids, dtype=torch.bool)
+        ends = inputs["attention_mask"].sum(dim=1).tolist()
+        for row, (end, (before, answer)) in enumerate(zip(ends, rendered, strict=True)):
+            keep[row, end - 1 - answer_length(checkpoint.tokenizer, before, answer) : end - 1] = True
+        losses = token_losses(checkpoint.model, inputs, ids.roll(-1, dims=1), keep)
+        total += losses.double().sum().item()
+        tokens += losses.numel()
+    return total / tokens, tokens
+
+
+@torch.inference_mode()
+def answers(
+    checkpoint: Checkpoint, items: list[Item], batch_size: int, max_new_tokens: int, progress: str | None = None
+) -> list[str]:
+    """Greedy answers, one an item, decoded without special tokens."""
+    given: list[str] = []
+    for batch in tqdm(_batches(items, batch_size), desc=progress, disable=progress is None, leave=False):
+        prompts = [checkpoint.prompt(item.question, True)[0] for item in batch]
+        inputs = checkpoint.encode(prompts, [item.image for item in batch], "left")
+        output = checkpoint.model.generate(**inputs, max_new_tokens=max_new_tokens)
+        new = output[:, inputs["input_ids"].shape[1] :]
+        given += checkpoint.tokenizer.batch_decode(new, skip_special_tokens=True)
+    return given
+
+
+def accuracy(items: list[Item], given: list[str]) -> dict[str, Any]:
+    """Exact match over all questions and per kind, each with its 95% interval.
+
+    {"accuracy", "interval": [low, high], "questions", "kinds": {kind: {"accuracy", "interval", "questions"}}}
+    """
+    right: dict[str, list[bool]] = defaultdict(list)
+    for item, answer in zip(items, given, strict=True):
+        right[item.kind].append(normalise(answer) == normalise(item.answer))
+    kinds = {kind: _share(marks) for kind, marks in sorted(right.items())}
+    return {**_share([mark for marks in right.values() for mark in marks]), "kinds": kinds}
+
+
+def answer_perplexity(
+    checkpoint: Checkpoint, items: list[Item], batch_size: int, progress: str | None = None
+) -> dict[str, Any]:
+    """{"perplexity", "tokens", "questions"}: exp of `answer_loss`."""
+    loss, tokens = answer_loss(checkpoint, items, batch_size, progress)
+    return {"perplexity": perplexity(loss, str(checkpoint.folder)), "tokens": tokens, "questions": len(items)}
+
+
+def _batches(items: list[Item], size: int) -> list[list[Item]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _share(marks: list[bool]) -> dict[str, Any]:
+    right = sum(marks)
+    return {"accuracy": right / len(marks), "interval": list(wilson(right, len(marks))), "questions": len(marks)}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser(
+        prog="questions.sh", description="Answers to questions about images: perplexity and exact match, as JSON."
+    )
+    add_model_argument(parser)
+    add_output_argument(parser)
+    add_device_arguments(parser)
+    parser.add_argument(
+        "--dataset",
+        default="test",
+        help=f"questions: built-in ({', '.join(SCENES)}) or a .jsonl of image, question, answer, kind "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--questions", type=at_least(0), default=300, help="questions asked, 0 = all (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=at_least(1), default=16, help="questions asked at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=at_least(1), default=8, help="longest answer, in tokens (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="which questions are drawn from a .jsonl longer than --questions (default: %(default)s)",
+    )
+    options = parser.parse_args(arguments)
+    items = load_questions(options.dataset, options.questions, options.seed)
+    folder = model_folder(options.model)
+    require_images(folder, read_config(folder))
+    checkpoint = open_checkpoint(options.model, options.device, options.dtype)
+    loss = answer_perplexity(checkpoint, items, options.batch_size, progress="answers scored")
+    given = answers(checkpoint, items, options.batch_size, options.max_new_tokens, progress="questions asked")
+    figure = {"model": options.model, "dataset": options.dataset, "perplexity": loss["perplexity"]}
+    write_figure({**figure, **accuracy(items, given)}, options.output)
+
+
+if __name__ == "__main__":
+    run_main(main)
