@@ -113,8 +113,8 @@ def model_folder(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=DOWNLOADED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"--model {model} is no folder here and could not be fetched from the hub ({type(error).__name__}); check the "
-            "spelling and the network, or give a local folder."
+            f"--model {model} is no folder here and could not be fetched from the hub ({type(error).__name__}); check "
+            "the spelling and the network, or give a local folder."
         ) from error
 
 
