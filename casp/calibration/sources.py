@@ -148,21 +148,23 @@ def _hub_text(dataset: str, rng: random.Random) -> str | Iterator[str]:
     if hub.separator is not None:
         return hub.separator.join(hub.text(row) for part in parts for row in part)
     seed = rng.randrange(2**31)
-    mixed = datasets.interleave_datasets(
-        [part.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER) for part in parts],
-        probabilities=list(hub.shares),
-        seed=seed,
-        stopping_strategy="all_exhausted",
-    )
-    return _documents(dataset, mixed)
+    shuffled = [part.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER) for part in parts]
+    return _documents(dataset, shuffled, rng)
 
 
-def _documents(dataset: str, rows: datasets.IterableDataset) -> Iterator[str]:
-    """The texts of streamed rows; a connection that breaks on the way is the user's matter, too."""
+def _documents(dataset: str, parts: list[datasets.IterableDataset], rng: random.Random) -> Iterator[str]:
+    """The texts of streamed parts, mixed by their shares."""
+    hub = HUB[dataset]
     try:
-        for row in rows:
-            yield HUB[dataset].text(row)
-    except Exception as error:
+        streams = [(iter(part), share) for part, share in zip(parts, hub.shares, strict=True)]
+        while streams:
+            drawn = rng.choices(streams, weights=[share for _, share in streams])[0]
+            row = next(drawn[0], None)
+            if row is None:
+                streams.remove(drawn)
+            else:
+                yield hub.text(row)
+    except Exception as error:  # a connection may break on the way
         raise _unreachable(dataset, error) from error
 
 
