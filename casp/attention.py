@@ -25,13 +25,14 @@ class AttentionCall:
 
     query: (batch, heads, tokens, head_dim), key: (batch, key_value_heads, tokens, head_dim), both as they
     meet in the logits; mask: boolean or additive, broadcastable to (batch, heads, tokens, tokens), or None
-    for a plain causal mask; scaling: the factor on the logits.
+    for a plain causal mask; scaling: the factor on the logits; softcap: the bound that Gemma 2 puts on them.
     """
 
     query: Tensor
     key: Tensor
     mask: Tensor | None
     scaling: float
+    softcap: float | None = None
 
     def probabilities(self, head: int) -> Tensor:
         """Attention probabilities of one query head, (batch, tokens, tokens) in float32.
@@ -39,7 +40,10 @@ class AttentionCall:
         One head at a time, because a map over all heads of a long sequence is the largest tensor of a walk.
         """
         group = self.query.shape[1] // self.key.shape[1]
-        logits = self.query[:, head].float() @ self.key[:, head // group].float().transpose(-1, -2) * self.scaling
+        query, key = self.query[:, head].float(), self.key[:, head // group].float()
+        logits = query @ key.transpose(-1, -2) * self.scaling
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
         tokens = logits.shape[-1]
         mask = self.mask
         if mask is None:
@@ -60,11 +64,22 @@ def _attention(
     scaling: float | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    call = AttentionCall(query, key, attention_mask, factor, kwargs.get("softcap"))
     observer = getattr(module, "attention_observer", None)
     if observer is not None:
-        factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-        observer(AttentionCall(query, key, attention_mask, factor))
+        observer(call)
+    if call.softcap is not None:
+        return _softcapped(call, value), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+def _softcapped(call: AttentionCall, value: Tensor) -> Tensor:
+    """Attention with bounded logits, which the fused kernel does not know; (batch, tokens, heads, head_dim)."""
+    heads = range(call.query.shape[1])
+    group = len(heads) // value.shape[1]
+    rows = [call.probabilities(head).to(value.dtype) @ value[:, head // group] for head in heads]
+    return torch.stack(rows, dim=2)
 
 
 @contextmanager
