@@ -2,7 +2,7 @@
 
     python assets/scripts/build_tiles.py --packages node_modules --output assets/tiles
 
-`--packages` is a node_modules folder holding @iconify-json/{noto,noto-v1,fluent-emoji-flat,emojione,fxemoji,twemoji}.
+`--packages` is a node_modules folder holding @iconify-json/{noto,noto-v1,fluent-emoji-flat,emojione,twemoji}.
 Sheet row i, column j of a vendor shows the concept number i * columns + j of index.json.
 """
 from __future__ import annotations
@@ -15,39 +15,33 @@ from pathlib import Path
 import resvg_py
 from PIL import Image
 
-VENDORS = ("noto", "noto-v1", "fluent-emoji-flat", "emojione", "fxemoji", "twemoji")
+VENDORS = ("noto", "noto-v1", "fluent-emoji-flat", "emojione", "twemoji")
 UNSEEN = "twemoji"
-SIDE, COLUMNS, LEAST_VENDORS = 64, 16, 4
+SIDE, COLUMNS, LEAST_VENDORS = 64, 16, 3
 
 # category: word[=icon name[|icon name...]]; the word is the answer, the icon names are tried in order.
 CONCEPTS = {
-    "animal": "monkey dog fox=fox|fox-face|foxface cat tiger horse deer cow pig sheep=ewe|sheep camel elephant mouse "
-              "rabbit bat bear=bear|bear-face|bearface panda=panda|panda-face|pandaface chicken penguin eagle duck owl "
-              "frog=frog|frog-face|frogface crocodile turtle snake dragon whale fish shark octopus crab snail "
-              "butterfly bee=honeybee spider lion=lion|lion-face|lionface",
-    "plant": "rose sunflower cactus mushroom leaf=maple-leaf tree=deciduous-tree palm=palm-tree pine=evergreen-tree",
-    "food": "grapes watermelon lemon banana pineapple pear cherries strawberry orange=tangerine apple=red-apple "
-            "kiwi=kiwi-fruit avocado carrot cucumber corn=ear-of-corn|ear-of-maize bread pancakes bacon pizza egg "
-            "popcorn sushi cookie candy cheese=cheese-wedge|cheese cake=birthday-cake|shortcake rice=cooked-rice "
-            "coffee=hot-beverage beer=beer-mug wine=wine-glass chocolate=chocolate-bar pepper=hot-pepper "
-            "cream=ice-cream eggplant",
-    "vehicle": "locomotive bus ambulance taxi tractor motorcycle=motorcycle|racing-motorcycle bicycle canoe ship "
-               "airplane helicopter rocket",
-    "building": "house factory castle church fountain tent statue=statue-of-liberty tower=tokyo-tower",
-    "nature": "sun=sun|black-sun-with-rays cloud tornado rainbow fire=fire|fireflame moon=crescent-moon snow=snowflake "
-              "lightning=high-voltage star=star|white-medium-star|whitemediumstar wave=water-wave|wave comet "
-              "earth=globe-showing-americas|earth-globe-americas|globeamericas drop=droplet volcano",
-    "sport": "baseball basketball volleyball bowling soccer=soccer-ball football=american-football "
-             "hockey=ice-hockey boxing=boxing-glove trophy medal=sports-medal fishing=fishing-pole",
-    "clothing": "glasses=glasses|eyeglasses jeans dress crown ring hat=womans-hat|woman-s-hat shirt=t-shirt "
-                "boot=womans-boot|woman-s-boot tie=necktie backpack=backpack|school-backpack heel=high-heeled-shoe",
-    "music": "microphone radio trumpet guitar violin drum piano=musical-keyboard headphones=headphone",
-    "object": "bell battery camera television candle flashlight envelope pencil calendar scissors key umbrella balloon "
-              "hammer=hammer|claw-hammer bomb shield wrench gear microscope syringe pill door bed toilet "
-              "phone=mobile-phone bulb=light-bulb sword=crossed-swords|dagger gift=wrapped-gift lock=locked "
-              "book=open-book knife=kitchen-knife wheel=ferris-wheel paint=artist-palette dice=game-die",
-    "face": "skull ghost alien=alien|extraterrestrial-alien|extraterrestrialalien robot=robot|robot-face|robotface ear "
-            "nose eye tongue baby",
+    "animal": "monkey dog fox=fox|fox-face cat pig elephant rabbit panda=panda|panda-face chicken "
+              "penguin duck owl frog=frog|frog-face turtle snake whale fish octopus snail butterfly bee=honeybee "
+              "spider lion=lion|lion-face",
+    "plant": "rose sunflower cactus mushroom leaf=maple-leaf tree=deciduous-tree palm=palm-tree",
+    "food": "grapes watermelon lemon banana pineapple cherries strawberry orange=tangerine apple=red-apple "
+            "kiwi=kiwi-fruit avocado carrot corn=ear-of-corn|ear-of-maize pizza egg popcorn "
+            "cheese=cheese-wedge|cheese cake=birthday-cake|shortcake coffee=hot-beverage beer=beer-mug wine=wine-glass "
+            "eggplant",
+    "vehicle": "locomotive bus taxi tractor bicycle ship airplane helicopter rocket",
+    "building": "house factory castle church tent",
+    "nature": "sun=sun|black-sun-with-rays cloud rainbow fire moon=crescent-moon snow=snowflake "
+              "lightning=high-voltage star=star|white-medium-star "
+              "earth=globe-showing-americas|earth-globe-americas drop=droplet volcano",
+    "sport": "baseball basketball bowling soccer=soccer-ball football=american-football boxing=boxing-glove trophy",
+    "clothing": "glasses=glasses|eyeglasses dress crown shirt=t-shirt boot=womans-boot|woman-s-boot "
+                "backpack=backpack|school-backpack",
+    "music": "microphone guitar drum piano=musical-keyboard headphones=headphone",
+    "object": "camera envelope pencil calendar scissors key umbrella balloon bomb shield "
+              "gear door bed phone=mobile-phone bulb=light-bulb gift=wrapped-gift lock=locked book=open-book "
+              "dice=game-die",
+    "face": "skull ghost alien=alien|extraterrestrial-alien robot=robot|robot-face eye baby",
 }
 
 
@@ -62,11 +56,10 @@ def concepts() -> list[tuple[str, str, list[str]]]:
 
 
 def icon_of(pack: dict[str, dict], names: list[str]) -> dict | None:
-    """The first icon of a package that carries one of the names; some vendors write names without hyphens."""
+    """The first icon of a package that carries one of the names."""
     for name in names:
-        for key in (name, name.replace("-", "")):
-            if key in pack["icons"]:
-                return pack["icons"][key]
+        if name in pack["icons"]:
+            return pack["icons"][name]
     return None
 
 
@@ -88,7 +81,8 @@ def render(pack: dict, icon: dict, side: int) -> Image.Image:
 def main() -> None:
     """Write the sheets and the index."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--packages", type=Path, required=True, help="node_modules folder with the @iconify-json packages")
+    parser.add_argument("--packages", type=Path, required=True,
+                        help="node_modules folder with the @iconify-json packages")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
     packs, licences = {}, {}

