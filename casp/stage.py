@@ -15,15 +15,30 @@ from casp.budget import Plan, matrices, original_bytes, plan_bytes, promote, uni
 from casp.calibration import calibration_batches, fingerprint
 from casp.checkpoint import size
 from casp.cli import default_output, model_name, pick_device, pick_dtype, stage_input
+from casp.errors import UserError
+from casp.linear import LowRankLinear, QuantizedLinear
 from casp.models import Decoder
 from casp.quantize import measure_block_influence, quantize_model
 from casp.run import REPORT_FILE, RunFolder, write_json
 
+# Named such that the run folder, once finished, clears it away with the reports of the single blocks.
 INFLUENCE_FILE = "block-influence.json"
+INFLUENCE_SAMPLES = 32  # block influence is a mean over tokens: a few samples settle the order of the blocks
 
 
 def add_quantizing_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of every quantizing stage, besides the common ones."""
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--bits-budget",
+        type=float,
+        metavar="BPW",
+        help="bits per original weight, all overheads counted, that must not be exceeded; what --bits leaves goes to "
+        "more bits (default: for a model with low-rank layers, what --bits would take without them)",
+    )
+    budget.add_argument(
+        "--target-bytes-of", type=Path, metavar="DIR", help="the same, as the size of the linears of checkpoint DIR"
+    )
     parser.add_argument(
         "--from-original",
         action="store_true",
@@ -38,6 +53,20 @@ def add_quantizing_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def holds(decoder: Decoder, kind: type) -> bool:
+    """Whether a linear of the decoder's blocks is a `kind`."""
+    return any(isinstance(module, kind) for block in decoder.block_list for module in block.modules())
+
+
+def byte_budget(args: argparse.Namespace, decoder: Decoder, backend: Backend, format: Format) -> int | None:
+    """The bytes that all linears may take together; None when the plan is simply uniform."""
+    if args.bits_budget is not None:
+        return int(args.bits_budget * decoder.original_weights() / 8)
+    if args.target_bytes_of is not None:
+        return size(args.target_bytes_of).bytes
+    return original_bytes(decoder, backend, format) if holds(decoder, LowRankLinear) else None
+
+
 def block_influence(
     run: RunFolder, batches: list[dict[str, Tensor]], device: torch.device, dtype: torch.dtype
 ) -> list[float]:
@@ -50,21 +79,13 @@ def block_influence(
     kept = run.folder / INFLUENCE_FILE
     if not kept.exists():
         print("measuring the influence of each block")
-        write_json(kept, measure_block_influence(run.decoder, batches, device, dtype))
+        few, samples = [], 0
+        for batch in batches:
+            if samples < INFLUENCE_SAMPLES:
+                few.append(batch)
+                samples += len(batch["input_ids"])
+        write_json(kept, measure_block_influence(run.decoder, few, device, dtype))
     return json.loads(kept.read_text())
-
-
-def make_plan(decoder: Decoder, backend: Backend, ladder: Sequence[Format], influence: Sequence[float] | None) -> Plan:
-    """Formats for every matrix: the ladder's first, and if `influence` is given what the same bytes allow.
-
-    The budget is what the original model would take in the ladder's first format; low-rank layers leave part
-    of it, which lifts the blocks of highest influence up the ladder.
-    """
-    plan = uniform_plan(decoder, ladder[0])
-    if influence is None:
-        return plan
-    budget = original_bytes(decoder, backend, ladder[0])
-    return promote(plan, matrices(decoder), backend, ladder, influence, budget)
 
 
 def describe_plan(plan: Plan, shapes: dict[str, tuple[int, int, int]], backend: Backend, decoder: Decoder) -> str:
@@ -87,36 +108,45 @@ def quantize_stage(
     backend's knobs of the search, passed to `quantize`; label: what the output is filed under
     (runs/<model>/<label>, with "casp-" before it for a model with low-rank layers).
     """
-    source = stage_input(args.model, "svd", args.from_original)
-    decoder = Decoder.open(source)
-    low_rank = decoder.compression is not None
-    stage = f"casp-{label}" if low_rank else label
+    decoder = Decoder.open(stage_input(args.model, "svd", args.from_original))
+    if holds(decoder, QuantizedLinear):
+        raise UserError(f"{decoder.folder} is already quantized; give the original model or the output of stage svd.")
+    stage = f"casp-{label}" if holds(decoder, LowRankLinear) else label
     output = args.output or default_output(args.model, stage)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device, decoder.dtype)
-    batches = calibration_batches(source, args.dataset, args.samples, args.sequence_length, args.seed, args.batch_size)
+    budget = byte_budget(args, decoder, backend, ladder[0])
+    batches = calibration_batches(
+        decoder.folder, args.dataset, args.samples, args.sequence_length, args.seed, args.batch_size
+    )
     record = {
         "backend": backend.name,
-        "format": dict(ladder[0]),
+        **ladder[0],
         **settings,
         "true_sequential": args.true_sequential,
+        "byte_budget": budget,
         "dataset": args.dataset,
         "samples": args.samples,
         "sequence_length": args.sequence_length,
         "batch_size": args.batch_size,
-        "seed": args.seed,
         "dtype": str(dtype).removeprefix("torch."),
         "device": device.type,
+        "seed": args.seed,
     }
     run = RunFolder(output, decoder, stage, model_name(args.model), record, fingerprint(batches))
     if run.done:
         print(f"{output} is finished already with these settings")
         return output
     began = time.perf_counter()
-    plan = make_plan(decoder, backend, ladder, block_influence(run, batches, device, dtype) if low_rank else None)
-    print(describe_plan(plan, matrices(decoder), backend, decoder))
+    plan = uniform_plan(decoder, ladder[0])
+    shapes = matrices(decoder)
+    if budget is not None:
+        plan = promote(plan, shapes, backend, ladder, block_influence(run, batches, device, dtype), budget)
+    print(describe_plan(plan, shapes, backend, decoder))
     quantize_model(decoder, run, batches, backend, plan, device, dtype, args.seed, args.true_sequential, settings)
     result = size(output)
-    print(f"{output}: {result.bytes / 1e6:.1f} MB for the decoder's linears, {result.bpw:.3f} bits per weight")
-    print(f"finished in {time.perf_counter() - began:.0f} s")
+    print(
+        f"wrote {output} in {time.perf_counter() - began:.0f} s: {result.bytes / 1e6:.2f} MB of linears, "
+        f"{result.bpw:.3f} bits per original weight"
+    )
     return output
