@@ -1,0 +1,136 @@
+"""GPTQ: rounding one weight matrix column by column, each error made good by the columns still to come.
+
+Frantar et al. 2022, arXiv 2210.17323, Algorithm 1. The paper updates the remaining columns through the Cholesky
+factor of H^-1. With `H = R R^T`, R upper triangular, that factor is R^-1, and `tr(D H D^T) = |D R|^2`: column j
+costs `(sum_{i<j} D_i R_ij + D_j R_jj)^2`, so the best value for it is `w_j + sum_{i<j} D_i R_ij / R_jj`, the
+very number that the paper's updates produce (QuIP, arXiv 2307.13304, Theorem 6), without inverting anything.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from casp.errors import UserError
+from casp.moments import damped_cholesky
+from casp_gptq.grid import check_format, find_grid, group_bounds, to_codes
+from casp_gptq.refine import refine
+
+_BLOCK = 128  # columns between two updates of all that follow: one matrix product instead of 128 outer products
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized matrix: `scales[:, g] * (codes[:, j] - zeros[:, g])`, column j in group `j // group_size`.
+
+    codes (out, in) uint8; scales (out, groups) float16; zeros (out, groups) uint8; group_size in columns.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    group_size: int
+
+    def dequantize(self) -> Tensor:
+        """The matrix that the codes stand for, (out, in) float32."""
+        group = torch.arange(self.codes.shape[1], device=self.codes.device) // self.group_size
+        return self.scales.float()[:, group] * (self.codes.float() - self.zeros.float()[:, group])
+
+
+def check_inputs(weight: Tensor, hessian: Tensor, name: str) -> None:
+    """UserError that names the layer when its weight holds NaN or infinity or the Hessian has another width."""
+    if not torch.isfinite(weight).all():
+        raise UserError(f"{name} holds NaN or infinity; download or write the checkpoint again.")
+    if hessian.shape != (weight.shape[1], weight.shape[1]):
+        raise UserError(
+            f"{name} has {weight.shape[1]} columns, its Hessian the shape {tuple(hessian.shape)}; take both from the "
+            "same layer."
+        )
+
+
+def processing_order(hessian: Tensor, act_order: bool) -> Tensor:
+    """Columns in the order in which they are rounded: as they stand, or (act-order) largest input first."""
+    diagonal = hessian.diagonal()
+    if not act_order:
+        return torch.arange(len(diagonal), device=diagonal.device)
+    return torch.argsort(diagonal, descending=True, stable=True)
+
+
+def gptq_quantize(
+    weight: Tensor,
+    hessian: Tensor,
+    bits: int,
+    group_size: int = 128,
+    *,
+    symmetric: bool = False,
+    act_order: bool = True,
+    damping: float = 0.01,
+    clip_steps: int = 20,
+    sweeps: int = 2,
+    name: str = "the weight",
+) -> Quantized:
+    """Quantize `weight` (out, in) under `hessian` = E[x x^T] (in, in), minimising `tr(D H D^T)`.
+
+    bits: 2, 3, 4 or 8; group_size: columns that share a scale, -1 for whole rows; the last group may be short.
+    act_order: round the columns with the largest inputs first. Groups stay runs of neighbouring columns, their
+    grids are then found beforehand on the original weights (no column-to-group index has to be stored);
+    without act-order a group's grid is found when its first column is reached, as in the paper.
+    damping: share of the mean diagonal added to the diagonal of `hessian`. clip_steps: see `find_grid`.
+    sweeps: rounds of refinement after the paper's pass, 0 for the plain algorithm, see `refine`.
+    name: what messages call the matrix. An input that never occurred in calibration has its weights rounded to
+    nearest: they cost nothing now and are right if it occurs later.
+
+    Works in float32 on the device of `weight`, with a float64 factor of the Hessian. Raises UserError for NaN.
+    """
+    check_format(bits, group_size)
+    check_inputs(weight, hessian, name)
+    out_features, columns = weight.shape
+    bounds = group_bounds(columns, group_size)
+    order = processing_order(hessian, act_order)
+    group_of = (torch.arange(columns, device=weight.device) // bounds[0][1])[order]
+    ordered = hessian[order][:, order]
+    # Reversing both axes turns the lower factor that Cholesky gives into the upper one that is needed.
+    lower, damping = damped_cholesky(ordered.flip(0, 1), damping, name)
+    factor = lower.flip(0, 1).float()
+    # What rounding column j costs once later columns have made good what they can: R_jj^2, not H_jj.
+    importance = factor.diagonal().square()
+
+    # Everything below is transposed, (in, out): a column of the weight is then contiguous.
+    target = weight.float().T[order].contiguous()
+    codes, errors = torch.empty_like(target), torch.empty_like(target)
+    pending = torch.zeros_like(target)  # (D R)_j over the columns that earlier blocks have rounded
+    scales = target.new_empty(len(bounds), out_features)
+    zeros = torch.empty_like(scales)
+    if act_order:
+        for g in range(len(bounds)):
+            mine = (group_of == g).nonzero()[:, 0]
+            scales[g], zeros[g] = find_grid(target[mine].T.contiguous(), bits, symmetric, clip_steps, importance[mine])
+        spans = [(0, columns)]
+    else:
+        spans = bounds
+    for g, (first, last) in enumerate(spans):
+        if not act_order:
+            # The values that the group's columns would take if rounding stopped here.
+            corner = factor[first:last, first:last]
+            shift = torch.linalg.solve_triangular(corner.T, pending[first:last], upper=False)
+            values = (target[first:last] + shift).T.contiguous()
+            scales[g], zeros[g] = find_grid(values, bits, symmetric, clip_steps, importance[first:last])
+        for start in range(first, last, _BLOCK):
+            end = min(start + _BLOCK, last)
+            for j in range(start, end):
+                scale, zero = scales[group_of[j]], zeros[group_of[j]]
+                carried = pending[j] + factor[start:j, j] @ errors[start:j]
+                codes[j] = to_codes(target[j] + carried / factor[j, j], scale, zero, bits)
+                errors[j] = target[j] - scale * (codes[j] - zero)
+            pending[end:] += factor[start:end, end:].T @ errors[start:end]
+
+    back = torch.argsort(order)
+    codes, target = codes[back], target[back]
+    if sweeps:
+        codes, scales = refine(target, hessian, codes, scales, zeros, bounds, bits, damping, sweeps)
+    return Quantized(
+        codes=codes.T.to(torch.uint8).contiguous(),
+        scales=scales.T.to(torch.float16).contiguous(),
+        zeros=zeros.T.to(torch.uint8).contiguous(),
+        group_size=bounds[0][1],
+    )
