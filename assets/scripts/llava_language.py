@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from casp.demo import assets_folder, scenes
 
 RANK, FIRST_BLOCK = 16, 6  # the first blocks stay as they are, which saves a fifth of the backward pass
-GRID_KINDS = ("position", "position", "where", "where", "where", "yes", "no", "count")
+GRID_KINDS = ("position", "position", "position", "where", "where", "where", "where", "yes", "no", "count")
 SINGLE_KINDS = ("name", "category", "category", "yes", "no")
 
 
@@ -168,8 +168,7 @@ class Eyes:
         return self.tower(self.tower.pixels(images))
 
 
-def train(work: Path, minutes: float, text, tokenizer, lr: float = 1.5e-3, rows_each: int = 4, keep: int = 12,
-          real_keep: int = 64) -> None:
+def train(work: Path, minutes: float, text, tokenizer, lr: float = 1.5e-3, rows_each: int = 4, keep: int = 12) -> None:
     """Train the low-rank update until the minutes are over."""
     embed = text.model.embed_tokens.weight.detach()
     maker = Rows(llava_tower.Targets(embed, tokenizer), tokenizer)
@@ -185,16 +184,17 @@ def train(work: Path, minutes: float, text, tokenizer, lr: float = 1.5e-3, rows_
         if step % 50 == 0:
             eyes.refresh()
         set_rate([optimizer], clock.factor(step))
-        rows = []
+        rows, late = [], clock.spent > 0.7 * clock.seconds
         for i in range(rows_each):
             rng, row = scenes.generator("train-language", step * rows_each + i), Row()
-            shapes = [None, None] if i % 4 == 3 else [[4, 4, 3, 3, 2, 2, 1, 1, 1][int(rng.integers(9))]]
+            shapes = [None] if i % 4 == 3 else [[4, 4, 3, 3, 2, 2, 1, 1, 1][int(rng.integers(9))]]
             layouts = [scenes.layout("train", rng, filled) for filled in shapes]
-            real = eyes.tower is not None and rng.random() < 0.8
+            real = eyes.tower is not None and (late or rng.random() < 0.8)
             tokens = (eyes.tokens([scenes.draw(one, rng) for one in layouts]) if real
                       else [maker.made_up(one, rng) for one in layouts])
             for number, (one, vectors) in enumerate(zip(layouts, tokens, strict=True)):
-                maker.add_picture(row, number, one, vectors, real_keep if real and rng.random() < 0.5 else keep, rng)
+                whole = real and (late or rng.random() < 0.5)
+                maker.add_picture(row, number, one, vectors, len(vectors) if whole else keep, rng)
             rows.append(row)
         loss, hits = learn(text, rows, embed)
         loss.backward()

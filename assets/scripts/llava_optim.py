@@ -86,7 +86,7 @@ def save_state(path: Path, parameters: dict[str, torch.Tensor], optimizers: list
 
 
 def load_state(path: Path, parameters: dict[str, torch.Tensor], optimizers: list[torch.optim.Optimizer]) -> dict:
-    """Put a saved state back and return the progress; an empty dict when there is none."""
+    """Put a saved state back and return the progress, {} when there is none; without optimisers only parameters."""
     if not path.is_file():
         return {}
     owner = {id(p): o for o in optimizers for g in o.param_groups for p in g["params"]}
@@ -94,7 +94,7 @@ def load_state(path: Path, parameters: dict[str, torch.Tensor], optimizers: list
         for key, value in load_file(path).items():
             if key.startswith("p:"):
                 parameters[key[2:]].copy_(value)
-            else:
+            elif owner:
                 _, field, name = key.split(":", 2)
                 owner[id(parameters[name])].state[parameters[name]][field] = value.clone()
     return json.loads(path.with_suffix(".json").read_text())

@@ -16,7 +16,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from casp.demo import models, scenes
 
-GRID, PLACE, SHARPNESS = 8, 0.5, 20.0
+GRID, PLACE, SHARPNESS = 8, 0.8, 20.0
 
 
 class Targets:
@@ -93,11 +93,11 @@ class Tower(torch.nn.Module):
         embeddings.position_embedding.weight[1:] = 0.7 * place - rows @ mean
 
 
-def picture(number: int, unseen: bool = False, single_share: float = 0.28):
+def picture(number: int, unseen: bool = False, single_share: float = 0.4):
     """Training picture `number`: mostly full grids, some partly filled, some one large drawing."""
     rng = scenes.generator("unseen-tower" if unseen else "train-tower", number)
     draw = rng.random()
-    filled = None if draw < single_share else 4 if draw < 0.85 else int(rng.integers(1, 4))
+    filled = None if draw < single_share else 4 if draw < 0.88 else int(rng.integers(1, 4))
     layout = scenes.layout("test-unseen" if unseen else "train", rng, filled)
     return layout, scenes.draw(layout, rng)
 
@@ -136,7 +136,7 @@ def train(work: Path, minutes: float, embeddings: torch.Tensor, tokenizer, pictu
         naming = F.cross_entropy(logits.flatten(0, 1), concept.flatten())
         aim = targets.vectors(concept, place)
         distance = (tokens - aim).square().sum(-1).mean() / targets.concepts.square().sum(1).mean()
-        (naming + 0.5 * distance).backward()
+        (naming + 3 * distance).backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
