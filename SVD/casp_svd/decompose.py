@@ -44,8 +44,9 @@ def factor(
     singular moment needs some: `damped_cholesky` finds out and says so under ``name``).
 
     Returns up (out, rank), down (rank, in), each holding the square root of the singular values, so that both
-    have entries of one size (kind to half precision and to quantizers), and the discarded singular values
-    (min(out, in) - rank,), whose squares sum to the minimum under the damped moments; all in float64.
+    have entries of one size (kind to half precision and to quantizers), and all singular values of the
+    whitened weight (min(out, in),) in falling order; all in float64. The squares of those from ``rank`` on, the
+    discarded ones, sum to the minimum under the damped moments, the squares of all to the cost of dropping W.
     Raises UserError when a moment or the weight holds NaN or infinity.
     """
     whitened = weight.to(torch.float64)
@@ -65,4 +66,4 @@ def factor(
         up = torch.linalg.solve_triangular(left.T, up, upper=True)
     if right is not None:
         down = torch.linalg.solve_triangular(right, down, upper=False, left=False)
-    return up, down, s[rank:]
+    return up, down, s

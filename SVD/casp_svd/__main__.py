@@ -1,0 +1,182 @@
+"""Stage 1 of CASP: low-rank W_q and W_k, chosen by what the attention does with them.
+
+Writes a Hugging Face checkpoint whose query and key projections are pairs of factors, in the model's own
+dtype; `import casp` and `from_pretrained` open it, and the quantization stages start from it.
+Paper: Gholami et al., CASP, CVPR 2025, arXiv 2503.05936.
+"""
+
+import argparse
+
+import torch
+from torch import nn
+
+from casp.calibration import calibration_batches, fingerprint
+from casp.cli import (
+    Parser,
+    add_common_arguments,
+    default_output,
+    model_folder,
+    pick_device,
+    pick_dtype,
+    run_main,
+)
+from casp.errors import UserError
+from casp.linear import LowRankLinear
+from casp.models import Decoder
+from casp.quantize import matrix_generator
+from casp.run import RunFolder
+from casp.walk import Visit
+from casp_svd.decompose import factor, rank_for
+from casp_svd.statistics import Moments, attention_density, attention_moments, input_moments
+
+DENSITY_SAMPLES = 16  # the density is an average over millions of attention entries already
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The stage's command line."""
+    parser = Parser(prog="python -m casp_svd", description=__doc__.splitlines()[0])
+    add_common_arguments(parser, default_model="llava-hf/llava-1.5-7b-hf")
+    parser.add_argument(
+        "--whitening",
+        choices=["none", "input", "attention"],
+        default="attention",
+        help="what an error of a matrix is measured by: none = its entries, input = the layer's own output "
+        "(the paper), attention = the output of the attention (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--keep-ratio",
+        type=float,
+        default=0.25,
+        help="share of the weights of W_q and W_k to keep, in (0, 1] (default: %(default)s, the paper's)",
+    )
+    parser.add_argument(
+        "--damping",
+        type=float,
+        default=0.001,
+        help="added to the diagonal of each second moment, in units of its mean (default: %(default)s)",
+    )
+    return parser.parse_args(arguments)
+
+
+def gather_moments(
+    visit: Visit, whitening: str, paths: dict[str, str], generator: torch.Generator
+) -> dict[str, Moments]:
+    """Role ("q", "k") -> its moments; {} when `whitening` is none."""
+    if whitening == "none":
+        return {}
+    if whitening == "input":
+        shared = input_moments(visit, paths["q"])
+        return {"q": shared, "k": shared}
+    of_query, of_key = attention_moments(visit, paths["q"], paths["k"], paths["o"], generator)
+    return {"q": of_query, "k": of_key}
+
+
+def low_rank(
+    linear: nn.Linear, rank: int, moments: Moments | None, damping: float, name: str
+) -> tuple[LowRankLinear, float]:
+    """`linear` as a LowRankLinear of its dtype and device, and the share of its weighted energy that is lost."""
+    weight = linear.weight.detach()
+    hessian, output_moment = (moments.hessian, moments.output_moment) if moments else (None, None)
+    up, down, singular = factor(weight, rank, hessian, output_moment, damping, name)
+    module = LowRankLinear(
+        linear.in_features, linear.out_features, rank, linear.bias is not None, weight.dtype, weight.device
+    )
+    with torch.no_grad():
+        module.up.weight.copy_(up)
+        module.down.weight.copy_(down)
+        if linear.bias is not None:
+            module.up.bias.copy_(linear.bias)
+    energy = singular.square()
+    return module, (energy[rank:].sum() / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)).item()
+
+
+def compress_block(
+    visit: Visit,
+    name: str,
+    whitening: str,
+    keep_ratio: float,
+    damping: float,
+    bits: int,
+    generator: torch.Generator,
+) -> dict[str, dict[str, float]]:
+    """Factor W_q and W_k of one block in place; role -> {"rank", "bits", "relative_error"} of the factored.
+
+    name: the block's path; bits: what one stored number takes. A matrix whose rank would save nothing stays as
+    it is. UserError for a block whose queries and keys do not come from dense linears of their own.
+    """
+    for role in ("q", "k", "o"):
+        if role not in visit.linears:
+            raise UserError(
+                f"{name} has no linear layer of its own for '{role}' (of query, key and output projection); models "
+                "with fused or other projections are not supported by the SVD stage"
+            )
+    linears = {role: visit.block.get_submodule(visit.linears[role]) for role in ("q", "k")}
+    ranks: dict[str, int] = {}
+    for role, linear in linears.items():
+        if not isinstance(linear, nn.Linear):
+            raise UserError(f"{name}.{visit.linears[role]} is compressed already; give the original checkpoint")
+        rank = rank_for(keep_ratio, linear.out_features, linear.in_features)
+        if rank is not None:
+            ranks[role] = rank
+    moments = gather_moments(visit, whitening, visit.linears, generator) if ranks else {}
+    report = {}
+    for role, rank in ranks.items():
+        path = visit.linears[role]
+        module, error = low_rank(linears[role], rank, moments.get(role), damping, f"{name}.{path}")
+        parent, _, leaf = path.rpartition(".")
+        setattr(visit.block.get_submodule(parent), leaf, module)
+        kept = rank * (module.in_features + module.out_features) / (module.in_features * module.out_features)
+        report[role] = {"rank": rank, "bits": bits * kept, "relative_error": error}
+    return report
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the stage: block by block, each fed what the compressed blocks before it produce."""
+    args = parse(arguments)
+    rank_for(args.keep_ratio, 1, 1)  # a bad ratio is told before anything is fetched
+    if not 0 <= args.damping < float("inf"):
+        raise UserError(f"--damping {args.damping:g} is negative or not finite; give a number such as 0.001")
+    device = pick_device(args.device)
+    decoder = Decoder.open(model_folder(args.model))
+    dtype = pick_dtype(args.dtype, device, decoder.dtype)
+    batches = calibration_batches(
+        decoder.folder, args.dataset, args.samples, args.sequence_length, args.seed, args.batch_size
+    )
+    settings = {
+        "whitening": args.whitening,
+        "keep_ratio": args.keep_ratio,
+        "damping": args.damping,
+        "dataset": args.dataset,
+        "samples": args.samples,
+        "sequence_length": args.sequence_length,
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": args.seed,
+    }
+    output = args.output or default_output(args.model, "svd")
+    run = RunFolder(output, decoder, "svd", args.model, settings, fingerprint(batches))
+    if run.done:
+        print(f"{output} is finished already")
+        return
+    density_batches = -(-DENSITY_SAMPLES // args.batch_size)
+    for visit in run.walk(batches, device, dtype):
+        name = decoder.blocks[visit.index]
+        report = {
+            "block_influence": visit.block_influence(),
+            "attention_density": attention_density(visit, density_batches),
+        }
+        report["linears"] = compress_block(
+            visit,
+            name,
+            args.whitening,
+            args.keep_ratio,
+            args.damping,
+            8 * decoder.dtype.itemsize,
+            matrix_generator(args.seed, name),
+        )
+        run.save(visit, report)
+    run.finish()
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,133 @@
+"""What stage 1 measures of a block: the moments that whiten W_q and W_k, and how dense its attention is."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from casp.attention import AttentionCall
+from casp.moments import SecondMoment
+from casp.walk import BatchInputs, Visit
+
+
+@dataclass
+class Moments:
+    """The two moments of one projection.
+
+    hessian: (in, in) of its inputs; output_moment: (out, out) of the directions of its outputs in which an
+    error shows, None where errors of all directions count the same; both float64.
+    """
+
+    hessian: Tensor
+    output_moment: Tensor | None = None
+
+
+def input_moments(visit: Visit, query: str) -> Moments:
+    """The moment of the input that the query and the key projection share: the whitening of CASP and SVD-LLM."""
+    moment = SecondMoment(visit.block.get_submodule(query).in_features, visit.device)
+    visit.replay({query: lambda x, batch: moment.add(x[batch.tokens])})
+    return Moments(moment.value())
+
+
+@contextmanager
+def _tracked(projections: list[nn.Module]) -> Iterator[list[Tensor]]:
+    """While open, the outputs of `projections` are leaves of a gradient, listed anew in each forward."""
+    leaves: list[Tensor] = []
+
+    def follow(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        if module is projections[0]:
+            leaves.clear()
+        # A replay runs without gradients; they are wanted from here until the attention has been computed.
+        torch.set_grad_enabled(True)
+        leaves.append(output.detach().requires_grad_())
+        return leaves[-1]
+
+    hooks = [module.register_forward_hook(follow) for module in projections]
+    try:
+        yield leaves
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def attention_moments(
+    visit: Visit, query: str, key: str, output: str, generator: torch.Generator
+) -> tuple[Moments, Moments]:
+    """The moments under which an error of W_q or W_k costs what it changes in the attention's output.
+
+    query, key, output: paths of the projections relative to the block; generator: of the probes, on the CPU.
+
+    To first order an error D of W_q moves the attention's output y_i (after the output projection) by
+    ``J_i D x_i`` with ``J_i = dy_i/dq_i``, and costs ``E[x^T D^T J^T J D x]``. A probe u of independent standard
+    normals gives ``g_i = d(u . y)/dq_i`` with ``E_u[g_i g_i^T] = J_i^T J_i``: one backward pass through the
+    attention samples it without bias, whatever rotary embedding, query/key norm, grouping of heads or mask lies
+    between. The same holds for W_k with g_j, the sum over all queries and heads that look at key j; products
+    of errors at two different keys are left out.
+
+    The mean of ``(g g^T) (x) (x x^T)`` is split in two factors: the output moment is ``E[g g^T]``, the hessian is
+    the mean of ``x x^T`` weighted by ``|g|^2``, so the trace of the product is exact. That weight is the attention
+    that a token gets: 0 for a key that no query looks at and for a query whose choice is settled, so image
+    tokens that nobody looks at do not enter. Heads are not separated (errors of two heads may cancel in y).
+    """
+    projections = [visit.block.get_submodule(path) for path in (query, key)]
+    project_out = visit.block.get_submodule(output)
+    inputs = [SecondMoment(module.in_features, visit.device) for module in projections]
+    gradients = [SecondMoment(module.out_features, visit.device) for module in projections]
+    entered: list[Tensor] = []
+
+    def enter(x: Tensor, batch: BatchInputs) -> None:
+        entered[:] = [x]
+
+    def leave(attended: Tensor, batch: BatchInputs) -> None:
+        shape = (*attended.shape[:-1], project_out.out_features)
+        probe = torch.randn(shape, generator=generator).to(attended.device, attended.dtype)
+        probe = probe * batch.tokens[..., None]  # an error that only padding sees costs nothing
+        seen = torch.autograd.grad(attended, leaves, probe @ project_out.weight)
+        torch.set_grad_enabled(False)
+        x = entered[0][batch.tokens]
+        for moment, gradient_moment, gradient in zip(inputs, gradients, seen, strict=True):
+            gradient = gradient[batch.tokens].float()
+            gradient_moment.add(gradient)
+            moment.add(x, gradient.square().sum(-1))
+
+    with _tracked(projections) as leaves:
+        visit.replay({query: enter, output: leave})
+    of_query, of_key = (
+        Moments(moment.value(), gradient.value()) for moment, gradient in zip(inputs, gradients, strict=True)
+    )
+    return of_query, of_key
+
+
+DENSITY_MASS = 0.95
+
+
+def attention_density(visit: Visit, batches: int) -> dict[str, float | None]:
+    """Share of the attention entries in use, for image keys and for text keys: {"image", "text"}.
+
+    An entry (query, head, key that the query may see) is in use when it belongs to the fewest that together
+    hold 95% of the query's attention. The paper's density is the share of entries that are not zero; after a
+    softmax none is, so the rest of 5% counts as zero. None where there is no key of that kind. Measured on the
+    first `batches` batches, since it sorts every row of every head.
+    """
+    used = dict.fromkeys(("image", "text"), 0)
+    visible = dict.fromkeys(used, 0)
+
+    def see(call: AttentionCall, batch: BatchInputs) -> None:
+        kinds = {"image": batch.images & batch.tokens, "text": ~batch.images & batch.tokens}
+        # Probabilities of sharp heads underflow to 0; those of a query of zeros are 0 only behind the mask.
+        blank = replace(call, query=torch.zeros_like(call.query))
+        may_see = (blank.probabilities(0) > 0) & batch.tokens[:, :, None]
+        entries = {kind: keys[:, None, :] & may_see for kind, keys in kinds.items()}
+        for head in range(call.query.shape[1]):
+            probabilities = call.probabilities(head)
+            ordered, order = probabilities.sort(dim=-1, descending=True)
+            before = ordered.cumsum(-1) - ordered
+            in_use = torch.zeros_like(probabilities, dtype=torch.bool).scatter(-1, order, before < DENSITY_MASS)
+            for kind, of_kind in entries.items():
+                visible[kind] += int(of_kind.sum())
+                used[kind] += int((in_use & of_kind).sum())
+
+    visit.replay(attention=see, first=batches)
+    return {kind: used[kind] / visible[kind] if visible[kind] else None for kind in used}
