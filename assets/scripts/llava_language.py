@@ -20,7 +20,7 @@ from casp.demo import assets_folder, scenes
 
 RANK, FIRST_BLOCK = 16, 6  # the first blocks stay as they are, which saves a fifth of the backward pass
 GRID_KINDS = ("position", "position", "position", "where", "where", "where", "where", "yes", "no", "count")
-SINGLE_KINDS = ("name", "category", "category", "yes", "no")
+SINGLE_KINDS = ("name", "category", "yes or no")
 
 
 class LowRankUpdate(torch.nn.Module):
@@ -103,8 +103,9 @@ class Rows:
             row.add([0], number, 0, [int(k) + 1])
         start = len(tokens) + 1
         for q, kind in enumerate(SINGLE_KINDS if layout.single else GRID_KINDS, start=1):
-            real = "yes/no" if kind in ("yes", "no") else kind
-            text, answer = scenes.ask(real, layout, rng, yes=kind == "yes")
+            real = "yes/no" if kind in ("yes", "no", "yes or no") else kind
+            yes = kind == "yes" or (kind == "yes or no" and rng.random() < 0.5)
+            text, answer = scenes.ask(real, layout, rng, yes=yes)
             prompt = self.tokenizer(f"\n{text}", add_special_tokens=False).input_ids
             reply = self.tokenizer(f" {answer}", add_special_tokens=False).input_ids
             stop = [self.eos] if rng.random() < 0.15 else []
@@ -187,13 +188,13 @@ def train(work: Path, minutes: float, text, tokenizer, lr: float = 1.5e-3, rows_
         rows, late = [], clock.spent > 0.7 * clock.seconds
         for i in range(rows_each):
             rng, row = scenes.generator("train-language", step * rows_each + i), Row()
-            shapes = [None] if i % 4 == 3 else [[4, 4, 3, 3, 2, 2, 1, 1, 1][int(rng.integers(9))]]
+            shapes = [None, None, None] if i % 4 == 3 else [[4, 4, 3, 3, 2, 2, 1, 1, 1][int(rng.integers(9))]]
             layouts = [scenes.layout("train", rng, filled) for filled in shapes]
             real = eyes.tower is not None and (late or rng.random() < 0.8)
             tokens = (eyes.tokens([scenes.draw(one, rng) for one in layouts]) if real
                       else [maker.made_up(one, rng) for one in layouts])
             for number, (one, vectors) in enumerate(zip(layouts, tokens, strict=True)):
-                whole = real and (late or rng.random() < 0.5)
+                whole = real and (late or rng.random() < 0.5) and (not one.single or rng.random() < 0.4)
                 maker.add_picture(row, number, one, vectors, len(vectors) if whole else keep, rng)
             rows.append(row)
         loss, hits = learn(text, rows, embed)
