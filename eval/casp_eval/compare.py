@@ -238,7 +238,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = build_parser().parse_args(arguments)
+    options = build_parser().parse_intermixed_args(arguments)
     subjects = [Subject.parse(text) for text in options.checkpoints]
     text_name = options.text or ("test" if options.split == "test-unseen" else options.split)
     text = data.load_text(text_name)

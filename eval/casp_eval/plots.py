@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from casp.models import Decoder
 from casp_eval.report import Row, stage_report
@@ -32,7 +32,6 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "figure.dpi": 150,
-    "savefig.bbox": "tight",
     "legend.frameon": False,
 }
 
@@ -98,7 +97,7 @@ def draw(rows: list[Row], details: list[BlockDetails], folder: Path) -> list[Pat
             path.unlink(missing_ok=True)  # left by an earlier comparison of other checkpoints
             continue
         temporary = folder / f"{name}.partial.png"
-        figure.savefig(temporary)
+        figure.savefig(temporary, bbox_inches="tight")
         temporary.replace(path)
         pyplot.close(figure)
         paths.append(path)
@@ -137,7 +136,7 @@ def quality(rows: list[Row]) -> Figure:
             _log_bits(axis.xaxis, axis, [row["bpw"] for row in rows])
             if key == "accuracy":
                 axis.set_ylim(-0.02, 1.02)
-                axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+                axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
             else:
                 _log_quality(axis, [row[key] for row in rows if row[key] is not None])
         _legend_below(figure, axes[0])
@@ -162,9 +161,9 @@ def bits_and_ranks(rows: list[Row], details: list[BlockDetails]) -> Figure | Non
         _log_bits(axis.yaxis, axis, [bits for one in details for bits in one.bits])
         if with_ranks:
             axis = panels.pop(0)
-            for index, (name, one) in enumerate(zip(names(rows), details, strict=True)):
-                for line, (role, ranks) in zip(("-", "--", ":", "-."), one.ranks.items(), strict=False):
-                    _step(axis, ranks, index, f"{name}: {role}", linestyle=line)
+            for index, (shared, ranks) in enumerate(_distinct_ranks(names(rows), details)):
+                line = ("-", "--", ":", "-.")[index % 4]
+                _step(axis, ranks, shared[0], "\n".join(shared[1]), linestyle=line)
             axis.set_title("Rank of the low-rank linears, per block", fontsize=11)
             axis.set_ylabel("rank")
             axis.set_ylim(bottom=0)
@@ -180,6 +179,19 @@ def bits_and_ranks(rows: list[Row], details: list[BlockDetails]) -> Figure | Non
             axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=10)
         figure.tight_layout()
         return figure
+
+
+def _distinct_ranks(names: list[str], details: list[BlockDetails]) -> list[tuple[tuple[int, list[str]], list[float]]]:
+    """Each different course of ranks once: ((row that sets its colour, "method: role" of all that share it), ranks).
+
+    A quantized low-rank checkpoint has the ranks of the one it was made from; two lines would hide each other.
+    """
+    found: dict[bytes, tuple[tuple[int, list[str]], list[float]]] = {}
+    for index, (name, one) in enumerate(zip(names, details, strict=True)):
+        for role, ranks in one.ranks.items():
+            entry = found.setdefault(np.asarray(ranks).tobytes(), ((index, []), ranks))
+            entry[0][1].append(f"{name}: {role}")
+    return list(found.values())
 
 
 def attention_density(rows: list[Row], details: list[BlockDetails]) -> Figure | None:
@@ -199,7 +211,7 @@ def attention_density(rows: list[Row], details: list[BlockDetails]) -> Figure | 
             axis.set_ylabel("share of attention\nentries in use")
             axis.set_xlabel("block")
             axis.set_ylim(bottom=0)
-            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.legend()
         figure.tight_layout()

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from casp.cli import run_main
+from casp.linear import LowRankLinear
+from casp.models import Decoder
+from casp.run import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -67,3 +71,29 @@ def refused(capsys: pytest.CaptureFixture) -> Callable[..., str]:
         return err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def low_rank_llava(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_llava` with q and k cut to rank 6 to 8, through a run folder, with what a stage reports."""
+    decoder = Decoder.open(tiny_llava)
+    output = tmp_path_factory.mktemp("stages") / "tiny-svd"
+    run = RunFolder(output, decoder, "svd", str(tiny_llava), {"keep_ratio": 0.25}, "")
+    batches = [{"input_ids": torch.arange(4, 20)[None]}]
+    for visit in run.walk(batches, torch.device("cpu"), torch.float32):
+        rank = 6 + visit.index
+        for role in ("q", "k"):
+            old = visit.block.get_submodule(visit.linears[role])
+            u, s, v = torch.linalg.svd(old.weight, full_matrices=False)
+            new = LowRankLinear(old.in_features, old.out_features, rank, False)
+            new.up.weight.data, new.down.weight.data = u[:, :rank] * s[:rank], v[:rank]
+            setattr(visit.block.self_attn, f"{role}_proj", new)
+        run.save(
+            visit,
+            {
+                "block_influence": 0.1 * (1 + visit.index),
+                "attention_density": {"image": 0.1, "text": 0.2 + 0.1 * visit.index},
+                "linears": {"q": {"rank": rank}, "k": {"rank": rank}},
+            },
+        )
+    return run.finish()

@@ -1,0 +1,54 @@
+"""Chat in the shell, as a user would run it."""
+
+import pytest
+from casp_eval.chat import main
+from casp_eval.loading import open_checkpoint
+
+
+def test_answers_lines_until_the_end(run_script, tiny_llava, pictures):
+    image = pictures.parent / "0.png"
+    done = run_script(
+        *("chat.sh", "--model", tiny_llava, "--image", image, "--max-new-tokens", 5, "--dtype", "float32"),
+        stdin="What is this?\n\nWhat is this?\n",
+    )
+    assert done.returncode == 0, done.stderr
+    checkpoint = open_checkpoint(str(tiny_llava), "cpu", "float32")
+    from casp_eval.data import load_questions
+    from casp_eval.questions import answers
+
+    item = load_questions(str(pictures), 0, 0)[0]
+    expected = answers(checkpoint, [item], 1, 5)[0]
+    assert done.stdout == f"{expected}\n" * 2
+    assert done.stderr.count("tokens/s") == 2
+
+
+def test_one_question_of_a_text_model(tiny_llama, capfd):
+    main(["--model", str(tiny_llama), "--question", "Hello", "--max-new-tokens", "4", "--device", "cpu"])
+    out, err = capfd.readouterr()
+    assert out.strip()
+    assert "tokens/s" in err
+
+
+def test_a_multimodal_model_without_an_image(tiny_llava, capsys):
+    main(["--model", str(tiny_llava), "--question", "Hello", "--max-new-tokens", "4"])
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no picture at all", b"\x89PNG\r\n\x1a\n\x00\x00"])
+def test_an_image_that_does_not_open(refused, tiny_llava, tmp_path, content):
+    path = tmp_path / "bad.png"
+    if content is not None:
+        path.write_bytes(content)
+    assert f"the image {path} does not open" in refused(main, "--model", tiny_llava, "--image", path)
+
+
+def test_an_image_for_a_text_model(refused, tiny_llama, pictures):
+    image = pictures.parent / "0.png"
+    assert "text-only model (llama)" in refused(main, "--model", tiny_llama, "--image", image)
+
+
+def test_an_unknown_model_through_the_shell(run_script):
+    done = run_script("chat.sh", "--model", "/nowhere/model", "--question", "Hello")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
