@@ -7,12 +7,14 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 from PIL import Image
 
 from casp.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
 
 BUILT_IN = ("demo", "demo-text", "demo-images")
 
@@ -140,6 +142,8 @@ def first_line(error: Exception) -> str:
 
 def _hub_text(dataset: str, rng: random.Random) -> str | Iterator[str]:
     """The training split of a hub set: one text, or its documents in a random order."""
+    import datasets  # takes a second to import: only those who use the hub wait for it
+
     hub = HUB[dataset]
     try:
         parts = [datasets.load_dataset(**arguments, split="train") for arguments in hub.parts]
