@@ -59,8 +59,8 @@ def add_common_arguments(parser: argparse.ArgumentParser, default_model: str, ca
         parser.add_argument(
             "--sequence-length",
             type=positive_int,
-            default=2048,
-            help="tokens per text sample; cut to what the model can take (default: %(default)s)",
+            default=512,
+            help="tokens per text sample (default: %(default)s)",
         )
         parser.add_argument(
             "--batch-size",

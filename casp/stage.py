@@ -3,7 +3,7 @@
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,17 +100,25 @@ def describe_plan(plan: Plan, shapes: dict[str, tuple[int, int, int]], backend: 
 
 
 def quantize_stage(
-    args: argparse.Namespace, backend: Backend, ladder: Sequence[Format], settings: dict[str, Any], label: str
+    args: argparse.Namespace,
+    backend: Backend,
+    ladder: Sequence[Format],
+    settings: dict[str, Any],
+    label: str,
+    check: Callable[[Decoder, Format], None] | None = None,
 ) -> Path:
     """Run a quantizing stage as its flags say; returns the checkpoint's folder.
 
     ladder: the format asked for and those above it, to which freed bytes may lift a block; settings: the
     backend's knobs of the search, passed to `quantize`; label: what the output is filed under
-    (runs/<model>/<label>, with "casp-" before it for a model with low-rank layers).
+    (runs/<model>/<label>, with "casp-" before it for a model with low-rank layers); check: raises UserError
+    for a model and format that the stage cannot serve, before anything is computed.
     """
     decoder = Decoder.open(stage_input(args.model, "svd", args.from_original))
     if holds(decoder, QuantizedLinear):
         raise UserError(f"{decoder.folder} is already quantized; give the original model or the output of stage svd.")
+    if check is not None:
+        check(decoder, ladder[0])
     stage = f"casp-{label}" if holds(decoder, LowRankLinear) else label
     output = args.output or default_output(args.model, stage)
     device = pick_device(args.device)

@@ -1,0 +1,125 @@
+"""Peak memory of the quantizing stage on two random models, one ten times the size of the other.
+
+The stage promises to hold one block and the calibration state, not the model; this measures it from outside,
+as the operating system accounts for the finished process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+
+from casp.cli import Parser, positive_int, run_main
+from casp.demo.models import build
+from casp.models import Decoder
+from casp.run import write_json
+
+TEN_TIMES = {
+    "hidden_size": 1536,
+    "intermediate_size": 4096,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 50,
+}
+STAGE = [
+    "casp_gptq",
+    "--bits",
+    "4",
+    "--group-size",
+    "128",
+    "--sweeps",
+    "0",
+    "--clip-search",
+    "0",
+    "--dataset",
+    "demo-text",
+]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    flags = Parser(prog="memory.sh", description=__doc__.splitlines()[0])
+    flags.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    flags.add_argument("--samples", type=positive_int, default=16, help="calibration samples (default: %(default)s)")
+    flags.add_argument(
+        "--sequence-length", type=positive_int, default=256, help="tokens per sample (default: %(default)s)"
+    )
+    return flags
+
+
+def random_model(config: PretrainedConfig, tokenizer_from: Path, folder: Path) -> Path:
+    """A randomly initialised bfloat16 checkpoint of `config` in `folder`."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_from).save_pretrained(folder)
+    return folder
+
+
+def peak_bytes(arguments: list[str]) -> int:
+    """Peak resident bytes of `python ARGUMENTS`, run to its end."""
+    child = subprocess.Popen([sys.executable, *arguments], stdout=sys.stderr)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise subprocess.CalledProcessError(child.returncode, arguments)
+    return usage.ru_maxrss * 1024
+
+
+def formula_bytes(folder: Path, samples: int, sequence_length: int) -> int:
+    """What README's formula says beyond the interpreter and the libraries, for computing in float32."""
+    decoder = Decoder.open(folder)
+    counts = {name: parameter.numel() for name, parameter in decoder.model.named_parameters()}
+    inside = decoder.blocks_path + "."
+    rest = 4 * sum(count for name, count in counts.items() if not name.startswith(inside))
+    block = 4 * sum(count for name, count in counts.items() if name.startswith(decoder.blocks[0] + "."))
+    widest = max(decoder.block(0).get_submodule(path).in_features for path in decoder.linears(0).values())
+    state = 4 * samples * sequence_length * decoder.hidden_size
+    return max(rest, block + (8 + 4 * 8) * widest**2) + state
+
+
+def measure(config: PretrainedConfig, tokenizer_from: Path, samples: int, sequence_length: int) -> dict[str, int]:
+    """Sizes and the peak for one model, quantized in a process of its own."""
+    scratch = Path(tempfile.mkdtemp(prefix="casp-memory-"))
+    try:
+        folder = random_model(config, tokenizer_from, scratch / "model")
+        arguments = ["-m", *STAGE, "--model", str(folder), "--output", str(scratch / "out"), "--samples", str(samples)]
+        peak = peak_bytes([*arguments, "--sequence-length", str(sequence_length)])
+        return {
+            "parameters": sum(p.numel() for p in Decoder.open(folder).model.parameters()),
+            "checkpoint_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+            "formula_bytes": formula_bytes(folder, samples, sequence_length),
+            "peak_bytes": peak,
+        }
+    finally:
+        shutil.rmtree(scratch)
+
+
+def main() -> None:
+    """Measure both models and the libraries alone."""
+    args = parser().parse_args()
+    small = build("demo-llama")
+    configs = {"demo-llama's shape": AutoConfig.from_pretrained(small), "ten times": AutoConfig.from_pretrained(small)}
+    configs["ten times"].update(TEN_TIMES)
+    result: dict[str, object] = {"libraries_bytes": peak_bytes(["-c", "import casp_gptq.__main__"])}
+    for name, config in configs.items():
+        config.head_dim = config.hidden_size // config.num_attention_heads
+        result[name] = measure(config, small, args.samples, args.sequence_length)
+        print(name, result[name])
+    small_one, large_one = (result[name] for name in configs)
+    result["parameters_ratio"] = large_one["parameters"] / small_one["parameters"]
+    result["peak_ratio"] = large_one["peak_bytes"] / small_one["peak_bytes"]
+    result["command"] = f"bash eval/scripts/memory.sh --samples {args.samples} --sequence-length {args.sequence_length}"
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.output, result)
+
+
+if __name__ == "__main__":
+    run_main(main)
