@@ -52,7 +52,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--damping",
         type=float,
-        default=0.001,
+        default=0.01,
         help="added to the diagonal of each second moment, in units of its mean (default: %(default)s)",
     )
     return parser.parse_args(arguments)
@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     rank_for(args.keep_ratio, 1, 1)  # a bad ratio is told before anything is fetched
     if not 0 <= args.damping < float("inf"):
-        raise UserError(f"--damping {args.damping:g} is negative or not finite; give a number such as 0.001")
+        raise UserError(f"--damping {args.damping:g} is negative or not finite; give a number such as 0.01")
     device = pick_device(args.device)
     decoder = Decoder.open(model_folder(args.model))
     dtype = pick_dtype(args.dtype, device, decoder.dtype)
