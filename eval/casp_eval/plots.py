@@ -208,7 +208,7 @@ def attention_density(rows: list[Row], details: list[BlockDetails]) -> Figure | 
             for index, (kind, values) in enumerate(density.items(), 1):
                 axis.plot(values, **_style(index), markersize=6, linewidth=1.8, label=f"{kind} keys")
             axis.set_title(f"Attention density per block: {model}", fontsize=11)
-            axis.set_ylabel("share of attention\nentries in use")
+            axis.set_ylabel("share of the visible keys that\nhold 95% of the attention")
             axis.set_xlabel("block")
             axis.set_ylim(bottom=0)
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
