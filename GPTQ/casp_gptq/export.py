@@ -1,7 +1,7 @@
 """A plain GPTQ checkpoint from a finished CASP one: what stock transformers + gptqmodel (or vLLM) load.
 
 The packed tensors are the same; what differs is the config, one index tensor a layer, and what can be said:
-one width and group size for the whole model, no low-rank layers, sizes in whole runs of 32.
+one width and group size for the whole model, no low-rank layers, sizes in whole runs of 32 and whole groups.
 """
 
 import json
@@ -62,6 +62,11 @@ def common_format(modules: dict[str, dict], shapes: dict[str, tuple[int, int, in
             raise UserError(
                 f"{path} is {out_features} x {in_features}, and a plain GPTQ checkpoint needs multiples of {RUN}; "
                 "leave out --export."
+            )
+        if format["group_size"] != -1 and in_features % format["group_size"]:
+            raise UserError(
+                f"{path} has {in_features} inputs, which groups of {format['group_size']} do not divide: gptqmodel's "
+                "kernels refuse that; give a --group-size that does, or leave out --export."
             )
     return format
 
