@@ -32,7 +32,7 @@ def input_moments(visit: Visit, query: str) -> Moments:
 
 
 @contextmanager
-def _tracked(projections: list[nn.Module]) -> Iterator[list[Tensor]]:
+def tracked_outputs(projections: list[nn.Module]) -> Iterator[list[Tensor]]:
     """While open, the outputs of `projections` are leaves of a gradient, listed anew in each forward."""
     leaves: list[Tensor] = []
 
@@ -92,7 +92,7 @@ def attention_moments(
             gradient_moment.add(gradient)
             moment.add(x, gradient.square().sum(-1))
 
-    with _tracked(projections) as leaves:
+    with tracked_outputs(projections) as leaves:
         visit.replay({query: enter, output: leave})
     of_query, of_key = (
         Moments(moment.value(), gradient.value()) for moment, gradient in zip(inputs, gradients, strict=True)
