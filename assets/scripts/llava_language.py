@@ -179,7 +179,9 @@ def train(work: Path, minutes: float, text, tokenizer, lr: float = 1.5e-3, rows_
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
     path = work / "language-state.safetensors"
     progress = load_state(path, factors, [optimizer])
-    step, clock, eyes = progress.get("step", 0), Clock(minutes, progress.get("spent", 0.0), flat=0.5), Eyes(work)
+    eyes = Eyes(work)
+    eyes.refresh()
+    step, clock = progress.get("step", 0), Clock(minutes, progress.get("spent", 0.0), flat=0.5)
     seen: dict[str, list[bool]] = {}
     while not clock.done:
         if step % 50 == 0:
@@ -194,7 +196,7 @@ def train(work: Path, minutes: float, text, tokenizer, lr: float = 1.5e-3, rows_
             tokens = (eyes.tokens([scenes.draw(one, rng) for one in layouts]) if real
                       else [maker.made_up(one, rng) for one in layouts])
             for number, (one, vectors) in enumerate(zip(layouts, tokens, strict=True)):
-                whole = real and (late or rng.random() < 0.5) and (not one.single or rng.random() < 0.4)
+                whole = real and rng.random() < 0.25
                 maker.add_picture(row, number, one, vectors, len(vectors) if whole else keep, rng)
             rows.append(row)
         loss, hits = learn(text, rows, embed)
