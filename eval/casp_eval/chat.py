@@ -20,15 +20,21 @@ from casp_eval.options import add_device_arguments, add_model_argument, at_least
 
 
 class _Timer(TextStreamer):
-    """A TextStreamer that notes when each token came."""
+    """A TextStreamer that notes when each token came, and leaves out the blank that many answers begin with."""
 
     def __init__(self, tokenizer: object) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.times: list[float] = []
+        self.begun = False
 
     def put(self, value: torch.Tensor) -> None:
         self.times.append(time.perf_counter())  # the first is the prompt
         super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        text = text if self.begun else text.lstrip()
+        self.begun = self.begun or bool(text)
+        super().on_finalized_text(text, stream_end)
 
 
 def reply(checkpoint: Checkpoint, question: str, image: Image.Image | None, max_new_tokens: int) -> float:

@@ -17,7 +17,7 @@ def test_answers_lines_until_the_end(run_script, tiny_llava, pictures):
     from casp_eval.questions import answers
 
     item = load_questions(str(pictures), 0, 0)[0]
-    expected = answers(checkpoint, [item], 1, 5)[0]
+    expected = answers(checkpoint, [item], 1, 5)[0].lstrip()
     assert done.stdout == f"{expected}\n" * 2
     assert done.stderr.count("tokens/s") == 2
 
