@@ -147,8 +147,8 @@ def bits_and_ranks(rows: list[Row], details: list[BlockDetails]) -> Figure | Non
     """Stored bits per weight of each block, the ranks of its low-rank linears, and the block influences."""
     with_ranks = any(one.ranks for one in details)
     influence = next((one.influence for one in details if one.influence and not np.isnan(one.influence).all()), None)
-    if len({round(bits, 6) for one in details for bits in one.bits}) < 2:
-        return None  # nothing was compressed
+    if not with_ranks and len({round(bits, 6) for one in details for bits in one.bits}) < 2:
+        return None  # no rank, and the same bits everywhere: nothing to see
     count = 1 + with_ranks + (influence is not None)
     with pyplot.rc_context(STYLE):
         figure, axes = pyplot.subplots(count, 1, figsize=(9, 1 + 2.5 * count), squeeze=False, sharex=True)
