@@ -84,11 +84,18 @@ def test_two_runs_end_with_the_same_bytes(stage, tiny_llama, tmp_path):
         stage("--model", tiny_llama, "--bits", 4, "--output", tmp_path / "a")
 
 
+@pytest.fixture(scope="module")
+def two_bits(stage, tiny_llama, tmp_path_factory):
+    """The tiny Llama at 2 bits with default settings."""
+    output = tmp_path_factory.mktemp("two-bits") / "out"
+    stage("--model", tiny_llama, "--bits", 2, "--output", output)
+    return output
+
+
 @pytest.mark.parametrize(
     "flag", ["--symmetric", "--no-act-order", "--no-true-sequential", "--sweeps=0", "--clip-search=0"]
 )
-def test_each_switch_reaches_the_result(stage, tiny_llama, tmp_path, flag):
-    stage("--model", tiny_llama, "--bits", 2, "--output", tmp_path / "default")
+def test_each_switch_reaches_the_result(stage, tiny_llama, two_bits, tmp_path, flag):
     stage("--model", tiny_llama, "--bits", 2, "--output", tmp_path / "switched", flag)
     assert not torch.equal(logits(two_bits), logits(tmp_path / "switched"))
 
