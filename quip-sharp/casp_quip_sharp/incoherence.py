@@ -1,0 +1,61 @@
+"""Incoherence: a weight and its Hessian in a basis in which no entry stands out (arXiv 2402.04396, section 3).
+
+`W~ = U W V^T` and `H~ = V H V^T` with U, V = (orthogonal transform) x (random signs): `tr(D H D^T)` stays as it is, and
+the entries of W~ look Gaussian, which is what the codebooks are made for. Only the signs are stored, a bit each.
+"""
+
+import torch
+from torch import Tensor
+
+from casp_quip_sharp.hadamard import transform
+
+
+def packed_signs(size: int) -> int:
+    """Bytes that the signs of `size` coordinates take."""
+    return -(-size // 8)
+
+
+def random_signs(size: int, generator: torch.Generator | None = None) -> Tensor:
+    """Random signs in packed form, (packed_signs(size),) uint8 on the CPU; bit i of byte j is coordinate 8 j + i.
+
+    Drawn on the CPU, so that a seed means the same signs on every device. Bits beyond `size` are 0.
+    """
+    bits = torch.randint(0, 2, (size,), generator=generator, dtype=torch.uint8)
+    padded = torch.nn.functional.pad(bits, (0, -size % 8)).view(-1, 8)
+    return (padded << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def unpack_signs(packed: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """The signs as +1 and -1 (a bit that is set), (size,) in `dtype` on the device of `packed`."""
+    bits = packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+    return 1 - 2 * bits.flatten()[:size].to(dtype)
+
+
+def rotate(x: Tensor, signs: Tensor) -> Tensor:
+    """`V x` of the vectors x (..., n) for packed `signs` of n coordinates: the signs first, then the transform."""
+    return transform(x * unpack_signs(signs, x.shape[-1], x.dtype))
+
+
+def rotate_back(x: Tensor, signs: Tensor) -> Tensor:
+    """`V^T x` of the vectors x (..., n): undoes `rotate`."""
+    return transform(x, inverse=True) * unpack_signs(signs, x.shape[-1], x.dtype)
+
+
+def incoherent_weight(weight: Tensor, out_signs: Tensor, in_signs: Tensor) -> Tensor:
+    """`U W V^T` of `weight` (out, in)."""
+    return rotate(rotate(weight, in_signs).T, out_signs).T
+
+
+def original_weight(incoherent: Tensor, out_signs: Tensor, in_signs: Tensor) -> Tensor:
+    """Undo `incoherent_weight`: `U^T W~ V` of (out, in)."""
+    return rotate_back(rotate_back(incoherent, in_signs).T, out_signs).T
+
+
+def incoherent_hessian(hessian: Tensor, in_signs: Tensor) -> Tensor:
+    """`V H V^T` of `hessian` (in, in)."""
+    return rotate(rotate(hessian, in_signs).T, in_signs)
+
+
+def incoherence(matrix: Tensor) -> float:
+    """`max |A_ij| sqrt(m n) / |A|_F` of a matrix (m, n): 1 for entries of one size, sqrt(m n) for a single entry."""
+    return (matrix.abs().max() * matrix.numel() ** 0.5 / matrix.norm()).item()
