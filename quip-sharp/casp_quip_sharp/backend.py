@@ -1,0 +1,58 @@
+"""QuIP# as a backend of the core: formats, exact bytes, tensors in and out."""
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from casp_quip_sharp.linear import QuipSharpLinear, tensor_shapes
+from casp_quip_sharp.quantize import quantize_matrix
+
+
+class QuipSharp:
+    """The backend "quip-sharp". A format is {"bits": 1|2|3|4}."""
+
+    name = "quip-sharp"
+
+    def format(self, bits: int) -> dict[str, Any]:
+        """The format of this width; UserError when there is none."""
+        tensor_shapes(bits, 1, 1)
+        return {"bits": bits}
+
+    def bytes(self, format: Mapping[str, Any], out_features: int, in_features: int) -> int:
+        """Exact bytes of codes (inputs padded to a multiple of 8), packed signs and the scale."""
+        shapes = tensor_shapes(format["bits"], out_features, in_features)
+        return sum(prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
+
+    def quantize(
+        self,
+        weight: Tensor,
+        hessian: Tensor,
+        format: Mapping[str, Any],
+        generator: torch.Generator | None = None,
+        **settings: Any,
+    ) -> dict[str, Tensor]:
+        """Quantize `weight` (out, in) under `hessian` (in, in); `settings` are those of `quantize_matrix`.
+
+        generator draws the signs of both sides (a CPU generator, whatever the weight's device).
+        """
+        return quantize_matrix(weight, hessian, format["bits"], generator, **settings)
+
+    def linear(
+        self,
+        out_features: int,
+        in_features: int,
+        bias: bool,
+        format: Mapping[str, Any],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> QuipSharpLinear:
+        """An empty layer whose state dict takes what `quantize` returns."""
+        return QuipSharpLinear(out_features, in_features, bias, format, dtype, device)
+
+    def tunable(self, module: nn.Module) -> dict[str, Tensor]:
+        """What fine-tuning may move: the scale, and the bias if there is one."""
+        tensors = {"scale": module.scale, "bias": module.bias}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}

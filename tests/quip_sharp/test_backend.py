@@ -1,0 +1,119 @@
+"""The backend contract: bytes, loading, forward, bad input, odd shapes."""
+
+import pytest
+import torch
+from casp_quip_sharp.backend import QuipSharp
+from casp_quip_sharp.linear import QuipSharpLinear
+
+from casp.backend import load_backend
+from casp.errors import UserError
+from casp.swap import module_bytes
+
+SHAPES = [(48, 64), (96, 37), (37, 96), (7, 12), (1, 8)]
+
+
+def quantized(weight, hessian, bits, bias=None, dtype=torch.float32):
+    """The loaded module of one matrix."""
+    backend = QuipSharp()
+    tensors = backend.quantize(weight, hessian, {"bits": bits}, torch.Generator().manual_seed(0))
+    module = backend.linear(*weight.shape, bias is not None, {"bits": bits}, dtype)
+    module.load_state_dict(tensors if bias is None else {**tensors, "bias": bias})
+    return module
+
+
+def test_found_by_its_entry_point():
+    assert load_backend("quip-sharp").name == "quip-sharp"
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_bytes_shapes_and_forward(correlated, rows, columns, bits):
+    weight, hessian = correlated(rows, columns)
+    bias = torch.randn(rows)
+    module = quantized(weight, hessian, bits, bias)
+    groups = -(-columns // 8)
+    expected = rows * groups * bits + -(-rows // 8) + groups + 4
+    assert QuipSharp().bytes({"bits": bits}, rows, columns) == module_bytes(module) == expected
+    dense = module.dequantize()
+    assert dense.shape == (rows, columns)
+    x = torch.randn(2, 3, columns)
+    y = module(x)
+    assert (y.shape, y.dtype) == ((2, 3, rows), torch.float32)
+    assert torch.allclose(y, x @ dense.T + bias, atol=1e-3 * dense.norm().item())
+    assert not any(t.is_floating_point() and t.numel() > rows for t in module.state_dict().values())
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_more_bits_less_error(correlated, weighted_error, bits):
+    weight, hessian = correlated(48, 64)
+    zero = weighted_error(weight, torch.zeros_like(weight), hessian)
+    share = weighted_error(weight, quantized(weight, hessian, bits).dequantize(), hessian) / zero
+    assert share < {1: 0.25, 2: 0.07, 3: 0.025, 4: 0.008}[bits]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_the_scale(correlated, dtype):
+    weight, hessian = correlated(48, 64)
+    module = quantized(weight, hessian, 3)
+    dense, x = module.dequantize(), torch.randn(4, 64)
+    module = module.to(dtype)  # casts all floating buffers
+    assert torch.equal(module.dequantize(), dense)
+    y = module(x.to(dtype))
+    assert y.dtype == dtype
+    assert torch.allclose(y.float(), x @ dense.T, atol=0.03 * (x @ dense.T).abs().max().item())
+
+
+def test_same_seed_same_tensors_other_seed_other_signs(correlated):
+    weight, hessian = correlated(16, 24)
+    runs = [
+        QuipSharp().quantize(weight, hessian, {"bits": 2}, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)
+    ]
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+    assert not torch.equal(runs[0]["in_signs"], runs[2]["in_signs"])
+
+
+def test_the_empty_module_builds_on_meta():
+    module = QuipSharp().linear(16, 24, True, {"bits": 4}, torch.bfloat16, "meta")
+    assert {tensor.device.type for tensor in module.state_dict().values()} == {"meta"}
+    assert isinstance(module, QuipSharpLinear)
+    assert "bits=4" in repr(module)
+
+
+def test_tunable(correlated):
+    weight, hessian = correlated(16, 24)
+    assert set(QuipSharp().tunable(quantized(weight, hessian, 2))) == {"scale"}
+    assert set(QuipSharp().tunable(quantized(weight, hessian, 2, torch.zeros(16)))) == {"scale", "bias"}
+
+
+def test_zeros_and_inputs_that_never_occur(correlated, weighted_error):
+    weight, hessian = correlated(16, 24)
+    assert not quantized(torch.zeros_like(weight), hessian, 2).dequantize().any()
+    assert torch.isfinite(quantized(weight, torch.zeros_like(hessian), 2).dequantize()).all()
+    hessian[:, 4:9] = hessian[4:9] = 0
+    dense = quantized(weight, hessian, 2).dequantize()
+    assert weighted_error(weight, dense, hessian) < 0.1 * weighted_error(weight, 0 * weight, hessian)
+
+
+@pytest.mark.parametrize("bits", [0, 5, 8])
+def test_bits_that_do_not_exist(bits):
+    with pytest.raises(UserError, match=f"--bits {bits} "):
+        QuipSharp().format(bits)
+
+
+def test_bad_input(correlated):
+    weight, hessian = correlated(16, 24)
+    with pytest.raises(UserError, match="does not fit a weight of 24 columns"):
+        QuipSharp().quantize(weight, hessian[:8, :8], {"bits": 2}, None)
+    weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match="NaN"):
+        QuipSharp().quantize(weight, hessian, {"bits": 2}, None)
+    weight[0, 0], hessian[0, 0] = 0, float("inf")
+    with pytest.raises(UserError, match="NaN or infinity"):
+        QuipSharp().quantize(weight, hessian, {"bits": 2}, None)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_forward_agrees(correlated):
+    weight, hessian = correlated(48, 64)
+    module, x = quantized(weight, hessian, 3), torch.randn(4, 64)
+    assert torch.allclose(module.cuda()(x.cuda()).cpu(), module.cpu()(x), atol=1e-4)
