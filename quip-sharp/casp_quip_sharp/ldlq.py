@@ -38,7 +38,9 @@ def block_ldl(hessian: Tensor, damping: float, name: str = "weight") -> Factors:
     inverse = torch.linalg.solve_triangular(corners, torch.eye(GROUP).to(corners).expand_as(corners), upper=False)
     feedback = torch.einsum("igj,gjk->igk", lower.view(len(lower), groups, GROUP), inverse).reshape(lower.shape)
     diagonal = corners @ corners.transpose(1, 2)
-    return Factors((lower @ lower.T).float(), feedback.float(), diagonal.float())
+    damped = ((hessian + hessian.T) / 2).float()
+    damped.diagonal().copy_(lower.square().sum(1))  # damping has moved nothing else; cheaper than the whole product
+    return Factors(damped, feedback.float(), diagonal.float())
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,13 @@ def descend(target: Tensor, factors: Factors, rounded: Rounded, bits: int) -> Ro
         moves = torch.zeros_like(points[:, start:end])
         for first in range(end - GROUP, start - 1, -GROUP):
             last, k = first + GROUP, first // GROUP
-            pull = gradient[:, first:last] - moves @ hessian[start:end, first:last]
+            pull = gradient[:, first:last] - moves[:, last - start :] @ hessian[last:end, first:last]
             found, candidate = quantize_vectors(points[:, first:last] + pull @ inverse[k], bits)
             move = candidate - points[:, first:last]
-            gain = (move * (2 * pull - move @ blocks[k])).sum(1)
-            better = gain > 0
-            moves[:, first - start : last - start] = move * better[:, None]
-            points[:, first:last] += move * better[:, None]
+            better = (move * (2 * pull - move @ blocks[k])).sum(1) > 0
+            move *= better[:, None]
+            moves[:, first - start : last - start] = move
+            points[:, first:last] += move
             for stage, code in zip(codes, found, strict=True):
                 stage[:, k] = torch.where(better, code, stage[:, k])
         gradient -= moves @ hessian[start:end]
