@@ -33,6 +33,7 @@ bash "GPTQ/scripts/quantize_$kind.sh" --model "$model" --bits 2
 
 say "5/6 evaluation: text, questions about images, size"
 bash eval/scripts/compare.sh "bf16=$model" "SVD=$runs/svd" "GPTQ 2-bit=$runs/gptq-2bit" \
-    "CASP-GPTQ=$runs/casp-gptq-2bit" --output "$runs/report" --update-cards
+    "CASP-GPTQ=$runs/casp-gptq-2bit" --windows 16 --questions 180 \
+    --output "$runs/report" --update-cards
 
 say "6/6 done in $(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s: $runs/report/report.md"
