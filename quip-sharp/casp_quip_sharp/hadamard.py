@@ -104,7 +104,7 @@ def _along(x: Tensor, width: int, inner: int, matrix: Tensor) -> Tensor:
     """Apply `matrix` (width, width) to the axis of that width which is followed by `inner` elements."""
     if inner == 1:
         return (x.reshape(-1, width) @ matrix.T).view(x.shape)
-    return torch.matmul(matrix, x.reshape(-1, width, inner)).view(x.shape)
+    return torch.matmul(matrix, x.reshape(-1, width, inner)).reshape(x.shape)
 
 
 def _hartley_fft(x: Tensor, width: int, inner: int) -> Tensor:

@@ -87,6 +87,14 @@ def test_shapes_dtypes_and_input_left_alone(dtype):
     assert transform(one).data_ptr() != one.data_ptr()
 
 
+@pytest.mark.parametrize("width", [576, 74])
+def test_gradient_is_the_inverse_transform(width):
+    x = torch.randn(2, 3, width, dtype=torch.float64, requires_grad=True)
+    other = torch.randn(2, 3, width, dtype=torch.float64)
+    (transform(x) * other).sum().backward()
+    assert torch.allclose(x.grad, transform(other, inverse=True), atol=1e-13)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("width", [64, 576, 11008])
 def test_cuda_agrees(width):
