@@ -35,12 +35,14 @@ class Backend(Protocol):
         hessian: Tensor,
         format: Format,
         generator: torch.Generator | None,
+        *,
+        name: str,
         **settings: Any,
     ) -> dict[str, Tensor]:
         """Quantize `weight` (out, in) float32 under `hessian` = E[x x^T] (in, in).
 
-        Returns the state dict of `linear(...)` without its bias. `settings` are the backend's own knobs of
-        the search (what the module does not need to know to be built).
+        Returns the state dict of `linear(...)` without its bias. name: what messages call the matrix;
+        `settings` are the backend's own knobs of the search (what the module does not need to be built).
         """
 
     def linear(

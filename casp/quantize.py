@@ -8,7 +8,6 @@ from torch import Tensor
 
 from casp.backend import Backend
 from casp.budget import Plan
-from casp.errors import UserError
 from casp.models import Decoder
 from casp.moments import SecondMoment
 from casp.run import RunFolder
@@ -57,10 +56,8 @@ def _quantize_matrix(
     old = visit.block.get_submodule(path)
     format = plan[full_path]
     weight = old.weight.detach().float()
-    try:
-        tensors = backend.quantize(weight, hessian, format, matrix_generator(seed, full_path), **settings)
-    except UserError as error:
-        raise UserError(f"{full_path}: {error}") from error
+    generator = matrix_generator(seed, full_path)
+    tensors = backend.quantize(weight, hessian, format, generator, name=full_path, **settings)
     new = backend.linear(
         old.out_features,
         old.in_features,

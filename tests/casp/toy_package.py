@@ -23,7 +23,7 @@ class Toy:
     def bytes(self, format, out_features, in_features):
         return out_features * in_features + 2 * out_features
 
-    def quantize(self, weight, hessian, format, generator, **settings):
+    def quantize(self, weight, hessian, format, generator, *, name, **settings):
         top = 2 ** (format["bits"] - 1) - 1
         scales = (weight.abs().amax(1, keepdim=True) / top).clamp_min(1e-6).half()
         return {"codes": (weight / scales.float()).round().clamp(-top, top).to(torch.int8), "scales": scales}
