@@ -15,7 +15,7 @@ _SCALE_FACTORS = (0.9, 0.95, 1.0, 1.05, 1.1, 1.15)
 
 
 def storable(scale: float) -> float:
-    """`scale` rounded to eight significant bits, which float32, bfloat16 and float16 all hold exactly."""
+    """`scale` rounded to eight significant bits: float32, bfloat16 and (from 6e-5 up) float16 hold it exactly."""
     return torch.tensor(scale).to(torch.bfloat16).item()
 
 
