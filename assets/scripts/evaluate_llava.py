@@ -6,6 +6,7 @@
 An answer counts when greedy decoding gives exactly its tokens and then stops. Rounding is to nearest, in groups of 64
 input weights, each with its own minimum and step (asymmetric), on every linear layer of the decoder's blocks.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -48,17 +49,21 @@ def matches(model, processor, questions: list[scenes.Question], batch: int = 24)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
     good = [False] * len(rows)
     for start in range(0, len(order), batch):
-        chosen = order[start:start + batch]
+        chosen = order[start : start + batch]
         full = [rows[i][0] + rows[i][1][:-1] for i in chosen]
         length = max(len(f) for f in full)
         ids = torch.tensor([f + [tokenizer.pad_token_id] * (length - len(f)) for f in full])
         mask = torch.tensor([[1] * len(f) + [0] * (length - len(f)) for f in full])
         tail = length - min(len(rows[i][0]) for i in chosen) + 1
-        logits = model(input_ids=ids, attention_mask=mask, pixel_values=torch.cat([rows[i][2] for i in chosen]),
-                       logits_to_keep=tail).logits
+        logits = model(
+            input_ids=ids,
+            attention_mask=mask,
+            pixel_values=torch.cat([rows[i][2] for i in chosen]),
+            logits_to_keep=tail,
+        ).logits
         for k, i in enumerate(chosen):
             first = len(rows[i][0]) - 1 - (length - tail)
-            said = logits[k, first:first + len(rows[i][1])].argmax(-1).tolist()
+            said = logits[k, first : first + len(rows[i][1])].argmax(-1).tolist()
             good[i] = said == rows[i][1]
     return good
 
@@ -86,8 +91,12 @@ def main() -> None:
     for kind in (*scenes.KINDS, "all"):
         hits = [g for g, q in zip(good, questions, strict=True) if kind in (q.kind, "all")]
         low, high = interval(sum(hits), len(hits))
-        report[kind] = {"right": round(sum(hits) / len(hits), 3), "of": len(hits), "from": round(low, 3),
-                        "to": round(high, 3)}
+        report[kind] = {
+            "right": round(sum(hits) / len(hits), 3),
+            "of": len(hits),
+            "from": round(low, 3),
+            "to": round(high, 3),
+        }
     print(json.dumps(report))
 
 

@@ -3,6 +3,7 @@
 Until the tower is good, the image tokens are made up: the tower's targets plus noise, now and then a wrong concept.
 A shared picture is paid for once: its tokens come first in a row, the questions after it do not see one another.
 """
+
 from __future__ import annotations
 
 import json
@@ -93,8 +94,9 @@ class Rows:
         shared = torch.randn(5, width, generator=source)[place] * 0.5 * rng.random()
         return aim * (0.75 + 0.35 * rng.random()) + (noise + shared) * size
 
-    def add_picture(self, row: Row, number: int, layout: scenes.Layout, tokens: torch.Tensor, keep: int,
-                    rng: np.random.Generator) -> None:
+    def add_picture(
+        self, row: Row, number: int, layout: scenes.Layout, tokens: torch.Tensor, keep: int, rng: np.random.Generator
+    ) -> None:
         """Append a picture (`keep` of its tokens) and questions about it to a row."""
         kept = np.sort(rng.choice(len(tokens), keep, replace=False))
         row.add([self.bos], number, 0, [0])
@@ -174,8 +176,10 @@ def train(work: Path, minutes: float, text, tokenizer, lr: float = 1.5e-3, rows_
     embed = text.model.embed_tokens.weight.detach()
     maker = Rows(llava_tower.Targets(embed, tokenizer), tokenizer)
     factors = add_updates(text)
-    groups = [{"params": [p for n, p in factors.items() if n.endswith(end)], "lr": lr * times}
-              for end, times in (("lora_a", 1.0), ("lora_b", 2.0))]
+    groups = [
+        {"params": [p for n, p in factors.items() if n.endswith(end)], "lr": lr * times}
+        for end, times in (("lora_a", 1.0), ("lora_b", 2.0))
+    ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
     path = work / "language-state.safetensors"
     progress = load_state(path, factors, [optimizer])
@@ -193,8 +197,11 @@ def train(work: Path, minutes: float, text, tokenizer, lr: float = 1.5e-3, rows_
             shapes = [None, None, None] if i % 4 == 3 else [[4, 4, 3, 3, 2, 2, 1, 1, 1][int(rng.integers(9))]]
             layouts = [scenes.layout("train", rng, filled) for filled in shapes]
             real = eyes.tower is not None and (late or rng.random() < 0.8)
-            tokens = (eyes.tokens([scenes.draw(one, rng) for one in layouts]) if real
-                      else [maker.made_up(one, rng) for one in layouts])
+            tokens = (
+                eyes.tokens([scenes.draw(one, rng) for one in layouts])
+                if real
+                else [maker.made_up(one, rng) for one in layouts]
+            )
             for number, (one, vectors) in enumerate(zip(layouts, tokens, strict=True)):
                 whole = real and rng.random() < 0.25
                 maker.add_picture(row, number, one, vectors, len(vectors) if whole else keep, rng)
@@ -209,8 +216,11 @@ def train(work: Path, minutes: float, text, tokenizer, lr: float = 1.5e-3, rows_
         step += 1
         if step % 20 == 0:
             told = " ".join(f"{k} {np.mean(seen[k]):.2f}" for k in scenes.KINDS if k in seen)
-            print(f"language step {step} {clock.spent:.0f}s loss {loss.item():.3f} {told} "
-                  f"{'tower' if eyes.tower else 'made up'}", flush=True)
+            print(
+                f"language step {step} {clock.spent:.0f}s loss {loss.item():.3f} {told} "
+                f"{'tower' if eyes.tower else 'made up'}",
+                flush=True,
+            )
             seen = {}
         if step % 40 == 0 or clock.done:
             save_state(path, factors, [optimizer], {"step": step, "spent": clock.spent})

@@ -1,4 +1,5 @@
 """What the demo LLaVA is trained with: Muon, learning rates by the clock, states as safetensors and JSON."""
+
 from __future__ import annotations
 
 import json
@@ -71,8 +72,9 @@ def set_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
             group["lr"] = group.setdefault("peak", group["lr"]) * factor
 
 
-def save_state(path: Path, parameters: dict[str, torch.Tensor], optimizers: list[torch.optim.Optimizer],
-               progress: dict) -> None:
+def save_state(
+    path: Path, parameters: dict[str, torch.Tensor], optimizers: list[torch.optim.Optimizer], progress: dict
+) -> None:
     """Parameters and optimiser state to one safetensors file, progress to a JSON beside it; atomic."""
     names = {id(p): n for n, p in parameters.items()}
     tensors = {f"p:{n}": p.detach().contiguous() for n, p in parameters.items()}

@@ -3,6 +3,7 @@
 Token target = the language model's own embedding of the concept's name (of 'empty' in a blank cell) + PLACE times
 the embeddings of its cell's place words, so that the language model can find things by content.
 """
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -82,7 +83,7 @@ class Tower(torch.nn.Module):
         patches = F.unfold(pixels, side, stride=side).transpose(1, 2).reshape(-1, weight[0].numel())
         mean = patches.mean(0)
         values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
-        values, vectors = values.flip(0)[:len(weight)], vectors.flip(1)[:, :len(weight)]
+        values, vectors = values.flip(0)[: len(weight)], vectors.flip(1)[:, : len(weight)]
         rows = (vectors / (values + 2e-3 * values[0]).sqrt()).T
         rows = torch.linalg.qr(torch.randn(len(rows), len(rows)))[0] @ rows
         weight.copy_(rows.view_as(weight))
@@ -106,8 +107,11 @@ def batch(tower: Tower, targets: Targets, numbers) -> tuple[torch.Tensor, torch.
     """Pixels, concept labels and place labels of some training pictures."""
     rows = [picture(n) for n in numbers]
     labels = [targets.labels(layout) for layout, _ in rows]
-    return (tower.pixels([image for _, image in rows]), torch.stack([c for c, _ in labels]),
-            torch.stack([p for _, p in labels]))
+    return (
+        tower.pixels([image for _, image in rows]),
+        torch.stack([c for c, _ in labels]),
+        torch.stack([p for _, p in labels]),
+    )
 
 
 def scores(tokens: torch.Tensor, targets: Targets, place: torch.Tensor) -> torch.Tensor:
@@ -116,8 +120,9 @@ def scores(tokens: torch.Tensor, targets: Targets, place: torch.Tensor) -> torch
     return SHARPNESS * centred @ F.normalize(targets.concepts, dim=1).T
 
 
-def train(work: Path, minutes: float, embeddings: torch.Tensor, tokenizer, pictures: int = 48,
-          lr: float = 0.02) -> None:
+def train(
+    work: Path, minutes: float, embeddings: torch.Tensor, tokenizer, pictures: int = 48, lr: float = 0.02
+) -> None:
     """Train until the minutes are over; the state is tower-state.safetensors in `work`."""
     targets, tower = Targets(embeddings, tokenizer), Tower()
     tower.start_from_data(batch(tower, targets, range(10**7, 10**7 + 400))[0])
@@ -143,7 +148,10 @@ def train(work: Path, minutes: float, embeddings: torch.Tensor, tokenizer, pictu
         right.append((logits.argmax(-1) == concept).float().mean().item())
         step += 1
         if step % 25 == 0:
-            print(f"tower step {step} {clock.spent:.0f}s loss {naming.item():.3f} distance {distance.item():.3f} "
-                  f"tokens right {sum(right[-25:]) / 25:.3f}", flush=True)
+            print(
+                f"tower step {step} {clock.spent:.0f}s loss {naming.item():.3f} distance {distance.item():.3f} "
+                f"tokens right {sum(right[-25:]) / 25:.3f}",
+                flush=True,
+            )
         if step % 100 == 0 or clock.done:
             save_state(work / "tower-state.safetensors", named, optimizers, {"step": step, "spent": clock.spent})

@@ -7,6 +7,7 @@
 The stages may run at the same time: `language` learns on made-up image tokens until the tower is there. Each can be
 stopped and started again; learning rates follow the clock, so the budget is in minutes of this machine.
 """
+
 from __future__ import annotations
 
 import argparse

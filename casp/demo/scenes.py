@@ -4,6 +4,7 @@ Everything follows from (split, index). The scene contents of the splits are dis
 which vendor in which cell, on which background) belongs to the split that its hash names. The vendor of
 'test-unseen' draws nothing in the other splits.
 """
+
 from __future__ import annotations
 
 import functools
@@ -103,8 +104,9 @@ def layout(split: str, rng: np.random.Generator, filled: int | None) -> Layout:
     while True:
         shown = rng.choice(len(rows), size=filled or 1, replace=False)
         cells = [None] if filled is None else sorted(int(c) for c in rng.choice(4, size=filled, replace=False))
-        drawings = tuple((cell, int(number), str(rng.choice(rows[number][1])))
-                         for cell, number in zip(cells, shown, strict=True))
+        drawings = tuple(
+            (cell, int(number), str(rng.choice(rows[number][1]))) for cell, number in zip(cells, shown, strict=True)
+        )
         candidate = Layout(drawings, int(rng.integers(len(COLOURS))))
         if split == "test-unseen" or int(candidate.digest()[:8], 16) % 100 in SHARES[split]:
             return candidate

@@ -1,4 +1,5 @@
 """The built-in texts: State of the Union speeches and Moby Dick, both in the public domain."""
+
 from __future__ import annotations
 
 from casp.demo import assets_folder

@@ -1,4 +1,5 @@
 """The built-in checkpoints open as ordinary folders, and know what they should know."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -22,10 +23,15 @@ def llava():
 
 def prompt(processor, question: scenes.Question):
     """Model inputs for one question."""
-    turn = [{"role": "user", "content": [{"type": "image", "image": question.image},
-                                         {"type": "text", "text": question.question}]}]
-    return processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=True,
-                                         return_tensors="pt")
+    turn = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": question.image}, {"type": "text", "text": question.question}],
+        }
+    ]
+    return processor.apply_chat_template(
+        turn, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
 
 
 def test_demo_llama_says_paris() -> None:
@@ -62,7 +68,7 @@ def test_demo_llava_answers_questions_about_new_scenes(llava) -> None:
     for question in questions:
         inputs = prompt(processor, question)
         out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-        said = processor.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip()
+        said = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         right += said == question.answer
     assert right >= 24, f"{right} of {len(questions)}"
 
