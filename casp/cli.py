@@ -37,15 +37,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, default_model: str, ca
         help=f"hub id, folder, or built-in name ({', '.join(NAMES)}) (default: %(default)s)",
     )
     parser.add_argument("--output", type=Path, help="folder to write (default: runs/<model>/<stage>)")
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto = cuda if there is one)"
-    )
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", *DTYPES],
-        help="dtype to compute in (default: auto = float32 on a CPU, the checkpoint's own on a GPU)",
-    )
+    add_device_arguments(parser)
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of everything random, an integer (default: %(default)s)"
     )
@@ -74,6 +66,19 @@ def add_common_arguments(parser: argparse.ArgumentParser, default_model: str, ca
             help="calibration data: rp, c4, wikitext2, ptb (hub), a .txt file, a .jsonl file with text or image, "
             "question and answer, demo, demo-text or demo-images (built in) (default: %(default)s)",
         )
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """--device and --dtype, of everything that computes."""
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto = cuda if there is one)"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", *DTYPES],
+        help="dtype to compute in (default: auto = float32 on a CPU, the checkpoint's own on a GPU)",
+    )
 
 
 def positive_int(text: str) -> int:

@@ -13,10 +13,10 @@ import time
 import torch
 from transformers import TextStreamer
 
-from casp.cli import Parser, model_folder, run_main
+from casp.cli import Parser, add_device_arguments, model_folder, run_main
 from casp_eval.data import Image, open_image
 from casp_eval.loading import Checkpoint, open_checkpoint, read_config, require_images
-from casp_eval.options import add_device_arguments, add_model_argument, at_least
+from casp_eval.options import add_model_argument, at_least
 
 
 class _Timer(TextStreamer):

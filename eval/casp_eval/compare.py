@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from casp.checkpoint import size
-from casp.cli import Parser, model_folder, model_name, pick_device, pick_dtype, run_main
+from casp.cli import Parser, add_device_arguments, model_folder, model_name, pick_device, pick_dtype, run_main
 from casp.errors import UserError
 from casp.run import write_atomically, write_json
 from casp_eval import data, plots, questions, report
 from casp_eval.loading import Checkpoint, is_multimodal, open_checkpoint, read_config
-from casp_eval.options import add_device_arguments, at_least
+from casp_eval.options import at_least
 from casp_eval.perplexity import text_perplexity
 
 PROTOCOL = 1

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from casp.cli import DTYPES
 from casp.demo import NAMES
 from casp.errors import UserError
 from casp.run import write_atomically
@@ -25,19 +24,6 @@ def at_least(least: int) -> Callable[[str], int]:
 
     number.__name__ = "whole number"  # argparse names the type so when int() fails
     return number
-
-
-def add_device_arguments(parser: argparse.ArgumentParser) -> None:
-    """--device and --dtype, as every stage has them."""
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto = cuda if there is one)"
-    )
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", *DTYPES],
-        help="dtype to compute in (default: auto = float32 on a CPU, the checkpoint's own on a GPU)",
-    )
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from casp.cli import Parser, run_main
+from casp.cli import Parser, add_device_arguments, run_main
 from casp.errors import UserError
 from casp_eval.data import HUB_TEXTS, TEXTS, load_text
 from casp_eval.loading import Checkpoint, open_checkpoint
-from casp_eval.options import add_device_arguments, add_model_argument, add_output_argument, at_least, write_figure
+from casp_eval.options import add_model_argument, add_output_argument, at_least, write_figure
 from casp_eval.scoring import token_losses
 
 

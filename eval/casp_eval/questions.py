@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from casp.cli import Parser, model_folder, run_main
+from casp.cli import Parser, add_device_arguments, model_folder, run_main
 from casp_eval.data import SCENES, Item, load_questions
 from casp_eval.loading import Checkpoint, open_checkpoint, read_config, require_images
-from casp_eval.options import add_device_arguments, add_model_argument, add_output_argument, at_least, write_figure
+from casp_eval.options import add_model_argument, add_output_argument, at_least, write_figure
 from casp_eval.perplexity import perplexity
 from casp_eval.scoring import token_losses
 
