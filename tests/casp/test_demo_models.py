@@ -64,13 +64,13 @@ def test_names_and_answers_are_single_tokens(llava) -> None:
 
 def test_demo_llava_answers_questions_about_new_scenes(llava) -> None:
     model, processor = llava
-    questions, right = scenes.load("test", 36), 0
+    questions, right = scenes.load("test", 18), 0
     for question in questions:
         inputs = prompt(processor, question)
-        out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        out = model.generate(**inputs, max_new_tokens=3, do_sample=False)
         said = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         right += said == question.answer
-    assert right >= 24, f"{right} of {len(questions)}"
+    assert right >= 14, f"{right} of {len(questions)}"
 
 
 def test_build_keeps_what_is_there_and_leaves_nothing_half_made(tmp_path: Path, monkeypatch) -> None:
