@@ -156,11 +156,12 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--group-size", type=int, default=64, help="columns that share a scale (default: %(default)s)")
     flags.add_argument("--damping", type=float, default=0.01, help="share of the mean diagonal (default: %(default)s)")
     args = flags.parse_args(argv)
+    source = model_folder(args.model)
     if importlib.util.find_spec("gptqmodel") is None:
         raise UserError("gptqmodel is not installed; install the extra: pip install -r requirements-gptqmodel.txt.")
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     with tempfile.TemporaryDirectory() as scratch:
-        folder = cut_model(model_folder(args.model), args.blocks, Path(scratch) / "model")
+        folder = cut_model(source, args.blocks, Path(scratch) / "model")
         batches = calibration_batches(
             folder, args.dataset, args.samples, args.sequence_length, args.seed, args.batch_size
         )
