@@ -37,6 +37,7 @@ STAGE = [
     "128",
     "--sweeps",
     "0",
+    "--no-true-sequential",
     "--clip-search",
     "0",
     "--dataset",
@@ -48,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     flags = Parser(prog="memory.sh", description=__doc__.splitlines()[0])
     flags.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    flags.add_argument("--samples", type=positive_int, default=16, help="calibration samples (default: %(default)s)")
+    flags.add_argument("--samples", type=positive_int, default=4, help="calibration samples (default: %(default)s)")
     flags.add_argument(
         "--sequence-length", type=positive_int, default=256, help="tokens per sample (default: %(default)s)"
     )
