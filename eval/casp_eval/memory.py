@@ -94,7 +94,6 @@ def measure(config: PretrainedConfig, tokenizer_from: Path, samples: int, sequen
         arguments = ["-m", *STAGE, "--model", str(folder), "--output", str(scratch / "out"), "--samples", str(samples)]
         peak = peak_bytes([*arguments, "--sequence-length", str(sequence_length)])
         return {
-            "parameters": sum(p.numel() for p in Decoder.open(folder).model.parameters()),
             "checkpoint_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
             "formula_bytes": formula_bytes(folder, samples, sequence_length),
             "peak_bytes": peak,
@@ -115,7 +114,7 @@ def main() -> None:
         result[name] = measure(config, small, args.samples, args.sequence_length)
         print(name, result[name])
     small_one, large_one = (result[name] for name in configs)
-    result["parameters_ratio"] = large_one["parameters"] / small_one["parameters"]
+    result["checkpoint_ratio"] = large_one["checkpoint_bytes"] / small_one["checkpoint_bytes"]
     result["peak_ratio"] = large_one["peak_bytes"] / small_one["peak_bytes"]
     result["command"] = f"bash eval/scripts/memory.sh --samples {args.samples} --sequence-length {args.sequence_length}"
     args.output.parent.mkdir(parents=True, exist_ok=True)
