@@ -7,23 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from casp_quip_sharp.linear import QuipSharpLinear, tensor_shapes
+from casp_quip_sharp.linear import TUNED, QuipSharpLinear, tensor_shapes
 from casp_quip_sharp.quantize import quantize_matrix
 
 
 class QuipSharp:
-    """The backend "quip-sharp". A format is {"bits": 1|2|3|4}."""
+    """The backend "quip-sharp". A format is {"bits": 1|2|3|4}, with "vectors": "tuned" where these are real."""
 
     name = "quip-sharp"
 
-    def format(self, bits: int) -> dict[str, Any]:
-        """The format of this width; UserError when there is none."""
-        tensor_shapes(bits, 1, 1)
-        return {"bits": bits}
+    def format(self, bits: int, tuned: bool = False) -> dict[str, Any]:
+        """The format of this width, its vectors as signs or, to be tuned, real; UserError when there is none."""
+        format = {"bits": bits, "vectors": TUNED} if tuned else {"bits": bits}
+        tensor_shapes(format, 1, 1)
+        return format
 
     def bytes(self, format: Mapping[str, Any], out_features: int, in_features: int) -> int:
-        """Exact bytes of codes (inputs padded to a multiple of 8), packed signs and the scale."""
-        shapes = tensor_shapes(format["bits"], out_features, in_features)
+        """Exact bytes of codes (inputs padded to a multiple of 8), packed signs or vectors, and the scale."""
+        shapes = tensor_shapes(format, out_features, in_features)
         return sum(prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
 
     def quantize(
@@ -38,7 +39,8 @@ class QuipSharp:
 
         generator draws the signs of both sides (a CPU generator, whatever the weight's device).
         """
-        return quantize_matrix(weight, hessian, format["bits"], generator, **settings)
+        tuned = format.get("vectors") == TUNED
+        return quantize_matrix(weight, hessian, format["bits"], generator, tuned=tuned, **settings)
 
     def linear(
         self,
@@ -53,6 +55,7 @@ class QuipSharp:
         return QuipSharpLinear(out_features, in_features, bias, format, dtype, device)
 
     def tunable(self, module: nn.Module) -> dict[str, Tensor]:
-        """What fine-tuning may move: the scale, and the bias if there is one."""
-        tensors = {"scale": module.scale, "bias": module.bias}
+        """What fine-tuning may move: the vectors of a format that holds them as real numbers, and a bias."""
+        names = ("out_vector", "in_vector", "bias") if module.is_tuned else ("bias",)
+        tensors = {name: getattr(module, name) for name in names}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}

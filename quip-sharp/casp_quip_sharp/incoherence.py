@@ -1,7 +1,8 @@
 """Incoherence: a weight and its Hessian in a basis in which no entry stands out (arXiv 2402.04396, section 3).
 
 `W~ = U W V^T` and `H~ = V H V^T` with U, V = (orthogonal transform) x (random signs): `tr(D H D^T)` stays as it is, and
-the entries of W~ look Gaussian, which is what the codebooks are made for. Only the signs are stored, a bit each.
+the entries of W~ look Gaussian, which is what the codebooks are made for. Only the signs are stored, a bit each; or,
+once fine-tuning has moved them (section 5), a real vector in their place.
 """
 
 import torch
@@ -25,35 +26,35 @@ def random_signs(size: int, generator: torch.Generator | None = None) -> Tensor:
     return (padded << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 
-def unpack_signs(packed: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+def unpack_signs(packed: Tensor, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The signs as +1 and -1 (a bit that is set), (size,) in `dtype` on the device of `packed`."""
     bits = packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
     return 1 - 2 * bits.flatten()[:size].to(dtype)
 
 
-def rotate(x: Tensor, signs: Tensor) -> Tensor:
-    """`V x` of the vectors x (..., n) for packed `signs` of n coordinates: the signs first, then the transform."""
-    return transform(x * unpack_signs(signs, x.shape[-1], x.dtype))
+def rotate(x: Tensor, vector: Tensor) -> Tensor:
+    """`T diag(vector) x` of the vectors x (..., n); vector (n,), the signs or what fine-tuning made of them."""
+    return transform(x * vector)
 
 
-def rotate_back(x: Tensor, signs: Tensor) -> Tensor:
-    """`V^T x` of the vectors x (..., n): undoes `rotate`."""
-    return transform(x, inverse=True) * unpack_signs(signs, x.shape[-1], x.dtype)
+def rotate_back(x: Tensor, vector: Tensor) -> Tensor:
+    """`diag(vector) T^T x` of the vectors x (..., n): undoes `rotate` where the vector holds signs."""
+    return transform(x, inverse=True) * vector
 
 
-def incoherent_weight(weight: Tensor, out_signs: Tensor, in_signs: Tensor) -> Tensor:
+def incoherent_weight(weight: Tensor, out_vector: Tensor, in_vector: Tensor) -> Tensor:
     """`U W V^T` of `weight` (out, in)."""
-    return rotate(rotate(weight, in_signs).T, out_signs).T
+    return rotate(rotate(weight, in_vector).T, out_vector).T
 
 
-def original_weight(incoherent: Tensor, out_signs: Tensor, in_signs: Tensor) -> Tensor:
-    """Undo `incoherent_weight`: `U^T W~ V` of (out, in)."""
-    return rotate_back(rotate_back(incoherent, in_signs).T, out_signs).T
+def original_weight(incoherent: Tensor, out_vector: Tensor, in_vector: Tensor) -> Tensor:
+    """`U^T W~ V` of (out, in): undoes `incoherent_weight`."""
+    return rotate_back(rotate_back(incoherent, in_vector).T, out_vector).T
 
 
-def incoherent_hessian(hessian: Tensor, in_signs: Tensor) -> Tensor:
+def incoherent_hessian(hessian: Tensor, in_vector: Tensor) -> Tensor:
     """`V H V^T` of `hessian` (in, in)."""
-    return rotate(rotate(hessian, in_signs).T, in_signs)
+    return rotate(rotate(hessian, in_vector).T, in_vector)
 
 
 def incoherence(matrix: Tensor) -> float:

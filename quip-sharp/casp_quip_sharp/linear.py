@@ -10,9 +10,13 @@ from torch.nn import functional as F
 from casp.errors import UserError
 from casp.linear import QuantizedLinear
 from casp_quip_sharp.codebooks import GROUP, STAGES, decode
-from casp_quip_sharp.incoherence import original_weight, packed_signs, rotate, rotate_back
+from casp_quip_sharp.incoherence import original_weight, packed_signs, rotate, rotate_back, unpack_signs
 
 CODE_NAMES = ("codes", "residual_codes")
+SIGNS, TUNED = "signs", "tuned"  # how a format stores the vectors of both sides
+_HEADROOM = (
+    32  # the product before the scale is some 30 times the output: float16 would overflow where outputs are large
+)
 
 
 def padded(in_features: int) -> int:
@@ -20,30 +24,39 @@ def padded(in_features: int) -> int:
     return -(-in_features // GROUP) * GROUP
 
 
-def tensor_shapes(bits: int, out_features: int, in_features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def tensor_shapes(
+    format: Mapping[str, Any], out_features: int, in_features: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name -> (shape, dtype) of every tensor that a layer of this format stores, bias aside; UserError for others."""
+    bits, vectors = format["bits"], format.get("vectors", SIGNS)
     if bits not in STAGES:
         raise UserError(f"--bits {bits} is not a format of quip-sharp; use {', '.join(map(str, STAGES))}.")
+    if vectors not in (SIGNS, TUNED):
+        raise UserError(f"quip-sharp stores no vectors of kind {vectors!r}; use {SIGNS!r} or {TUNED!r}.")
     columns = padded(in_features)
     codes = {
         name: ((out_features, columns // GROUP), stage.dtype)
         for name, stage in zip(CODE_NAMES, STAGES[bits], strict=False)
     }
-    return {
-        **codes,
-        "out_signs": ((packed_signs(out_features),), torch.uint8),
-        "in_signs": ((packed_signs(columns),), torch.uint8),
-        "scale": ((), torch.float32),
-    }
+    if vectors == TUNED:
+        sides = {"out_vector": ((out_features,), torch.bfloat16), "in_vector": ((columns,), torch.bfloat16)}
+    else:
+        sides = {
+            "out_signs": ((packed_signs(out_features),), torch.uint8),
+            "in_signs": ((packed_signs(columns),), torch.uint8),
+            "scale": ((), torch.float32),
+        }
+    return {**codes, **sides}
 
 
 class QuipSharpLinear(QuantizedLinear):
     """`y = U^T W~ V x + b`: x rotated, multiplied by the decoded codes, rotated back.
 
-    Buffers, see `tensor_shapes`: codes int16 (out, in / 8) (uint8 at 1 bit), at 3 and 4 bits residual_codes (uint8,
-    int16) of the same shape; out_signs and in_signs, packed bits; scale, a float32 with eight significant bits, so
-    that bfloat16 and float16 hold it exactly. in is rounded up to a multiple of 8 by columns of zeros.
-    format: {"bits": 1|2|3|4}.
+    format: {"bits": 1|2|3|4, "vectors": "signs" (the default)|"tuned"}. Buffers, see `tensor_shapes`: codes int16
+    (out, in / 8) (uint8 at 1 bit), at 3 and 4 bits residual_codes (uint8, int16) of the same shape. With signs:
+    out_signs and in_signs, packed bits, and scale, a float32 with eight significant bits, so that bfloat16 and float16
+    hold it exactly. Tuned: out_vector (out,) and in_vector (in,) bfloat16, the scale within out_vector. in is rounded
+    up to a multiple of 8 by columns of zeros.
     """
 
     def __init__(
@@ -57,26 +70,37 @@ class QuipSharpLinear(QuantizedLinear):
     ) -> None:
         super().__init__(out_features, in_features, bias, format, dtype, device)
         self.bits = int(format["bits"])
-        for name, (shape, stored) in tensor_shapes(self.bits, out_features, in_features).items():
+        self.is_tuned = format.get("vectors", SIGNS) == TUNED
+        for name, (shape, stored) in tensor_shapes(format, out_features, in_features).items():
             self.register_buffer(name, torch.empty(shape, dtype=stored, device=device))
 
-    def incoherent(self) -> Tensor:
-        """W~, what the codes stand for: (out, padded in) float32."""
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """What multiplies outputs (out,) and padded inputs (in,), float32: the signs, the scale with the outputs'."""
+        if self.is_tuned:
+            return self.out_vector.float(), self.in_vector.float()
+        out_signs = unpack_signs(self.out_signs, self.out_features)
+        return out_signs * self.scale.float(), unpack_signs(self.in_signs, padded(self.in_features))
+
+    def points(self) -> Tensor:
+        """What the codes stand for, in units of the scale: (out, padded in) float32."""
         stages = STAGES[self.bits]
         points = decode(self.codes, stages[0])
         if len(stages) > 1:
             points += decode(self.residual_codes, stages[1])
-        return points.view(self.out_features, -1).mul_(self.scale.float())
+        return points.view(self.out_features, -1)
 
     def dequantize(self) -> Tensor:
         """The dense (out_features, in_features) weight, float32."""
-        dense = original_weight(self.incoherent(), self.out_signs, self.in_signs)
-        return dense[:, : self.in_features]
+        return original_weight(self.points(), *self.vectors())[:, : self.in_features]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x (..., in_features) to (..., out_features); result and matrix product are in x's dtype."""
-        columns = padded(self.in_features)
-        rotated = rotate(F.pad(x.float(), (0, columns - self.in_features)), self.in_signs)
-        product = F.linear(rotated.to(x.dtype), self.incoherent().to(x.dtype))
-        y = rotate_back(product.float(), self.out_signs)
+        """Map x (..., in_features) to (..., out_features); result and matrix product are in x's dtype.
+
+        Differentiable in x and in tuned vectors.
+        """
+        out_vector, in_vector = self.vectors()
+        extra = padded(self.in_features) - self.in_features
+        rotated = rotate(F.pad(x.float(), (0, extra)), in_vector)
+        product = F.linear((rotated / _HEADROOM).to(x.dtype), self.points().to(x.dtype))
+        y = rotate_back(product.float() * _HEADROOM, out_vector)
         return (y if self.bias is None else y + self.bias.float()).to(x.dtype)

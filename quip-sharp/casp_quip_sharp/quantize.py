@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from casp.errors import UserError
 from casp_quip_sharp.codebooks import GAUSSIAN_SCALE
-from casp_quip_sharp.incoherence import incoherent_hessian, incoherent_weight, random_signs
+from casp_quip_sharp.incoherence import incoherent_hessian, incoherent_weight, random_signs, unpack_signs
 from casp_quip_sharp.ldlq import Factors, block_ldl, descend, ldlq, weighted_loss
 from casp_quip_sharp.linear import CODE_NAMES, padded
 
@@ -44,6 +44,7 @@ def quantize_matrix(
     bits: int,
     generator: torch.Generator | None = None,
     *,
+    tuned: bool = False,
     damping: float = 0.01,
     search_scale: bool = True,
     sweeps: int = 2,
@@ -51,7 +52,8 @@ def quantize_matrix(
 ) -> dict[str, Tensor]:
     """Quantize `weight` (out, in) under `hessian` = E[x x^T] (in, in), minimising `tr(E H E^T)`.
 
-    bits: 1, 2, 3 or 4; generator: draws the signs. damping: share of the mean diagonal added to the diagonal of
+    bits: 1, 2, 3 or 4; generator: draws the signs. tuned: return the signs as the real
+    vectors that fine-tuning starts from. damping: share of the mean diagonal added to the diagonal of
     `hessian`. search_scale: compare scales under the weighted loss instead of taking the Gaussian's. sweeps: rounds
     of coordinate descent after LDLQ. name: the layer, for messages.
 
@@ -69,8 +71,9 @@ def quantize_matrix(
     device, extra = weight.device, padded(columns) - columns
     out_signs = random_signs(rows, generator).to(device)
     in_signs = random_signs(columns + extra, generator).to(device)
-    incoherent = incoherent_weight(F.pad(weight.float(), (0, extra)), out_signs, in_signs)
-    moved = incoherent_hessian(F.pad(hessian.to(device, torch.float64), (0, extra, 0, extra)), in_signs)
+    out_vector, in_vector = unpack_signs(out_signs, rows), unpack_signs(in_signs, columns + extra)
+    incoherent = incoherent_weight(F.pad(weight.float(), (0, extra)), out_vector, in_vector)
+    moved = incoherent_hessian(F.pad(hessian.to(device, torch.float64), (0, extra, 0, extra)), in_vector.double())
     factors = block_ldl(moved, damping, name)
 
     scale = choose_scale(incoherent, factors, bits) if search_scale else gaussian_scale(incoherent, bits)
@@ -78,8 +81,15 @@ def quantize_matrix(
     rounded = ldlq(target, factors, bits)
     for _ in range(sweeps):
         rounded = descend(target, factors, rounded, bits)
+    codes = dict(zip(CODE_NAMES, rounded.codes, strict=False))
+    if tuned:
+        return {
+            **codes,
+            "out_vector": (out_vector * scale).to(torch.bfloat16),
+            "in_vector": in_vector.to(torch.bfloat16),
+        }
     return {
-        **dict(zip(CODE_NAMES, rounded.codes, strict=False)),
+        **codes,
         "out_signs": out_signs,
         "in_signs": in_signs,
         "scale": torch.tensor(scale, dtype=torch.float32, device=device),

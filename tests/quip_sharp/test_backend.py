@@ -79,10 +79,32 @@ def test_the_empty_module_builds_on_meta():
     assert "bits=4" in repr(module)
 
 
-def test_tunable(correlated):
-    weight, hessian = correlated(16, 24)
-    assert set(QuipSharp().tunable(quantized(weight, hessian, 2))) == {"scale"}
-    assert set(QuipSharp().tunable(quantized(weight, hessian, 2, torch.zeros(16)))) == {"scale", "bias"}
+def test_tuned_vectors_start_as_the_signs_and_take_gradients(correlated):
+    weight, hessian = correlated(16, 37)
+    backend, seed = QuipSharp(), torch.Generator().manual_seed(0)
+    format = backend.format(2, tuned=True)
+    module = backend.linear(16, 37, True, format)
+    bias = torch.randn(16)
+    module.load_state_dict({**backend.quantize(weight, hessian, format, seed), "bias": bias})
+    signs = quantized(weight, hessian, 2, bias)
+    assert torch.allclose(module.dequantize(), signs.dequantize(), atol=1e-5)
+    assert backend.bytes(format, 16, 37) == module_bytes(module) == 16 * 5 * 2 + 2 * (16 + 40)
+    moved = backend.tunable(module)
+    assert set(moved) == {"out_vector", "in_vector", "bias"}
+    assert set(backend.tunable(signs)) == {"bias"}
+    leaves = {name: tensor.detach().double().float().requires_grad_() for name, tensor in moved.items()}
+    x = torch.randn(3, 37)
+    y = torch.func.functional_call(module, leaves, (x,))
+    assert torch.allclose(y, signs(x), atol=1e-4)
+    gradients = torch.autograd.grad(y.square().sum(), list(leaves.values()))
+    for name, gradient in zip(leaves, gradients, strict=True):
+        with torch.no_grad():
+            step = 1e-2 * torch.randn_like(gradient)
+            losses = [
+                torch.func.functional_call(module, {**leaves, name: leaves[name] + sign * step}, (x,)).square().sum()
+                for sign in (1, -1)
+            ]
+        assert ((losses[0] - losses[1]) / 2).item() == pytest.approx((gradient * step).sum().item(), rel=2e-2, abs=0.05)
 
 
 def test_zeros_and_inputs_that_never_occur(correlated, weighted_error):

@@ -35,7 +35,7 @@ def test_seeds_decide_the_signs():
 def test_loss_stays_and_outliers_go(correlated, weighted_error, rows, columns):
     weight, hessian = (tensor.double() for tensor in correlated(rows, columns))
     generator = torch.Generator().manual_seed(0)
-    out_signs, in_signs = random_signs(rows, generator), random_signs(columns, generator)
+    out_signs, in_signs = (unpack_signs(random_signs(n, generator), n, torch.float64) for n in (rows, columns))
     moved = incoherent_weight(weight, out_signs, in_signs)
     assert torch.allclose(original_weight(moved, out_signs, in_signs), weight, atol=1e-12)
     other = torch.randn(rows, columns, dtype=torch.float64)

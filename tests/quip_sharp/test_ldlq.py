@@ -3,7 +3,7 @@
 import pytest
 import torch
 from casp_gptq.gptq import gptq_quantize
-from casp_quip_sharp.incoherence import incoherent_hessian, incoherent_weight, random_signs
+from casp_quip_sharp.incoherence import incoherent_hessian, incoherent_weight, random_signs, unpack_signs
 from casp_quip_sharp.ldlq import block_ldl, descend, ldlq, weighted_loss
 from casp_quip_sharp.linear import QuipSharpLinear
 from casp_quip_sharp.quantize import quantize_matrix
@@ -15,9 +15,9 @@ def problem(correlated):
     """A target in units of the 2-bit codebook, 160 columns (two lazy blocks, one of them short), and its factors."""
     weight, hessian = correlated(24, 160)
     generator = torch.Generator().manual_seed(0)
-    in_signs = random_signs(160, generator)
-    moved = incoherent_weight(weight, random_signs(24, generator), in_signs)
-    factors = block_ldl(incoherent_hessian(hessian.double(), in_signs), 0.01)
+    in_signs, out_signs = (unpack_signs(random_signs(n, generator), n) for n in (160, 24))
+    moved = incoherent_weight(weight, out_signs, in_signs)
+    factors = block_ldl(incoherent_hessian(hessian.double(), in_signs.double()), 0.01)
     return moved / moved.square().mean().sqrt(), factors
 
 
