@@ -16,10 +16,11 @@ from casp.calibration import calibration_batches, fingerprint
 from casp.checkpoint import size
 from casp.cli import default_output, model_name, pick_device, pick_dtype, stage_input
 from casp.errors import UserError
+from casp.folder import write_json
 from casp.linear import LowRankLinear, QuantizedLinear
 from casp.models import Decoder
 from casp.quantize import measure_block_influence, quantize_model
-from casp.run import REPORT_FILE, RunFolder, write_json
+from casp.run import REPORT_FILE, RunFolder
 
 # Named such that the run folder, once finished, clears it away with the reports of the single blocks.
 INFLUENCE_FILE = "block-influence.json"

@@ -23,9 +23,10 @@ from casp.budget import uniform_plan
 from casp.calibration import calibration_batches, fingerprint
 from casp.cli import Parser, add_common_arguments, model_folder, positive_int, run_main
 from casp.errors import UserError
+from casp.folder import write_json
 from casp.models import Decoder
 from casp.quantize import input_moments, quantize_model, weighted_error
-from casp.run import RunFolder, write_json
+from casp.run import RunFolder
 from casp.walk import capture_inputs, walk
 from casp_gptq.gptq import gptq_quantize
 

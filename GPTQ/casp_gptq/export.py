@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from casp.budget import matrices
 from casp.errors import UserError
+from casp.folder import write_atomically, write_json, write_shard
 from casp.models import Decoder
-from casp.run import write_atomically, write_json, write_shard
 from casp_gptq.packing import RUN
 
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # those that gptqmodel's kernels take

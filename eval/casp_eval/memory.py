@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from casp.cli import Parser, positive_int, run_main
 from casp.demo.models import build
+from casp.folder import write_json
 from casp.models import Decoder
-from casp.run import write_json
 
 TEN_TIMES = {
     "hidden_size": 1536,

@@ -8,7 +8,8 @@ from typing import Any
 
 from casp.card import RESULTS_BEGIN, RESULTS_END
 from casp.errors import UserError
-from casp.run import REPORT_FILE, write_atomically
+from casp.folder import write_atomically
+from casp.run import REPORT_FILE
 
 Row = dict[str, Any]
 

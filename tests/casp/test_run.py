@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import casp.run
+import casp.folder
 from casp.backend import load_backend
 from casp.budget import uniform_plan
 from casp.errors import UserError
+from casp.folder import LOG_FILE
 from casp.models import Decoder
 from casp.quantize import quantize_model
-from casp.run import LOG_FILE, RunFolder
+from casp.run import RunFolder, merge_reports
 
 CPU = torch.device("cpu")
 BATCHES = [{"input_ids": torch.arange(4, 36).reshape(2, 16)}]
@@ -97,7 +98,7 @@ def _dies(folder: Path, output: Path, site: str, kind: str, call: int) -> None:
     sys.path.insert(0, site)
     torch.set_num_threads(1)
     count = 0
-    real = getattr(os, kind) if hasattr(os, kind) else getattr(casp.run, kind)
+    real = getattr(os, kind) if hasattr(os, kind) else getattr(casp.folder, kind)
 
     def deadly(*args, **kwargs):
         nonlocal count
@@ -108,7 +109,7 @@ def _dies(folder: Path, output: Path, site: str, kind: str, call: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args, **kwargs)
 
-    setattr(os if hasattr(os, kind) else casp.run, kind, deadly)
+    setattr(os if hasattr(os, kind) else casp.folder, kind, deadly)
     toy_stage(folder, output)
 
 
@@ -155,7 +156,7 @@ def test_killed_again_and_again_the_run_still_ends_with_the_same_bytes(tiny_llam
 @pytest.mark.parametrize("call", [1, 3, 4])
 def test_a_full_disk_leaves_no_half_written_file(tiny_llama, tmp_path, toy_site, monkeypatch, call):
     output = tmp_path / "out"
-    real, count = casp.run.save_file, 0
+    real, count = casp.folder.save_file, 0
 
     def full(tensors, path, metadata):
         nonlocal count
@@ -165,7 +166,7 @@ def test_a_full_disk_leaves_no_half_written_file(tiny_llama, tmp_path, toy_site,
             raise OSError(errno.ENOSPC, "No space left on device")
         real(tensors, path, metadata)
 
-    monkeypatch.setattr(casp.run, "save_file", full)
+    monkeypatch.setattr(casp.folder, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         toy_stage(tiny_llama, output)
     assert not output.exists()
@@ -184,7 +185,7 @@ def test_report_keeps_what_an_earlier_stage_said(tmp_path):
     }
     (tmp_path / "casp_report.json").write_text(json.dumps(earlier))
     new = {"stage": "gptq", "settings": {"bits": 2}, "blocks": [{"index": 0, "linears": {"q.up": {"bits": 2.3}}}]}
-    merged = casp.run.merge_reports(tmp_path, new)
+    merged = merge_reports(tmp_path, new)
     assert merged["blocks"] == [
         {"index": 0, "block_influence": 0.4, "linears": {"q": {"rank": 7}, "q.up": {"bits": 2.3}}}
     ]

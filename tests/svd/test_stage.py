@@ -16,9 +16,10 @@ import casp.run
 from casp.calibration import calibration_batches
 from casp.checkpoint import size
 from casp.errors import UserError
+from casp.folder import LOG_FILE
 from casp.linear import LowRankLinear
 from casp.models import Decoder
-from casp.run import LOG_FILE, RunFolder
+from casp.run import RunFolder
 
 ROOT = Path(__file__).parents[2]
 MODELS = ["tiny_llama", "tiny_qwen2", "tiny_qwen3", "tiny_llava"]
