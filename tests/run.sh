@@ -6,7 +6,6 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
 bash setup.sh dev
-python="${CASP_VENV:-$root/.venv}/bin/python"
 
 marks=(-m "not slow")
 arguments=()
@@ -23,6 +22,6 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores < 4 ? cores : 4))}" # more t
 export HF_HUB_OFFLINE=1
 export CASP_CACHE="${CASP_CACHE:-$root/.cache}"
 
-"$python" -m ruff check .
-"$python" -m ruff format --check .
-exec "$python" -m pytest ${marks[@]+"${marks[@]}"} ${arguments[@]+"${arguments[@]}"}
+bash python.sh -m ruff check .
+bash python.sh -m ruff format --check .
+exec bash python.sh -m pytest ${marks[@]+"${marks[@]}"} ${arguments[@]+"${arguments[@]}"}

@@ -38,16 +38,40 @@ def command_of(tmp_path: Path):
         copy = tmp_path / "repository" / script
         copy.parent.mkdir(parents=True)
         shutil.copy(ROOT / script, copy)
+        shutil.copy(ROOT / "python.sh", tmp_path / "repository")
         python = tmp_path / "repository/.venv/bin/python"
         python.parent.mkdir(parents=True)
         python.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
         python.chmod(0o755)
-        done = subprocess.run(["bash", str(copy), "last word"], cwd="/", capture_output=True, text=True, check=True)
+        environment = {name: value for name, value in os.environ.items() if name != "CASP_VENV"}
+        done = subprocess.run(
+            ["bash", str(copy), "last word"], cwd="/", env=environment, capture_output=True, text=True, check=True
+        )
         option, module, *flags, last = done.stdout.splitlines()
         assert (option, last) == ("-m", "last word")  # "$@" comes after the defaults, which it overrules, unsplit
         return [module, *flags]
 
     return find
+
+
+def test_the_environment_is_the_one_that_casp_venv_names(tmp_path: Path):
+    python = tmp_path / "my environment/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/bash\necho mine "$@"\n')
+    python.chmod(0o755)
+    command = ["bash", str(ROOT / "python.sh"), "-m", "module"]
+
+    def run(folder: Path) -> subprocess.CompletedProcess:
+        environment = os.environ | {"CASP_VENV": str(folder)}
+        return subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True)
+
+    assert run(tmp_path / "my environment").stdout == "mine -m module\n"
+    done = run(tmp_path / "misspelt")
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: CASP_VENV={tmp_path / 'misspelt'} holds no bin/python; make the environment with setup.sh or unset "
+        "CASP_VENV.\n"
+    )
 
 
 def run_here(command: list[str], monkeypatch: pytest.MonkeyPatch) -> int:

@@ -1,14 +1,12 @@
 #!/usr/bin/env bash
 # Quantize with GPTQ: bash GPTQ/scripts/quantize_llava.sh [flags]
 #
-# Defaults are the paper's: LLaVA-1.5-7B (calibrated on images and text), 2 bits, groups of 128. Flags given here are passed on to
-# the stage, --help explains each. Some uses:
+# Defaults are the paper's: LLaVA-1.5-7B (calibrated on images and text), 2 bits, groups of 128.
+# Flags given here are passed on to the stage, --help explains each. Some uses:
 #   bash GPTQ/scripts/quantize_llava.sh --model demo-llava --bits 3     the built-in model at 3 bits
 #   bash GPTQ/scripts/quantize_llava.sh --bits 4 --export gptq         also as a checkpoint for gptqmodel
 # After SVD/scripts/svd_llava.sh it takes that stage's output and spends the bytes which the low-rank W_q and W_k
 # freed on more bits where block influence is highest (CASP-GPTQ); --from-original quantizes the model itself.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
-python="$root/.venv/bin/python"
-[[ -x "$python" ]] || python=python3
-exec "$python" -m casp_gptq --model llava-hf/llava-1.5-7b-hf --bits 2 --group-size 128 "$@"
+exec bash "$root/python.sh" -m casp_gptq --model llava-hf/llava-1.5-7b-hf --bits 2 --group-size 128 "$@"

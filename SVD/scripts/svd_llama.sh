@@ -4,9 +4,7 @@
 #   bash SVD/scripts/svd_llama.sh --dataset rp         calibrated on RedPajama from the hub
 #   bash SVD/scripts/svd_llama.sh --model demo-llama   the built-in model, in minutes on a CPU
 # Later flags win over those below; --help explains each. Writes runs/<model>/svd, from where the
-# quantization scripts go on, and resumes what was interrupted. Uses the repository's .venv if there is one.
+# quantization scripts go on, and resumes what was interrupted.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
-python="$root/.venv/bin/python"
-[[ -x "$python" ]] || python=python3
-exec "$python" -m casp_svd --model meta-llama/Llama-2-7b-hf --keep-ratio 0.25 "$@"
+exec bash "$root/python.sh" -m casp_svd --model meta-llama/Llama-2-7b-hf --keep-ratio 0.25 "$@"

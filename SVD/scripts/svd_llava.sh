@@ -3,9 +3,7 @@
 #   bash SVD/scripts/svd_llava.sh                      the paper's model and keep ratio
 #   bash SVD/scripts/svd_llava.sh --model demo-llava   the built-in model, in minutes on a CPU
 # Later flags win over those below; --help explains each. Writes runs/<model>/svd, from where the
-# quantization scripts go on, and resumes what was interrupted. Uses the repository's .venv if there is one.
+# quantization scripts go on, and resumes what was interrupted.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
-python="$root/.venv/bin/python"
-[[ -x "$python" ]] || python=python3
-exec "$python" -m casp_svd --model llava-hf/llava-1.5-7b-hf --keep-ratio 0.25 "$@"
+exec bash "$root/python.sh" -m casp_svd --model llava-hf/llava-1.5-7b-hf --keep-ratio 0.25 "$@"

@@ -1,8 +1,6 @@
 #!/usr/bin/env bash
 # Evaluate checkpoints alike: bash eval/scripts/compare.sh CHECKPOINT... --output DIR
-# --help explains every flag. The Python of the repository's .venv is used when there is one, else the one in PATH.
+# --help explains every flag.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
-python="$root/.venv/bin/python"
-[[ -x "$python" ]] || python=python3
-exec "$python" -m casp_eval.compare "$@"
+exec bash "$root/python.sh" -m casp_eval.compare "$@"

@@ -9,6 +9,4 @@
 # freed on more bits where block influence is highest (CASP-QuIP#); --from-original quantizes the model itself.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
-python="$root/.venv/bin/python"
-[[ -x "$python" ]] || python=python3
-exec "$python" -m casp_quip_sharp --model meta-llama/Llama-2-7b-hf --bits 2 "$@"
+exec bash "$root/python.sh" -m casp_quip_sharp --model meta-llama/Llama-2-7b-hf --bits 2 "$@"
