@@ -42,8 +42,8 @@ def reply(checkpoint: Checkpoint, question: str, image: Image.Image | None, max_
 
     The first token's time is that of reading the question; NaN when there is no second one.
     """
-    prompt, _ = checkpoint.prompt(question, image is not None)
-    inputs = checkpoint.encode([prompt], None if image is None else [image], "left")
+    prompt, _ = checkpoint.prompt(question, 0 if image is None else 1)
+    inputs = checkpoint.encode([prompt], None if image is None else [[image]], "left")
     timer = _Timer(checkpoint.tokenizer)
     checkpoint.model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=timer)
     tokens = len(timer.times) - 2

@@ -23,10 +23,10 @@ import torch
 from casp.checkpoint import size
 from casp.cli import Parser, add_device_arguments, model_folder, model_name, pick_device, pick_dtype, run_main
 from casp.errors import UserError
-from casp.run import write_atomically, write_json
+from casp.folder import write_atomically, write_json
 from casp_eval import data, plots, questions, report
 from casp_eval.loading import Checkpoint, is_multimodal, open_checkpoint, read_config
-from casp_eval.options import at_least
+from casp_eval.options import add_batch_argument, add_question_arguments, add_text_arguments
 from casp_eval.perplexity import text_perplexity
 
 PROTOCOL = 1
@@ -207,27 +207,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--questions-file", help="a .jsonl of image, question, answer, kind, instead of the built-in questions"
     )
-    parser.add_argument(
-        "--questions", type=at_least(0), default=300, help="questions asked, 0 = all (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--windows", type=at_least(0), default=64, help="windows of text scored, 0 = all (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--sequence-length", type=at_least(2), default=512, help="tokens in a window (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-new-tokens", type=at_least(1), default=8, help="longest answer, in tokens (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--batch-size", type=at_least(1), default=8, help="windows or questions at a time (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="which questions are drawn from a --questions-file longer than --questions (default: %(default)s)",
-    )
+    add_question_arguments(parser, "--questions-file")
+    add_text_arguments(parser)
+    add_batch_argument(parser)
     add_device_arguments(parser)
     parser.add_argument(
         "--update-cards",

@@ -47,11 +47,12 @@ class Checkpoint:
     def is_multimodal(self) -> bool:
         return self.processor is not None
 
-    def prompt(self, question: str, has_image: bool, answer: str | None = None) -> tuple[str, str]:
+    def prompt(self, question: str, images: int, answer: str | None = None) -> tuple[str, str]:
         """The model's own chat template filled in: (text up to the answer, the answer as the template spells it).
 
-        The second part is empty without an answer. Templates put a space, a newline or nothing before the
-        answer, so it is cut out of the rendered conversation rather than appended to the prompt.
+        images: how many pictures come before the question. The second part is empty without an answer. Templates
+        put a space, a newline or nothing before the answer, so it is cut out of the rendered conversation rather
+        than appended to the prompt.
         """
         template = getattr(self.chat, "chat_template", None)
         if not template:
@@ -59,11 +60,11 @@ class Checkpoint:
                 f"{self.folder} has no chat template, so questions cannot be put to it: add a chat_template.jinja "
                 "to the folder, or evaluate its text perplexity alone"
             )
-        user = _message("user", question, has_image, self.is_multimodal)
+        user = _message("user", question, images, self.is_multimodal)
         before = self.chat.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
         if answer is None:
             return before, ""
-        reply = _message("assistant", answer, False, self.is_multimodal)
+        reply = _message("assistant", answer, 0, self.is_multimodal)
         whole = self.chat.apply_chat_template([user, reply], tokenize=False)
         end = whole.rfind(answer) + len(answer)
         if whole.startswith(before) and end > len(before):
@@ -71,10 +72,10 @@ class Checkpoint:
         # Some templates render a past answer unlike the one being written (without its reasoning block, say).
         return before, answer
 
-    def encode(self, texts: list[str], images: list[Any] | None, padding_side: str) -> dict[str, Tensor]:
+    def encode(self, texts: list[str], images: list[list[Any]] | None, padding_side: str) -> dict[str, Tensor]:
         """Model inputs for rendered prompts, padded to the longest, on the model's device and dtype.
 
-        images: one PIL image a text, or None. padding_side: "left" to generate, "right" to score.
+        images: the PIL images of each text, or None. padding_side: "left" to generate, "right" to score.
         """
         bos = self.tokenizer.bos_token
         options: dict[str, Any] = {
@@ -85,7 +86,7 @@ class Checkpoint:
             "add_special_tokens": not (bos and texts[0].startswith(bos)),
         }
         if images is not None:
-            batch = self.processor(text=texts, images=[[image] for image in images], **options)
+            batch = self.processor(text=texts, images=images, **options)
         else:
             batch = self.tokenizer(texts, **options)
         return {
@@ -95,12 +96,11 @@ class Checkpoint:
         }
 
 
-def _message(role: str, text: str, has_image: bool, is_multimodal: bool) -> dict[str, Any]:
+def _message(role: str, text: str, images: int, is_multimodal: bool) -> dict[str, Any]:
     """One turn of a conversation; processors take lists of parts, the templates of text models take strings."""
     if not is_multimodal:
         return {"role": role, "content": text}
-    parts: list[dict[str, str]] = [{"type": "image"}] if has_image else []
-    return {"role": role, "content": [*parts, {"type": "text", "text": text}]}
+    return {"role": role, "content": [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}]}
 
 
 def is_multimodal(config: Any) -> bool:

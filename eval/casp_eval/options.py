@@ -10,7 +10,7 @@ from typing import Any
 
 from casp.demo import NAMES
 from casp.errors import UserError
-from casp.run import write_atomically
+from casp.folder import write_atomically
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -34,6 +34,39 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
 def add_output_argument(parser: argparse.ArgumentParser) -> None:
     """--output of a script that measures one figure."""
     parser.add_argument("--output", type=Path, help="a file for the JSON (default: print it)")
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """How much text is scored: --windows and --sequence-length."""
+    parser.add_argument(
+        "--windows", type=at_least(0), default=64, help="windows of text scored, 0 = all (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--sequence-length", type=at_least(2), default=512, help="tokens in a window (default: %(default)s)"
+    )
+
+
+def add_question_arguments(parser: argparse.ArgumentParser, file_from: str) -> None:
+    """Which questions are asked and how long answers may be; `file_from`: the flag that takes a .jsonl of questions."""
+    parser.add_argument(
+        "--questions", type=at_least(0), default=300, help="questions asked, 0 = all (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=at_least(1), default=8, help="longest answer, in tokens (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help=f"which questions are drawn from a .jsonl ({file_from}) longer than --questions (default: %(default)s)",
+    )
+
+
+def add_batch_argument(parser: argparse.ArgumentParser) -> None:
+    """--batch-size."""
+    parser.add_argument(
+        "--batch-size", type=at_least(1), default=8, help="windows or questions at a time (default: %(default)s)"
+    )
 
 
 def write_figure(figure: dict[str, Any], output: Path | None) -> None:

@@ -19,7 +19,13 @@ from casp.cli import Parser, add_device_arguments, run_main
 from casp.errors import UserError
 from casp_eval.data import HUB_TEXTS, TEXTS, load_text
 from casp_eval.loading import Checkpoint, open_checkpoint
-from casp_eval.options import add_model_argument, add_output_argument, at_least, write_figure
+from casp_eval.options import (
+    add_batch_argument,
+    add_model_argument,
+    add_output_argument,
+    add_text_arguments,
+    write_figure,
+)
 from casp_eval.scoring import token_losses
 
 
@@ -88,15 +94,8 @@ def main(arguments: list[str] | None = None) -> None:
         help=f"text: built-in ({', '.join(TEXTS)}), from the hub ({', '.join(HUB_TEXTS)}) or a .txt file "
         "(default: %(default)s)",
     )
-    parser.add_argument(
-        "--windows", type=at_least(0), default=64, help="windows scored, 0 = all (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--sequence-length", type=at_least(2), default=512, help="tokens in a window (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--batch-size", type=at_least(1), default=4, help="windows scored at a time (default: %(default)s)"
-    )
+    add_text_arguments(parser)
+    add_batch_argument(parser)
     options = parser.parse_args(arguments)
     text = load_text(options.dataset)
     checkpoint = open_checkpoint(options.model, options.device, options.dtype)

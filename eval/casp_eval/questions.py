@@ -18,7 +18,13 @@ from tqdm import tqdm
 from casp.cli import Parser, add_device_arguments, model_folder, run_main
 from casp_eval.data import SCENES, Item, load_questions
 from casp_eval.loading import Checkpoint, open_checkpoint, read_config, require_images
-from casp_eval.options import add_model_argument, add_output_argument, at_least, write_figure
+from casp_eval.options import (
+    add_batch_argument,
+    add_model_argument,
+    add_output_argument,
+    add_question_arguments,
+    write_figure,
+)
 from casp_eval.perplexity import perplexity
 from casp_eval.scoring import token_losses
 
@@ -58,9 +64,9 @@ def answer_loss(
     """Mean negative log-likelihood of the answers' tokens in nats, and how many tokens that were."""
     total, tokens = 0.0, 0
     for batch in tqdm(_batches(items, batch_size), desc=progress, disable=progress is None, leave=False):
-        rendered = [checkpoint.prompt(item.question, True, item.answer) for item in batch]
+        rendered = [checkpoint.prompt(item.question, 1, item.answer) for item in batch]
         inputs = checkpoint.encode(
-            [before + answer for before, answer in rendered], [item.image for item in batch], "right"
+            [before + answer for before, answer in rendered], [[item.image] for item in batch], "right"
         )
         ids = inputs["input_ids"]
         keep = torch.zeros_like(ids, dtype=torch.bool)
@@ -80,8 +86,8 @@ def answers(
     """Greedy answers, one an item, decoded without special tokens."""
     given: list[str] = []
     for batch in tqdm(_batches(items, batch_size), desc=progress, disable=progress is None, leave=False):
-        prompts = [checkpoint.prompt(item.question, True)[0] for item in batch]
-        inputs = checkpoint.encode(prompts, [item.image for item in batch], "left")
+        prompts = [checkpoint.prompt(item.question, 1)[0] for item in batch]
+        inputs = checkpoint.encode(prompts, [[item.image] for item in batch], "left")
         output = checkpoint.model.generate(**inputs, max_new_tokens=max_new_tokens)
         new = output[:, inputs["input_ids"].shape[1] :]
         given += checkpoint.tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -130,21 +136,8 @@ def main(arguments: list[str] | None = None) -> None:
         help=f"questions: built-in ({', '.join(SCENES)}) or a .jsonl of image, question, answer, kind "
         "(default: %(default)s)",
     )
-    parser.add_argument(
-        "--questions", type=at_least(0), default=300, help="questions asked, 0 = all (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--batch-size", type=at_least(1), default=16, help="questions asked at a time (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-new-tokens", type=at_least(1), default=8, help="longest answer, in tokens (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help="which questions are drawn from a .jsonl longer than --questions (default: %(default)s)",
-    )
+    add_question_arguments(parser, "--dataset")
+    add_batch_argument(parser)
     options = parser.parse_args(arguments)
     items = load_questions(options.dataset, options.questions, options.seed)
     folder = model_folder(options.model)
