@@ -18,6 +18,8 @@ SCRIPTS = sorted(path.relative_to(ROOT) for path in ROOT.glob("*/scripts/*.sh"))
 MISSPELT = "/nowhere/lama"
 NEEDS = {
     "compare.sh": [MISSPELT, "--output", "out"],
+    "lm_eval.sh": ["--model", MISSPELT, "--tasks", "any"],
+    "lmms_eval.sh": ["--model", MISSPELT, "--tasks", "any"],
     "memory.sh": None,  # makes its own models
 }
 
@@ -98,6 +100,10 @@ def test_all_rooms_have_scripts():
         "SVD/scripts/svd_llama.sh",
         "GPTQ/scripts/quantize_llava.sh",
         "GPTQ/scripts/quantize_llama.sh",
+        "quip-sharp/scripts/hfize_llava.sh",
+        "quip-sharp/scripts/hfize_llama.sh",
+        "quip-sharp/scripts/quantize_finetune_llava.sh",
+        "quip-sharp/scripts/quantize_finetune_llama.sh",
         "eval/scripts/compare.sh",
         "eval/scripts/chat.sh",
     }
