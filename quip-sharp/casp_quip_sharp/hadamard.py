@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from casp_quip_sharp.compiled import operators
 from casp_quip_sharp.orders import LARGEST_ORDER, construction, hadamard_matrix
 
 _RADIX = 16  # four butterfly levels as one small matrix product: a quarter of the passes over memory
@@ -138,14 +139,44 @@ def transform(x: Tensor, inverse: bool = False) -> Tensor:
     """`x T^T` for the orthogonal T of width `x.shape[-1]`, or `x T` (T^T x in column form) if `inverse`.
 
     x: (..., n), float32 or float64, any device; returns a new tensor of the same shape and dtype. Half precision
-    is computed in float32 and rounded once at the end.
+    is computed in float32 and rounded once at the end. Float32 on a CPU goes through the kernel of quiptools, where
+    that is built and no gradient is asked for.
     """
     if x.dtype in (torch.float16, torch.bfloat16):
         return transform(x.float(), inverse).to(x.dtype)
-    plan = transform_plan(x.shape[-1])
-    x = x.contiguous()
     if x.numel() == 0:
         return x.clone()
+    plan = transform_plan(x.shape[-1])
+    needs_gradient = torch.is_grad_enabled() and x.requires_grad
+    if x.device.type == "cpu" and x.dtype == torch.float32 and not needs_gradient and has_kernel(plan):
+        return transform_compiled(x, plan, inverse)
+    return transform_reference(x, plan, inverse)
+
+
+@cache
+def _factors(plan: Plan, inverse: bool, device: torch.device) -> list[Tensor]:
+    """The dense factors, float32, in the order in which they are applied after Sylvester's."""
+    factors = [_dense("hartley", plan.hartley, torch.float32, device)] if plan.hartley > 1 else []
+    for order in reversed(plan.orders):
+        matrix = _dense("hadamard", order, torch.float32, device)
+        factors.append(matrix.T.contiguous() if inverse else matrix)
+    return factors
+
+
+def has_kernel(plan: Plan) -> bool:
+    """Whether quiptools is built and takes this plan: it has no FFT."""
+    return operators() is not None and plan.hartley <= _LARGEST_DENSE_HARTLEY
+
+
+def transform_compiled(x: Tensor, plan: Plan, inverse: bool, instruction_set: str = "") -> Tensor:
+    """The same by quiptools, for float32 on a CPU; "" is its fastest instruction set."""
+    factors = _factors(plan, inverse, x.device)
+    return operators().transform(x.reshape(-1, plan.width), factors, plan.power, instruction_set).view(x.shape)
+
+
+def transform_reference(x: Tensor, plan: Plan, inverse: bool) -> Tensor:
+    """`transform` by `plan` in plain PyTorch, for float32 and float64."""
+    x = x.contiguous()
     result = _sylvester(x, plan.power)  # symmetric: its own inverse
     inner = plan.power
     if plan.hartley > 1:  # symmetric too

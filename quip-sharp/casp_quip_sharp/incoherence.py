@@ -8,6 +8,7 @@ once fine-tuning has moved them (section 5), a real vector in their place.
 import torch
 from torch import Tensor
 
+from casp_quip_sharp.compiled import operators
 from casp_quip_sharp.hadamard import transform
 
 
@@ -28,6 +29,8 @@ def random_signs(size: int, generator: torch.Generator | None = None) -> Tensor:
 
 def unpack_signs(packed: Tensor, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The signs as +1 and -1 (a bit that is set), (size,) in `dtype` on the device of `packed`."""
+    if packed.device.type == "cpu" and dtype == torch.float32 and operators() is not None:
+        return operators().unpack_signs(packed, size)
     bits = packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
     return 1 - 2 * bits.flatten()[:size].to(dtype)
 

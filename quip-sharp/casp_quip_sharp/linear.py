@@ -1,4 +1,4 @@
-"""The linear layer that holds QuIP#'s codes and signs; plain PyTorch, the reference for kernels."""
+"""The linear layer that holds QuIP#'s codes and signs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,14 +9,12 @@ from torch.nn import functional as F
 
 from casp.errors import UserError
 from casp.linear import QuantizedLinear
-from casp_quip_sharp.codebooks import GROUP, STAGES, decode
+from casp_quip_sharp.codebooks import GROUP, STAGES
 from casp_quip_sharp.incoherence import original_weight, packed_signs, rotate, rotate_back, unpack_signs
+from casp_quip_sharp.kernels import decoded, product
 
 CODE_NAMES = ("codes", "residual_codes")
 SIGNS, TUNED = "signs", "tuned"  # how a format stores the vectors of both sides
-_HEADROOM = (
-    32  # the product before the scale is some 30 times the output: float16 would overflow where outputs are large
-)
 
 
 def padded(in_features: int) -> int:
@@ -83,24 +81,22 @@ class QuipSharpLinear(QuantizedLinear):
 
     def points(self) -> Tensor:
         """What the codes stand for, in units of the scale: (out, padded in) float32."""
-        stages = STAGES[self.bits]
-        points = decode(self.codes, stages[0])
-        if len(stages) > 1:
-            points += decode(self.residual_codes, stages[1])
-        return points.view(self.out_features, -1)
+        return decoded(*self._codes(), self.bits)
+
+    def _codes(self) -> tuple[Tensor, Tensor | None]:
+        return self.codes, self.residual_codes if len(STAGES[self.bits]) > 1 else None
 
     def dequantize(self) -> Tensor:
         """The dense (out_features, in_features) weight, float32."""
         return original_weight(self.points(), *self.vectors())[:, : self.in_features]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x (..., in_features) to (..., out_features); result and matrix product are in x's dtype.
+        """Map x (..., in_features) to (..., out_features) of x's dtype; factors are rounded to no less than that.
 
         Differentiable in x and in tuned vectors.
         """
         out_vector, in_vector = self.vectors()
         extra = padded(self.in_features) - self.in_features
         rotated = rotate(F.pad(x.float(), (0, extra)), in_vector)
-        product = F.linear((rotated / _HEADROOM).to(x.dtype), self.points().to(x.dtype))
-        y = rotate_back(product.float() * _HEADROOM, out_vector)
+        y = rotate_back(product(rotated, *self._codes(), self.bits, x.dtype), out_vector)
         return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
