@@ -25,7 +25,7 @@ from casp.cli import Parser, add_device_arguments, model_folder, model_name, pic
 from casp.errors import UserError
 from casp.folder import write_atomically, write_json
 from casp_eval import data, plots, questions, report
-from casp_eval.loading import Checkpoint, is_multimodal, open_checkpoint, read_config
+from casp_eval.loading import Checkpoint, compression_of, is_multimodal, open_checkpoint, read_config
 from casp_eval.options import add_batch_argument, add_question_arguments, add_text_arguments
 from casp_eval.perplexity import text_perplexity
 
@@ -93,6 +93,7 @@ class Evaluation:
     def __init__(self, subject: Subject, figures: Figures, options: argparse.Namespace) -> None:
         self.subject, self.figures, self.options = subject, figures, options
         self.config = read_config(subject.folder)
+        refuse_foreign(subject.folder, self.config)
         self.opened: Checkpoint | None = None
         device = pick_device(options.device)
         self.key = {
@@ -174,6 +175,17 @@ class Evaluation:
             "checkpoint": subject.given,
             "sha256": self.key["checkpoint"],
         }
+
+
+def refuse_foreign(folder: Path, config: Any) -> None:
+    """UserError for a checkpoint that something else than CASP quantized: what it stores cannot be counted alike."""
+    method = compression_of(config).get("quant_method", "casp")
+    if method != "casp":
+        raise UserError(
+            f"{folder} is stored in the format of {method}, whose bits per weight compare.sh does not count; give the "
+            "CASP checkpoint that it was exported from, which holds the same weights, or score it alone with "
+            "perplexity.sh or questions.sh."
+        )
 
 
 def base_model(subject: Subject, stages: dict[str, Any] | None) -> str:

@@ -127,6 +127,12 @@ def read_config(folder: Path) -> Any:
         ) from error
 
 
+def compression_of(config: Any) -> dict[str, Any]:
+    """The `quantization_config` of a model's configuration as a dict; empty for a model that is not compressed."""
+    found = getattr(config, "quantization_config", None) or {}
+    return found if isinstance(found, dict) else found.to_dict()
+
+
 def open_checkpoint(model: str, device: str, dtype: str) -> Checkpoint:
     """Load a folder, hub id or built-in name for evaluation.
 
@@ -142,6 +148,11 @@ def open_checkpoint(model: str, device: str, dtype: str) -> Checkpoint:
     try:
         with _quiet_transformers():
             loaded, info = auto.from_pretrained(folder, dtype=number, output_loading_info=True)
+    except ImportError as error:
+        method = compression_of(config).get("quant_method", config.model_type)
+        raise UserError(
+            f"{folder} needs a package that is not installed to be read ({method}: {_first_line(error)}): install it"
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError, torch.OutOfMemoryError) as error:
         raise UserError(
             f"{folder} cannot be loaded ({_first_line(error)}): it is damaged, incomplete or of an unknown kind; "

@@ -10,6 +10,7 @@ from casp.card import RESULTS_BEGIN, RESULTS_END
 from casp.errors import UserError
 from casp.folder import write_atomically
 from casp.run import REPORT_FILE
+from casp_eval.loading import compression_of
 
 Row = dict[str, Any]
 
@@ -36,17 +37,13 @@ def stage_report(folder: Path) -> dict[str, Any] | None:
 def method_name(config: Any, report: dict[str, Any] | None) -> str:
     """What was done to a checkpoint, in a few words: "bf16", "SVD 25%", "GPTQ 2-bit g64", "CASP-GPTQ 2-3-bit".
 
-    From the quantization_config in the model's configuration; `report` gives the keep ratio when it has one.
+    From the quantization_config that CASP wrote into the model's configuration; `report` gives the keep ratio when
+    it has one.
     """
-    compression = getattr(config, "quantization_config", None)
-    if compression is None:
+    compression = compression_of(config)
+    if not compression:
         name = str(config.dtype or "float32").removeprefix("torch.")
         return DENSE.get(name, name)
-    if not isinstance(compression, dict):
-        compression = compression.to_dict()
-    if compression["quant_method"] != "casp":
-        name = BACKENDS.get(compression["quant_method"], compression["quant_method"])
-        return f"{name}{_format_words([compression])}"
     modules = compression["modules"].values()
     formats = [entry["format"] for entry in modules if "format" in entry]
     low_rank = any("rank" in entry for entry in modules)

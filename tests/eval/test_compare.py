@@ -1,5 +1,6 @@
 """The comparison: rows and their schema, names, kept figures, plots, model cards."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from casp_eval import compare, plots, questions, report
+from casp_eval import compare, perplexity, plots, questions, report
 from casp_eval.compare import Subject, content_fingerprint, main
 from casp_eval.loading import open_checkpoint
 from PIL import Image
@@ -194,8 +195,7 @@ def test_a_card_without_markers_is_refused(low_rank_llava, refused, arguments, t
             "CASP-GPTQ 2-3-bit g64",
         ),
         ({**ENTIRE, "backend": "toy", "modules": {"a": {"format": {"levels": 4}}}}, "toy"),
-        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "GPTQ 4-bit g128"),
-        ({"quant_method": "gptq", "bits": 4, "group_size": -1}, "GPTQ 4-bit"),
+        ({**ENTIRE, "backend": "gptq", "modules": {"a": {"format": {"bits": 4, "group_size": -1}}}}, "GPTQ 4-bit"),
     ],
 )
 def test_method_names(compression, method):
@@ -245,6 +245,20 @@ def test_plots_that_no_longer_apply_are_removed(tiny_llava, low_rank_llava, argu
 def test_bad_input(refused, tiny_llava, arguments, tmp_path, words, message):
     assert message in refused(main, tiny_llava, *arguments, *words)
     assert not (tmp_path / "out/report.json").exists()
+
+
+def test_what_others_quantized_is_refused_before_anything_is_measured(refused, tiny_llama, arguments, tmp_path):
+    folder = shutil.copytree(tiny_llama, tmp_path / "export")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    (folder / "config.json").write_text(json.dumps(config))
+    message = refused(main, tiny_llama, folder, *arguments)
+    assert "is stored in the format of gptq" in message
+    assert "give the CASP checkpoint" in message
+    assert not (tmp_path / "out").exists()
+    if not importlib.util.find_spec("gptqmodel"):
+        words = ["--model", folder, "--dataset", arguments[3], "--device", "cpu"]
+        assert "needs a package that is not installed" in refused(perplexity.main, *words)
 
 
 def test_a_folder_that_cannot_be_written(refused, tiny_llava, arguments, tmp_path):
