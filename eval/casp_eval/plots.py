@@ -166,7 +166,7 @@ def bits_and_ranks(rows: list[Row], details: list[BlockDetails]) -> Figure | Non
                 _step(axis, ranks, shared[0], "\n".join(shared[1]), linestyle=line)
             axis.set_title("Rank of the low-rank linears, per block", fontsize=11)
             axis.set_ylabel("rank")
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.1 * max(np.nanmax(one) for each in details for one in each.ranks.values()))
         if influence is not None:
             axis = panels.pop(0)
             axis.bar(range(len(influence)), influence, color="#999999", width=0.7)
