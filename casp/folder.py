@@ -20,6 +20,7 @@ from casp.models import Decoder
 from casp.shards import content_hash
 
 RUN_FILE, LOG_FILE = "casp_run.json", "casp_run.log"
+WORK_PREFIX = "work-"  # of files that only the work needs; the finished folder has none
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -55,7 +56,7 @@ def write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
     temporary = path.with_name(path.name + ".tmp")
     try:
         stored = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_file(stored, temporary, {"format": "pt", **(metadata or {})})
+        save_file(stored, temporary, metadata or {"format": "pt"})  # the order of several keys would be random
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -149,7 +150,7 @@ class WorkFolder:
 
     def close(self) -> Path:
         """Rename the finished work to `output`; what only the work needed is removed."""
-        for leftover in [*self.folder.glob("block-*.json"), *self.folder.glob("*.tmp"), self.folder / "lock"]:
+        for leftover in [*self.folder.glob(f"{WORK_PREFIX}*"), *self.folder.glob("*.tmp"), self.folder / "lock"]:
             leftover.unlink()
         if self.output.exists():
             self.output.rmdir()

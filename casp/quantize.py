@@ -1,6 +1,8 @@
 """Quantizing a decoder with any backend, block by block, as a plan of formats says."""
 
 import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,32 +10,18 @@ from torch import Tensor
 
 from casp.backend import Backend
 from casp.budget import Plan
+from casp.hessians import Hessians, block_moments
 from casp.models import Decoder
-from casp.moments import SecondMoment
 from casp.run import RunFolder
-from casp.walk import BatchInputs, Visit, capture_inputs, walk
+from casp.teacher import Teacher
+from casp.tuning import Training, tunable_tensors, tune_block
+from casp.walk import Visit, capture_inputs, walk
 
 
 def matrix_generator(seed: int, path: str) -> torch.Generator:
     """The generator of one matrix: it depends on the seed and the path, not on what was done before."""
     digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-
-
-def input_moments(visit: Visit, groups: list[list[str]]) -> list[Tensor]:
-    """The second moment of each group's shared input, (in, in), over all tokens that are not padding."""
-    moments: list[SecondMoment] = []
-    observers = {}
-    for group in groups:
-        moment = SecondMoment(visit.block.get_submodule(group[0]).in_features, device=visit.device)
-
-        def see(x: Tensor, batch: BatchInputs, moment: SecondMoment = moment) -> None:
-            moment.add(x[batch.tokens])
-
-        moments.append(moment)
-        observers[group[0]] = see
-    visit.replay(observers)
-    return [moment.value() for moment in moments]
 
 
 def weighted_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
@@ -43,21 +31,36 @@ def weighted_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> fl
     return ((d @ h) * d).sum().item() / energy if energy > 0 else 0.0
 
 
+@dataclass(frozen=True)
+class Method:
+    """How a decoder is quantized: everything but the model and its data.
+
+    plan: path of every stored matrix -> its format; settings: the backend's knobs of the search; true_sequential: each
+    group of matrices that share an input sees what the quantized earlier ones of the block produce (one pass over
+    the calibration data a group instead of one a block); block_training: fine-tune the block after each group
+    (then always sequential), None to leave it.
+    """
+
+    backend: Backend
+    plan: Plan
+    settings: Mapping[str, Any]
+    seed: int = 0
+    true_sequential: bool = True
+    block_training: Training | None = None
+
+
 def _quantize_matrix(
     visit: Visit,
     path: str,
     full_path: str,
     hessian: Tensor,
-    backend: Backend,
-    plan: Plan,
-    seed: int,
-    settings: dict,
+    method: Method,
 ) -> dict[str, float]:
-    old = visit.block.get_submodule(path)
-    format = plan[full_path]
+    old, backend = visit.block.get_submodule(path), method.backend
+    format = method.plan[full_path]
     weight = old.weight.detach().float()
-    generator = matrix_generator(seed, full_path)
-    tensors = backend.quantize(weight, hessian, format, generator, name=full_path, **settings)
+    generator = matrix_generator(method.seed, full_path)
+    tensors = backend.quantize(weight, hessian, format, generator, name=full_path, **method.settings)
     new = backend.linear(
         old.out_features,
         old.in_features,
@@ -81,45 +84,61 @@ def _quantize_matrix(
 def quantize_block(
     visit: Visit,
     decoder: Decoder,
-    backend: Backend,
-    plan: Plan,
-    seed: int,
-    true_sequential: bool,
-    settings: dict[str, Any],
-) -> dict[str, dict[str, float]]:
-    """Quantize every matrix of one block in place; returns bits and relative error by role.
+    method: Method,
+    hessians: list[tuple[list[str], Tensor]] | None = None,
+    targets: list[Tensor] | None = None,
+) -> dict[str, Any]:
+    """Quantize every matrix of one block in place; returns its report: bits and error by role, curves of tuning.
 
-    true_sequential: each group of matrices that share an input sees what the quantized earlier ones of the
-    block produce (four passes a block instead of one).
+    hessians: groups of matrices with their input's second moment, collected before; None: collected here.
+    targets: what the block should put out, per batch, for `method.block_training`.
     """
     roles = {path: role for role, path in decoder.linears(visit.index, factors=True).items()}
-    groups = visit.input_groups(list(roles))
-    report: dict[str, dict[str, float]] = {}
-    for stage in [[group] for group in groups] if true_sequential else [groups]:
-        for group, hessian in zip(stage, input_moments(visit, stage), strict=True):
+    groups = [group for group, _ in hessians] if hessians else visit.input_groups(list(roles))
+    one_by_one = method.true_sequential or method.block_training is not None
+    generator = matrix_generator(method.seed, f"{decoder.blocks[visit.index]} tuning")
+    linears: dict[str, dict[str, float]] = {}
+    tuning = []
+    for stage in [[group] for group in groups] if one_by_one else [groups]:
+        if hessians is None:
+            moments = block_moments(visit, stage)
+        else:
+            moments = [moment.to(visit.device) for group, moment in hessians if group in stage]
+        for group, hessian in zip(stage, moments, strict=True):
             for path in group:
                 full_path = f"{decoder.blocks[visit.index]}.{path}"
-                report[roles[path]] = _quantize_matrix(visit, path, full_path, hessian, backend, plan, seed, settings)
-    return report
+                linears[roles[path]] = _quantize_matrix(visit, path, full_path, hessian, method)
+        if method.block_training is not None:
+            curve = tune_block(visit, targets, method.backend, method.block_training, generator)
+            tuning.append({"after": [roles[path] for group in stage for path in group], "curve": curve})
+    return {"linears": linears, **({"tuning": tuning} if tuning else {})}
 
 
-def quantize_model(
+def quantize_blocks(
     decoder: Decoder,
     run: RunFolder,
     batches: list[dict[str, Tensor]],
-    backend: Backend,
-    plan: Plan,
+    method: Method,
     device: torch.device,
     dtype: torch.dtype,
-    seed: int = 0,
-    true_sequential: bool = True,
-    settings: dict[str, Any] | None = None,
+    hessians: Hessians | None = None,
+    teacher: Teacher | None = None,
 ) -> None:
-    """Quantize the whole decoder into `run`; finished blocks of an earlier attempt are taken as they are."""
-    for visit in run.walk(batches, device, dtype):
-        linears = quantize_block(visit, decoder, backend, plan, seed, true_sequential, settings or {})
-        run.save(visit, {"linears": linears})
-    run.finish()
+    """Quantize all blocks into `run`; finished blocks of an earlier attempt are taken as they are.
+
+    hessians: collected before; teacher: the original model on the same batches, for block fine-tuning. With the first
+    and without the second no data is run through the model.
+    """
+    needs_data = hessians is None or method.block_training is not None
+    for visit in run.walk(batches if needs_data else None, device, dtype):
+        known = None
+        if hessians is not None:
+            paths = decoder.linears(visit.index, factors=True).values()
+            known = hessians.read(visit.index, {path: visit.block.get_submodule(path).in_features for path in paths})
+        targets = None if method.block_training is None else teacher.advance_to(visit.index)
+        report = quantize_block(visit, decoder, method, known, targets)
+        tuned = () if targets is None else tunable_tensors(visit.block, method.backend)
+        run.save(visit, report, tuned)
 
 
 def measure_block_influence(

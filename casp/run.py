@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from casp.card import model_card
-from casp.folder import RUN_FILE, WorkFolder, write_atomically, write_json, write_shard
+from casp.folder import RUN_FILE, WORK_PREFIX, WorkFolder, write_atomically, write_json, write_shard
 from casp.models import Decoder
 from casp.shards import INDEX
 from casp.swap import describe_modules, swap_modules
@@ -30,17 +30,17 @@ class RunFolder(WorkFolder):
         return self.folder / f"model-{index + 1:05d}-of-{total:05d}.safetensors"
 
     def _block_report(self, index: int) -> Path:
-        return self.folder / f"block-{index:05d}.json"
+        return self.folder / f"{WORK_PREFIX}block-{index:05d}.json"
 
     def finished(self, index: int) -> bool:
         """Whether block `index` is on disk."""
         return self._shard(index).exists()
 
-    def save(self, visit: Visit, report: dict[str, Any]) -> None:
+    def save(self, visit: Visit, report: dict[str, Any], tuned: Collection[str] = ()) -> None:
         """Write block `visit.index` as it is now; `report` is its entry in the stage's report.
 
-        Compressed modules are written as they stand (parameters in the checkpoint's dtype, packed buffers
-        as they are), everything else of the block byte for byte as in the source.
+        Compressed modules and the tensors named in `tuned` are written as they stand (parameters in the checkpoint's
+        dtype, packed buffers as they are), everything else of the block byte for byte as in the source.
         """
         decoder, prefix = self.decoder, decoder_prefix(self.decoder, visit.index)
         source = set(decoder.shards.names(prefix))
@@ -49,7 +49,8 @@ class RunFolder(WorkFolder):
         tensors: dict[str, Tensor] = {}
         untouched: list[str] = []
         for name, tensor in visit.block.state_dict().items():
-            if prefix + name in source and not any(name.startswith(path + ".") for path in modules):
+            compressed = any(name.startswith(path + ".") for path in modules)
+            if prefix + name in source and not compressed and name not in tuned:
                 untouched.append(prefix + name)
             elif name in buffers:
                 tensors[prefix + name] = tensor
@@ -75,9 +76,11 @@ class RunFolder(WorkFolder):
         block.requires_grad_(False)
 
     def walk(
-        self, batches: list[dict[str, Tensor]], device: torch.device, dtype: torch.dtype, advance: bool = True
+        self, batches: list[dict[str, Tensor]] | None, device: torch.device, dtype: torch.dtype
     ) -> Iterator[Visit]:
         """Visit the blocks that are not finished yet; each must be `save`d before the next is asked for.
+
+        batches: calibration data for the blocks to see; None for a stage that looks at weights alone.
 
         Finished blocks are read back, also right after they were saved: what feeds the following blocks is
         always what is on disk, so an interrupted run and an uninterrupted one end with the same bytes.
@@ -88,9 +91,9 @@ class RunFolder(WorkFolder):
             return
         if done:
             print(f"resuming {self.folder}: {done} of {depth} blocks are finished")
-        inputs = capture_inputs(self.decoder, batches, device, dtype)
+        inputs = [] if batches is None else capture_inputs(self.decoder, batches, device, dtype)
         progress = tqdm(total=depth - done, desc=self.stage, unit="block", dynamic_ncols=True)
-        for visit in walk(self.decoder, inputs, device, dtype, lambda index: advance):
+        for visit in walk(self.decoder, inputs, device, dtype):
             if not self.finished(visit.index):
                 began = time.perf_counter()
                 yield visit
@@ -99,8 +102,34 @@ class RunFolder(WorkFolder):
             self._restore(visit.index, device, dtype)
         progress.close()
 
-    def finish(self) -> Path:
-        """Complete the checkpoint (rest of the weights, config, tokenizer, card) and rename it to `output`."""
+    def load_finished(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Load all blocks as the finished shards hold them, compressed, all at once."""
+        for index in range(len(self.decoder.blocks)):
+            self._restore(index, device, dtype)
+
+    def replace(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put `tensors`, by the model's names, in the place of those that the finished blocks hold.
+
+        Each is stored in the dtype that it has there. Doing it twice changes nothing more.
+        """
+        for index in range(len(self.decoder.blocks)):
+            prefix = decoder_prefix(self.decoder, index)
+            stored = load_file(self._shard(index))
+            new = {name: tensors[name].to(stored[name].dtype) for name in stored if name in tensors}
+            if any(not torch.equal(new[name].cpu(), stored[name]) for name in new):
+                write_shard(self._shard(index), {**stored, **new})
+            lost = [name for name in tensors if name.startswith(prefix) and name not in stored]
+            if lost:
+                raise ValueError(f"{lost[0]} is not stored in block {index}")
+
+    def finish(
+        self, rest_changes: Mapping[str, Tensor] | None = None, details: Mapping[str, Any] | None = None
+    ) -> Path:
+        """Complete the checkpoint (rest of the weights, config, tokenizer, card) and rename it to `output`.
+
+        rest_changes: tensors outside the blocks, by the model's names, that the stage has changed; details: more
+        entries of the stage's report.
+        """
         decoder, depth = self.decoder, len(self.decoder.blocks)
         modules: dict[str, dict[str, Any]] = {}
         blocks = []
@@ -108,8 +137,11 @@ class RunFolder(WorkFolder):
             record = json.loads(self._block_report(index).read_text())
             modules |= {decoder_prefix(decoder, index) + path: entry for path, entry in record["modules"].items()}
             blocks.append({"index": index, **record["report"]})
-        rest = [stored for name in decoder.rest_names() for stored in decoder.shards.stored_names(name)]
-        write_shard(self._shard(depth), {stored: decoder.shards.read_stored(stored) for stored in sorted(set(rest))})
+        changed = {name: tensor.to(decoder.dtype) for name, tensor in (rest_changes or {}).items()}
+        kept = [name for name in decoder.rest_names() if name not in changed]
+        rest = {stored for name in kept for stored in decoder.shards.stored_names(name)}
+        tensors = {stored: decoder.shards.read_stored(stored) for stored in sorted(rest)}
+        write_shard(self._shard(depth), {**tensors, **changed})
         self._write_index(depth + 1)
         for file in sorted(decoder.folder.iterdir()):
             if file.suffix in COPIED and file.name not in ("config.json", INDEX, RUN_FILE, REPORT_FILE):
@@ -124,7 +156,8 @@ class RunFolder(WorkFolder):
         }
         report = merge_reports(
             decoder.folder,
-            {"stage": self.stage, "base_model": self.base_model, "settings": self.settings, "blocks": blocks},
+            {"stage": self.stage, "base_model": self.base_model, "settings": self.settings, "blocks": blocks}
+            | dict(details or {}),
         )
         write_json(self.folder / REPORT_FILE, report)
         stored = sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))

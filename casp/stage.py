@@ -4,26 +4,34 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from casp.backend import Backend, Format
 from casp.budget import Plan, matrices, original_bytes, plan_bytes, promote, uniform_plan
 from casp.calibration import calibration_batches, fingerprint
 from casp.checkpoint import size
-from casp.cli import default_output, model_name, pick_device, pick_dtype, stage_input
+from casp.cli import default_output, model_folder, model_name, pick_device, pick_dtype, stage_input
+from casp.distill import distill
 from casp.errors import UserError
-from casp.folder import write_json
+from casp.folder import WORK_PREFIX, write_json, write_shard
+from casp.hessians import Hessians
 from casp.linear import LowRankLinear, QuantizedLinear
 from casp.models import Decoder
-from casp.quantize import measure_block_influence, quantize_model
+from casp.quantize import Method, matrix_generator, measure_block_influence, quantize_blocks
 from casp.run import REPORT_FILE, RunFolder
+from casp.teacher import Teacher
+from casp.tuning import Curve, Training
+from casp.walk import capture_inputs
 
-# Named such that the run folder, once finished, clears it away with the reports of the single blocks.
-INFLUENCE_FILE = "block-influence.json"
+INFLUENCE_FILE = f"{WORK_PREFIX}influence.json"
+END_TO_END_FILE = f"{WORK_PREFIX}end-to-end.safetensors"
+END_TO_END_STATE = f"{WORK_PREFIX}end-to-end-state.safetensors"
 INFLUENCE_SAMPLES = 32  # block influence is a mean over tokens: a few samples settle the order of the blocks
 
 
@@ -52,6 +60,68 @@ def add_quantizing_arguments(parser: argparse.ArgumentParser) -> None:
         help="each matrix sees what the quantized earlier ones of its block produce: one pass over the calibration "
         "data per group of matrices instead of one per block (default: on)",
     )
+
+
+def add_tuning_arguments(parser: argparse.ArgumentParser, block_rate: float, end_to_end_rate: float) -> None:
+    """Flags of a stage whose backend can be fine-tuned; the rates are the defaults."""
+    parser.add_argument(
+        "--ft-epochs",
+        type=int,
+        default=2,
+        help="passes over the calibration data in each of the two fine-tunings, in the blocks and end to end; 0: none "
+        "of them (default: %(default)s)",
+    )
+    parser.add_argument("--block-epochs", type=int, help="the same within the blocks alone (default: --ft-epochs)")
+    parser.add_argument("--e2e-epochs", type=int, help="the same end to end alone (default: --ft-epochs)")
+    parser.add_argument(
+        "--block-lr",
+        type=float,
+        default=block_rate,
+        help="learning rate within the blocks, relative to each tensor's root mean square (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--e2e-lr",
+        type=float,
+        default=end_to_end_rate,
+        help="learning rate end to end, relative in the same way (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--gradient-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="end to end, compute each block a second time for its gradient: one block's activations and dense "
+        "weights in memory instead of all (default: on)",
+    )
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """What is fine-tuned after or while quantizing: None where a part is left out."""
+
+    block: Training | None = None
+    end_to_end: Training | None = None
+    checkpointing: bool = True
+
+    @classmethod
+    def from_flags(cls, args: argparse.Namespace) -> "FineTuning":
+        """What the flags of `add_tuning_arguments` ask for; UserError for a negative count or rate."""
+        parts = []
+        for part in ("block", "e2e"):
+            epochs, rate = getattr(args, f"{part}_epochs"), getattr(args, f"{part}_lr")
+            flag = f"--{part}-epochs"
+            if epochs is None:
+                epochs, flag = args.ft_epochs, "--ft-epochs"
+            if epochs < 0:
+                raise UserError(f"{flag} {epochs} is negative; give 0 for no fine-tuning, or more.")
+            if not 0 < rate < float("inf"):
+                raise UserError(f"--{part}-lr {rate:g} is not a positive number; the default is a good start.")
+            parts.append(Training(epochs, rate) if epochs else None)
+        return cls(*parts, checkpointing=args.gradient_checkpointing)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is to be tuned."""
+        return self.block is not None or self.end_to_end is not None
 
 
 def holds(decoder: Decoder, kind: type) -> bool:
@@ -100,6 +170,45 @@ def describe_plan(plan: Plan, shapes: dict[str, tuple[int, int, int]], backend: 
     )
 
 
+def end_to_end(
+    run: RunFolder,
+    backend: Backend,
+    batches: list[dict[str, Tensor]],
+    teacher: Teacher,
+    tuning: FineTuning,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+) -> tuple[dict[str, Tensor], Curve]:
+    """Fine-tune the quantized blocks of `run` together; returns what changed outside the blocks, and the curve.
+
+    What was learned stays in the run folder until that is finished: a rerun goes on from the last epoch.
+    """
+    decoder, learned_file = run.decoder, run.folder / END_TO_END_FILE
+    if not learned_file.exists():
+        targets = teacher.advance_to(len(decoder.blocks) - 1)
+        inputs = capture_inputs(decoder, batches, device, dtype)
+        run.load_finished(device, dtype)
+        decoder.load_rest(device, dtype)
+        learned, curve = distill(
+            decoder,
+            backend,
+            inputs,
+            targets,
+            tuning.end_to_end,
+            matrix_generator(seed, "end to end"),
+            device,
+            run.folder / END_TO_END_STATE,
+            tuning.checkpointing,
+        )
+        write_shard(learned_file, learned, {"curve": json.dumps(curve)})
+    with safe_open(learned_file, "pt") as stored:
+        curve = json.loads(stored.metadata()["curve"])
+        learned = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a dict
+    run.replace(learned)
+    return {name: tensor for name, tensor in learned.items() if not name.startswith(decoder.blocks_path + ".")}, curve
+
+
 def quantize_stage(
     args: argparse.Namespace,
     backend: Backend,
@@ -107,13 +216,16 @@ def quantize_stage(
     settings: dict[str, Any],
     label: str,
     check: Callable[[Decoder, Format], None] | None = None,
+    tuning: FineTuning = FineTuning(),
+    hessians: Hessians | None = None,
 ) -> Path:
     """Run a quantizing stage as its flags say; returns the checkpoint's folder.
 
     ladder: the format asked for and those above it, to which freed bytes may lift a block; settings: the
     backend's knobs of the search, passed to `quantize`; label: what the output is filed under
     (runs/<model>/<label>, with "casp-" before it for a model with low-rank layers); check: raises UserError
-    for a model and format that the stage cannot serve, before anything is computed.
+    for a model and format that the stage cannot serve, before anything is computed; tuning: towards the model that
+    `args.model` names; hessians: collected before, None to collect them on the way.
     """
     decoder = Decoder.open(stage_input(args.model, "svd", args.from_original))
     if holds(decoder, QuantizedLinear):
@@ -125,9 +237,11 @@ def quantize_stage(
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device, decoder.dtype)
     budget = byte_budget(args, decoder, backend, ladder[0])
-    batches = calibration_batches(
-        decoder.folder, args.dataset, args.samples, args.sequence_length, args.seed, args.batch_size
-    )
+    batches = []
+    if hessians is None or tuning.wanted or budget is not None:
+        batches = calibration_batches(
+            decoder.folder, args.dataset, args.samples, args.sequence_length, args.seed, args.batch_size
+        )
     record = {
         "backend": backend.name,
         **ladder[0],
@@ -142,17 +256,30 @@ def quantize_stage(
         "device": device.type,
         "seed": args.seed,
     }
+    if tuning.wanted:
+        record["fine_tuning"] = asdict(tuning)
+    if hessians is not None:
+        record["hessians"] = hessians.fingerprint
     run = RunFolder(output, decoder, stage, model_name(args.model), record, fingerprint(batches))
     if run.done:
         print(f"{output} is finished already with these settings")
         return output
+    if hessians is not None:
+        hessians.check(run.fingerprint["model"], decoder)
     began = time.perf_counter()
     plan = uniform_plan(decoder, ladder[0])
     shapes = matrices(decoder)
     if budget is not None:
         plan = promote(plan, shapes, backend, ladder, block_influence(run, batches, device, dtype), budget)
     print(describe_plan(plan, shapes, backend, decoder))
-    quantize_model(decoder, run, batches, backend, plan, device, dtype, args.seed, args.true_sequential, settings)
+    teacher = Teacher(Decoder.open(model_folder(args.model)), batches, device, dtype) if tuning.wanted else None
+    method = Method(backend, plan, settings, args.seed, args.true_sequential, tuning.block)
+    quantize_blocks(decoder, run, batches, method, device, dtype, hessians, teacher)
+    if tuning.end_to_end is None:
+        run.finish()
+    else:
+        outside, curve = end_to_end(run, backend, batches, teacher, tuning, device, dtype, args.seed)
+        run.finish(outside, {"end_to_end": curve})
     result = size(output)
     print(
         f"wrote {output} in {time.perf_counter() - began:.0f} s: {result.bytes / 1e6:.2f} MB of linears, "

@@ -34,15 +34,19 @@ class BatchInputs:
     images: Tensor
 
 
-def _to(value: Any, device: torch.device) -> Any:
+def moved(value: Any, device: torch.device) -> Any:
+    """An argument of a block, a tensor or tuples and dicts of them, on `device`."""
+    if isinstance(value, dict):
+        return {key: moved(item, device) for key, item in value.items()}
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, tuple | list):
-        return type(value)(_to(item, device) for item in value)
+        return type(value)(moved(item, device) for item in value)
     return value
 
 
-def _first(output: Any) -> Tensor:
+def first_output(output: Any) -> Tensor:
+    """The hidden states that a block returns, alone or first of a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -89,17 +93,17 @@ def capture_inputs(
             recorder = _Recorder(len(decoder.blocks))
             for index, block in enumerate(decoder.block_list):
                 block.forward = recorder.block(index)
-            moved = {
+            given = {
                 key: value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
                 for key, value in batch.items()
             }
-            model.base_model(**moved, use_cache=False)
+            model.base_model(**given, use_cache=False)
             ids = batch["input_ids"]
             mask = batch.get("attention_mask")
             recorded.append(
                 BatchInputs(
                     hidden=recorder.hidden.cpu(),
-                    kwargs=[_to(kwargs, torch.device("cpu")) for kwargs in recorder.kwargs],
+                    kwargs=[moved(kwargs, torch.device("cpu")) for kwargs in recorder.kwargs],
                     tokens=torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool(),
                     images=ids == (-1 if decoder.image_token_id is None else decoder.image_token_id),
                 )
@@ -133,12 +137,13 @@ class Visit:
         attention: Callable[[AttentionCall, BatchInputs], None] | None = None,
         output: Callable[[Tensor, Tensor, BatchInputs], None] | None = None,
         first: int | None = None,
+        advance: bool = False,
     ) -> None:
         """Run the block, as it is now, over its cached inputs, and show what was asked for.
 
         inputs: module path relative to the block -> called with that module's input (batch, tokens, width);
         attention: called with the operands of the block's attention; output: called with the hidden states
-        that enter and leave the block; first: only so many batches.
+        that enter and leave the block; first: only so many batches; advance: what leaves becomes the cached input.
         The masks in the BatchInputs passed along are on the walk's device. A replay that only asks for
         inputs stops each batch as soon as the last of them was seen.
         """
@@ -152,7 +157,7 @@ class Visit:
             def see(path: str, x: Tensor, here: BatchInputs = here, waiting: set[str] = waiting) -> None:
                 wanted[path](x, here)
                 waiting.discard(path)
-                if not waiting and output is None:
+                if not waiting and output is None and not advance:
                     raise _Enough
 
             with ExitStack() as stack:
@@ -164,11 +169,13 @@ class Visit:
                 if attention is not None:
                     stack.enter_context(observe_attention(self.block, lambda call, here=here: attention(call, here)))
                 try:
-                    left = _first(self.block(here.hidden, **_to(batch.kwargs[self.index], self.device)))
+                    left = first_output(self.block(here.hidden, **moved(batch.kwargs[self.index], self.device)))
                 except _Enough:
                     continue
             if output is not None:
                 output(here.hidden, left, here)
+            if advance:
+                batch.hidden = left.cpu()
 
     def input_groups(self, paths: list[str]) -> list[list[str]]:
         """`paths` (relative to the block) grouped by the input they share, in the order of computation.
@@ -190,12 +197,9 @@ class Visit:
             raise UserError(f"block {self.index} never runs {sorted(unseen)[0]}; such blocks are not supported.")
         return [group for _, group in order]
 
-    @torch.no_grad()
     def advance(self) -> None:
         """Replace the cached inputs by the outputs of the block as it is now."""
-        for batch in self.inputs:
-            kwargs = _to(batch.kwargs[self.index], self.device)
-            batch.hidden = _first(self.block(batch.hidden.to(self.device), **kwargs)).cpu()
+        self.replay(advance=True)
 
     def block_influence(self) -> float:
         """`1 - E[cos(x_l, x_{l+1})]` over the tokens, of the block as it is now (ShortGPT, arXiv 2403.03853)."""

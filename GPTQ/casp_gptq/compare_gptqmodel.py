@@ -24,8 +24,9 @@ from casp.calibration import calibration_batches, fingerprint
 from casp.cli import Parser, add_common_arguments, model_folder, positive_int, run_main
 from casp.errors import UserError
 from casp.folder import write_json
+from casp.hessians import block_moments
 from casp.models import Decoder
-from casp.quantize import input_moments, quantize_model, weighted_error
+from casp.quantize import Method, quantize_blocks, weighted_error
 from casp.run import RunFolder
 from casp.walk import capture_inputs, walk
 from casp_gptq.gptq import gptq_quantize
@@ -58,7 +59,7 @@ def problems(folder: Path, batches: list[dict[str, Tensor]]) -> dict[str, tuple[
     found = {}
     for visit in walk(decoder, capture_inputs(decoder, batches, CPU, torch.float32), CPU, torch.float32):
         groups = visit.input_groups(list(visit.linears.values()))
-        for group, hessian in zip(groups, input_moments(visit, groups), strict=True):
+        for group, hessian in zip(groups, block_moments(visit, groups), strict=True):
             for path in group:
                 weight = visit.block.get_submodule(path).weight.detach().clone()
                 found[f"{decoder.blocks[visit.index]}.{path}"] = weight, hessian
@@ -133,7 +134,8 @@ def time_runs(folder: Path, batches: list[dict[str, Tensor]], bits: int, group_s
             Path(scratch) / "ours", decoder, "gptq", "compared", {"backend": "gptq", **format}, fingerprint(batches)
         )
         plan = uniform_plan(decoder, format)
-        quantize_model(decoder, run, batches, backend, plan, CPU, torch.float32, settings={"damping": damping})
+        quantize_blocks(decoder, run, batches, Method(backend, plan, {"damping": damping}), CPU, torch.float32)
+        run.finish()
         ours = time.perf_counter() - began
 
         samples = [ids for batch in batches for ids in batch["input_ids"].tolist()]

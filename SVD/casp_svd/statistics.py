@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from casp.attention import AttentionCall
+from casp.hessians import block_moments
 from casp.moments import SecondMoment
 from casp.walk import BatchInputs, Visit
 
@@ -26,9 +27,7 @@ class Moments:
 
 def input_moments(visit: Visit, query: str) -> Moments:
     """The moment of the input that the query and the key projection share: the whitening of CASP and SVD-LLM."""
-    moment = SecondMoment(visit.block.get_submodule(query).in_features, visit.device)
-    visit.replay({query: lambda x, batch: moment.add(x[batch.tokens])})
-    return Moments(moment.value())
+    return Moments(*block_moments(visit, [[query]]))
 
 
 @contextmanager

@@ -1,20 +1,24 @@
-"""The quantize stage: `python -m casp_quip_sharp --model ... --bits 2`."""
+"""Quantize and fine-tune: `python -m casp_quip_sharp --model ... --bits 2`."""
 
 import argparse
+from pathlib import Path
 
 from casp.cli import Parser, add_common_arguments, run_main
 from casp.errors import UserError
-from casp.stage import add_quantizing_arguments, quantize_stage
+from casp.hessians import Hessians
+from casp.stage import FineTuning, add_quantizing_arguments, add_tuning_arguments, quantize_stage
 from casp_quip_sharp.backend import QuipSharp
 from casp_quip_sharp.codebooks import STAGES
+
+BLOCK_RATE, END_TO_END_RATE = 1e-3, 1e-3  # relative to a tensor's root mean square
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     flags = Parser(
         prog="python -m casp_quip_sharp",
-        description="Quantize a model's decoder with QuIP#. After stage SVD, the bytes that low-rank layers free buy "
-        "more bits for the blocks of highest block influence.",
+        description="Quantize a model's decoder with QuIP# and fine-tune it. After stage SVD, the bytes that low-rank "
+        "layers free buy more bits for the blocks of highest block influence.",
     )
     add_common_arguments(flags, default_model="meta-llama/Llama-2-7b-hf")
     flags.add_argument("--bits", type=int, default=2, help="bits a weight: 1, 2, 3 or 4 (default: %(default)s)")
@@ -37,6 +41,14 @@ def parser() -> argparse.ArgumentParser:
         default=2,
         help="rounds of coordinate descent after LDLQ, a count; 0: LDLQ alone (default: %(default)s)",
     )
+    flags.add_argument(
+        "--hessians",
+        type=Path,
+        metavar="DIR",
+        help="output of the Hessian stage for this model (default: collect them on the way, each from what the blocks "
+        "quantized before put out)",
+    )
+    add_tuning_arguments(flags, block_rate=BLOCK_RATE, end_to_end_rate=END_TO_END_RATE)
     add_quantizing_arguments(flags)
     return flags
 
@@ -49,15 +61,23 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--sweeps {args.sweeps} is negative; give 0 or more.")
 
 
+def label(bits: int, tuning: FineTuning) -> str:
+    """What the output is filed under: quip-sharp-2bit, and what of it was fine-tuned."""
+    parts = {"ft": tuning.block, "e2e": tuning.end_to_end}
+    return "-".join([f"quip-sharp-{bits}bit", *(name for name, training in parts.items() if training is not None)])
+
+
 def main(argv: list[str] | None = None) -> None:
     """Quantize one model."""
     args = parser().parse_args(argv)
     check_flags(args)
+    tuning = FineTuning.from_flags(args)
     backend = QuipSharp()
-    format = backend.format(args.bits)
-    ladder = [backend.format(bits) for bits in STAGES if bits >= format["bits"]]
+    backend.format(args.bits)
+    ladder = [backend.format(bits, tuned=tuning.wanted) for bits in STAGES if bits >= args.bits]
     search = {"damping": args.damping, "search_scale": args.scale_search, "sweeps": args.sweeps}
-    quantize_stage(args, backend, ladder, search, f"quip-sharp-{args.bits}bit")
+    hessians = None if args.hessians is None else Hessians(args.hessians)
+    quantize_stage(args, backend, ladder, search, label(args.bits, tuning), tuning=tuning, hessians=hessians)
 
 
 if __name__ == "__main__":

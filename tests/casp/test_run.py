@@ -16,7 +16,7 @@ from casp.budget import uniform_plan
 from casp.errors import UserError
 from casp.folder import LOG_FILE
 from casp.models import Decoder
-from casp.quantize import quantize_model
+from casp.quantize import Method, quantize_blocks
 from casp.run import RunFolder, merge_reports
 
 CPU = torch.device("cpu")
@@ -34,7 +34,8 @@ def toy_stage(folder: Path, output: Path, **changes) -> None:
     if run.done:
         return
     plan = uniform_plan(run.decoder, {"bits": run.settings["bits"]})
-    quantize_model(run.decoder, run, BATCHES, load_backend("toy"), plan, CPU, torch.float32)
+    quantize_blocks(run.decoder, run, BATCHES, Method(load_backend("toy"), plan, {}), CPU, torch.float32)
+    run.finish()
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -1,12 +1,17 @@
 """The stage: its checkpoint loads with transformers, low-rank factors, a byte budget, bad input."""
 
+import json
+
 import pytest
 import torch
+from casp_quip_sharp import hessians
 from casp_quip_sharp.__main__ import main
 from casp_quip_sharp.backend import QuipSharp
 from casp_quip_sharp.linear import QuipSharpLinear
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+import casp.hessians
+import casp.tuning
 from casp.budget import original_bytes
 from casp.checkpoint import resident_bytes, size
 from casp.errors import UserError
@@ -29,7 +34,7 @@ def stage(texts):
 
     def run(*flags):
         sizes = ["--samples", "4", "--sequence-length", "32", "--batch-size", "2", "--dataset", str(texts)]
-        main([*sizes, "--device", "cpu", "--sweeps", "1", *map(str, flags)])
+        main([*sizes, "--device", "cpu", "--sweeps", "1", "--ft-epochs", "0", *map(str, flags)])
 
     return run
 
@@ -107,9 +112,115 @@ def test_low_rank_factors_and_freed_bytes(stage, low_rank, tiny_llama, tmp_path)
         (["--damping", 0], "--damping 0"),
         (["--sweeps", -1], "--sweeps -1"),
         (["--bits-budget", 1.5], "budget"),
+        (["--ft-epochs", -1], "--ft-epochs -1"),
+        (["--e2e-lr", 0], "--e2e-lr 0"),
+        (["--hessians", "/nowhere"], "not a finished folder"),
     ],
 )
 def test_bad_flags(stage, tiny_llama, tmp_path, flags, message):
     with pytest.raises(UserError, match=message):
         stage("--model", tiny_llama, "--output", tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
+
+
+def divergence(folder, original):
+    """KL(original || folder) in nats a token on random characters, both run whole by transformers."""
+    models = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (original, folder))
+    ids = torch.randint(4, 98, (16, 32), generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        p, q = (model(ids).logits.double().log_softmax(-1) for model in models)
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory):
+    """Random characters: what the tiny models, which were never trained, see every token of."""
+    file = tmp_path_factory.mktemp("noise") / "noise.txt"
+    codes = torch.randint(33, 127, (8000,), generator=torch.Generator().manual_seed(0))
+    file.write_text("".join(map(chr, codes.tolist())))
+    return file
+
+
+TUNING = ["--samples", "64", "--block-lr", "1e-3", "--e2e-lr", "1e-3"]
+
+
+def test_fine_tuning_brings_the_model_nearer(stage, low_rank, tiny_llama, noise, tmp_path):
+    plain, block, both = (tmp_path / name for name in ("plain", "block", "both"))
+    flags = ["--model", tiny_llama, *TUNING, "--dataset", noise]
+    stage(*flags, "--output", plain)
+    stage(*flags, "--output", block, "--block-epochs", 2)
+    stage(*flags, "--output", both, "--ft-epochs", 2)
+    found = [divergence(folder, tiny_llama) for folder in (plain, block, both)]
+    assert found[0] > found[1] > found[2]
+    report = json.loads((both / "casp_report.json").read_text())
+    assert min(entry["validation"] for entry in report["end_to_end"]) < report["end_to_end"][0]["validation"]
+    assert [sorted(part["after"]) for part in report["blocks"][0]["tuning"]] == [
+        ["k", "q", "v"],
+        ["o"],
+        ["gate", "up"],
+        ["down"],
+    ]
+    stage(*flags, "--model", low_rank, "--output", tmp_path / "low-rank", "--ft-epochs", 1)
+    assert size(tmp_path / "low-rank").bytes <= size(both).bytes
+
+
+def test_killed_while_fine_tuning_it_ends_with_the_same_bytes(stage, tiny_llama, tmp_path, monkeypatch):
+    flags = ["--model", tiny_llama, "--ft-epochs", 2]
+    stage(*flags, "--output", tmp_path / "whole")
+    real = casp.tuning.save_state
+
+    def dies(*args):
+        real(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(casp.tuning, "save_state", dies)
+    for _ in range(2):  # once after each epoch
+        with pytest.raises(KeyboardInterrupt):
+            stage(*flags, "--output", tmp_path / "out")
+    monkeypatch.undo()
+    stage(*flags, "--output", tmp_path / "out")
+    files = [
+        {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix in (".safetensors", ".json")}
+        for folder in (tmp_path / "whole", tmp_path / "out")
+    ]
+    assert files[0] == files[1]
+
+
+def test_hessians_collected_before(stage, texts, tiny_llama, tiny_qwen2, tmp_path):
+    folder = tmp_path / "hessians"
+    collect = ["--samples", "4", "--sequence-length", "32", "--dataset", str(texts), "--device", "cpu"]
+    hessians.main(["--model", str(tiny_llama), *collect, "--output", str(folder)])
+    stage("--model", tiny_llama, "--hessians", folder, "--output", tmp_path / "given")
+    stage("--model", tiny_llama, "--hessians", folder, "--output", tmp_path / "tuned", "--ft-epochs", 1)
+    stage("--model", tiny_llama, "--no-true-sequential", "--output", tmp_path / "collected")
+    given, collected = (
+        json.loads((tmp_path / name / "casp_report.json").read_text())["blocks"] for name in ("given", "collected")
+    )
+    # The first block sees the same inputs either way.
+    assert given[0]["linears"].keys() == collected[0]["linears"].keys()
+    for role, entry in given[0]["linears"].items():
+        assert entry["relative_error"] == pytest.approx(collected[0]["linears"][role]["relative_error"], rel=0.05)
+    with pytest.raises(UserError, match="another model"):
+        stage("--model", tiny_qwen2, "--hessians", folder, "--output", tmp_path / "out")
+
+
+def test_killed_while_collecting_hessians(texts, tiny_llama, tmp_path, monkeypatch):
+    flags = ["--model", str(tiny_llama), "--samples", "4", "--sequence-length", "32", "--dataset", str(texts)]
+    flags += ["--device", "cpu", "--token-weights", "attention"]
+    hessians.main([*flags, "--output", str(tmp_path / "whole")])
+    real, calls = casp.hessians.write_shard, 0
+
+    def dies(*args):
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        real(*args)
+
+    monkeypatch.setattr(casp.hessians, "write_shard", dies)
+    with pytest.raises(KeyboardInterrupt):
+        hessians.main([*flags, "--output", str(tmp_path / "out")])
+    monkeypatch.undo()
+    hessians.main([*flags, "--output", str(tmp_path / "out")])
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()

@@ -1,0 +1,118 @@
+"""End-to-end fine-tuning: the compressed model learns the original model's next-token distribution.
+
+QuIP# (Tseng et al. 2024, arXiv 2402.04396, section 5): sign vectors, scales and norms of the whole quantized model
+are trained together. Here the loss is the Kullback-Leibler divergence from the original model's distribution, at the
+positions of text; codes never move. The model stays in its packed form: each block decodes its weights when it runs
+and, with gradient checkpointing, again when the gradient comes back: one block's dense weights exist at a time.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from casp.backend import Backend
+from casp.models import Decoder
+from casp.tuning import Curve, Masters, Training, run_block, train, tunable_tensors
+from casp.walk import BatchInputs
+
+_POSITIONS = 256  # whose logits are in memory together: a vocabulary is a hundred times wider than a block
+
+
+def final_norms(decoder: Decoder) -> dict[str, Tensor]:
+    """The one-dimensional parameters of the language model outside its blocks: its last norm, by the model's names."""
+    language = decoder.model.get_decoder()
+    inside = set(decoder.block_list.parameters())
+    wanted = {parameter for parameter in language.parameters() if parameter.dim() == 1 and parameter not in inside}
+    return {name: parameter for name, parameter in decoder.model.named_parameters() if parameter in wanted}
+
+
+def head_logits(decoder: Decoder, hidden: Tensor, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+    """Logits (tokens, vocabulary) for what the last block puts out, `hidden` (tokens, hidden size).
+
+    The model itself computes them, whatever its norm, head, scaling and caps are, with its blocks passed over and
+    `tensors` in place of its own of these names; everything outside the blocks must be loaded.
+    """
+    hidden = hidden[None]
+
+    def passed_over(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return hidden
+
+    for block in decoder.block_list:
+        block.forward = passed_over
+    try:
+        given = {"inputs_embeds": torch.zeros_like(hidden), "use_cache": False}
+        return functional_call(decoder.model, dict(tensors or {}), (), given).logits[0]
+    finally:
+        for block in decoder.block_list:
+            del block.__dict__["forward"]
+
+
+def divergence(decoder: Decoder, hidden: Tensor, target: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Mean over tokens of KL(original || compressed) in nats.
+
+    hidden, target: (tokens, hidden size), the last block's outputs of the compressed and of the original model;
+    tensors: as in `head_logits`, for the compressed one. Logits are recomputed for the gradient, a few at a time.
+    """
+
+    def part(hidden: Tensor, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = F.log_softmax(head_logits(decoder, target).float(), dim=-1)
+        found = F.log_softmax(head_logits(decoder, hidden, tensors).float(), dim=-1)
+        return F.kl_div(found, wanted, log_target=True, reduction="sum")
+
+    pieces = zip(hidden.split(_POSITIONS), target.split(_POSITIONS), strict=True)
+    return sum(checkpoint(part, h, t, use_reentrant=False) for h, t in pieces) / len(hidden)
+
+
+def model_tensors(decoder: Decoder, backend: Backend) -> dict[str, Tensor]:
+    """What end-to-end fine-tuning may move, by the model's names: every block's tunable tensors and the last norm."""
+    found = dict(final_norms(decoder))
+    for path, block in zip(decoder.blocks, decoder.block_list, strict=True):
+        found |= {f"{path}.{name}": tensor for name, tensor in tunable_tensors(block, backend).items()}
+    return found
+
+
+def distill(
+    decoder: Decoder,
+    backend: Backend,
+    inputs: list[BatchInputs],
+    targets: list[Tensor],
+    training: Training,
+    generator: torch.Generator,
+    device: torch.device,
+    state: Path,
+    checkpointing: bool = True,
+) -> tuple[dict[str, Tensor], Curve]:
+    """Train the compressed model, entirely loaded in `decoder`, towards `targets`.
+
+    inputs: what the first block is fed; targets: the original model's last hidden states, one (batch, tokens, hidden)
+    per batch. Image tokens count as context only. state: file that keeps the training after each epoch and from
+    which it resumes; checkpointing: recompute each block for its gradient. Returns the learned tensors by the
+    model's names, float32, and the curve in nats a token.
+    """
+    masters = Masters(model_tensors(decoder, backend))
+    prefixes = [path + "." for path in decoder.blocks]
+
+    def run(index: int, hidden: Tensor, tensors: dict[str, Tensor], batch: BatchInputs) -> Tensor:
+        block: nn.Module = decoder.block(index)
+        arguments = (block, tensors, batch, index, hidden)
+        return checkpoint(run_block, *arguments, use_reentrant=False) if checkpointing else run_block(*arguments)
+
+    def loss(number: int) -> Tensor:
+        batch, tensors = inputs[number], masters.in_use()
+        hidden = batch.hidden.to(device)
+        for index, prefix in enumerate(prefixes):
+            own = {name.removeprefix(prefix): leaf for name, leaf in tensors.items() if name.startswith(prefix)}
+            hidden = run(index, hidden, own, batch)
+        read = (batch.tokens & ~batch.images).to(device)
+        outside = {name: leaf for name, leaf in tensors.items() if not name.startswith(tuple(prefixes))}
+        return divergence(decoder, hidden[read], targets[number].to(device)[read], outside)
+
+    with torch.enable_grad():
+        curve = train(masters, loss, len(inputs), training, generator, state, progress="end to end")
+    return masters.snapshot(), curve

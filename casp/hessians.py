@@ -1,0 +1,176 @@
+"""Hessians as a stage of their own: the second moment of every distinct input of the decoder's linears, on disk.
+
+One file a block, `block-00000.safetensors`: for each group of matrices that share an input, the upper triangle of
+`E[x x^T]` in float32, under the path of the group's first matrix; the header says which matrices share it. Collected in
+one pass over the calibration data, on the model as it is, so that any number of quantizations can use them.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from casp.attention import AttentionCall
+from casp.errors import UserError
+from casp.folder import RUN_FILE, WorkFolder, write_shard
+from casp.models import Decoder
+from casp.moments import SecondMoment
+from casp.walk import BatchInputs, Visit, capture_inputs, walk
+
+Weighting = Callable[[AttentionCall, BatchInputs], Tensor]
+"""Attention operands of a batch -> a weight for each of its tokens, (batch, tokens), at least 0."""
+
+_GROUPS = "groups"  # key of the header
+_MOST = 4.0  # a weight never exceeds it: the first token of a text draws a hundred times its share and says nothing
+
+
+def block_file(index: int) -> str:
+    """Name of the file that holds the moments of block `index`."""
+    return f"block-{index:05d}.safetensors"
+
+
+def attention_received(call: AttentionCall, batch: BatchInputs) -> Tensor:
+    """How much attention each token gets, in units of what it would get if all attention were uniform.
+
+    (batch, tokens), `sum_i p_ij / sum_i 1 / n_i` over the queries i, the mean of all heads, where n_i keys are visible
+    to query i; no more than 4, and padding counts neither as query nor as key.
+    """
+    heads, tokens = call.query.shape[1:3]
+    received = torch.zeros(batch.tokens.shape, dtype=torch.float32, device=call.query.device)
+    uniform = torch.zeros_like(received)
+    queries = batch.tokens[..., None].float()
+    for head in range(heads):
+        received += (call.probabilities(head) * queries).sum(1)
+    flat = AttentionCall(torch.zeros_like(call.query[:, :1]), torch.zeros_like(call.key[:, :1]), call.mask, 1.0)
+    uniform += (flat.probabilities(0) * queries).sum(1)
+    return (received / (heads * uniform).clamp_min(1 / tokens)).clamp_max(_MOST)
+
+
+def block_moments(
+    visit: Visit, groups: list[list[str]], weighting: Weighting | None = None, advance: bool = False
+) -> list[Tensor]:
+    """The second moment of each group's shared input, (in, in) float64, over all tokens that are not padding.
+
+    weighting: weighs the tokens by the attention of this block; advance: also make the next block's inputs, in the
+    same pass.
+    """
+    moments = [SecondMoment(visit.block.get_submodule(group[0]).in_features, device=visit.device) for group in groups]
+    waiting: list[tuple[SecondMoment, Tensor]] = []
+    weights: list[Tensor] = []
+
+    def see(x: Tensor, batch: BatchInputs, moment: SecondMoment) -> None:
+        if weighting is None:
+            moment.add(x[batch.tokens])
+        else:
+            waiting.append((moment, x))
+
+    def attend(call: AttentionCall, batch: BatchInputs) -> None:
+        weights.append(weighting(call, batch))
+
+    def leave(entered: Tensor, left: Tensor, batch: BatchInputs) -> None:
+        for moment, x in waiting:
+            moment.add(x[batch.tokens], weights[0][batch.tokens])
+        waiting.clear()
+        weights.clear()
+
+    observers = {
+        group[0]: lambda x, batch, moment=moment: see(x, batch, moment)
+        for group, moment in zip(groups, moments, strict=True)
+    }
+    visit.replay(
+        observers,
+        attention=None if weighting is None else attend,
+        output=None if weighting is None else leave,
+        advance=advance,
+    )
+    return [moment.value() for moment in moments]
+
+
+def collect(
+    decoder: Decoder,
+    folder: WorkFolder,
+    batches: list[dict[str, Tensor]],
+    device: torch.device,
+    dtype: torch.dtype,
+    weighting: Weighting | None = None,
+) -> Path:
+    """Collect the Hessians of all blocks into `folder`; those of an earlier attempt are taken as they are."""
+    depth = len(decoder.blocks)
+    done = sum((folder.folder / block_file(index)).exists() for index in range(depth))
+    if done:
+        print(f"resuming {folder.folder}: {done} of {depth} blocks are finished")
+    if done < depth:
+        inputs = capture_inputs(decoder, batches, device, dtype)
+        progress = tqdm(total=depth - done, desc=folder.stage, unit="block", dynamic_ncols=True)
+        for visit in walk(decoder, inputs, device, dtype, advance=lambda index: False):
+            file = folder.folder / block_file(visit.index)
+            is_last = visit.index == depth - 1
+            if not file.exists():
+                began = time.perf_counter()
+                groups = visit.input_groups(list(decoder.linears(visit.index, factors=True).values()))
+                found = block_moments(visit, groups, weighting, advance=not is_last)
+                tensors = {group[0]: packed(moment) for group, moment in zip(groups, found, strict=True)}
+                write_shard(file, tensors, {_GROUPS: json.dumps(groups)})
+                folder.log(f"block {visit.index} finished in {time.perf_counter() - began:.1f} s")
+                progress.update()
+            elif not is_last:
+                visit.advance()
+        progress.close()
+    return folder.close()
+
+
+def packed(hessian: Tensor) -> Tensor:
+    """The upper triangle of a symmetric (n, n), row after row, float32."""
+    rows, columns = torch.triu_indices(*hessian.shape, device=hessian.device)
+    return hessian[rows, columns].float()
+
+
+def unpacked(triangle: Tensor, size: int) -> Tensor:
+    """The symmetric (size, size) float32 of which `triangle` is the upper half."""
+    rows, columns = torch.triu_indices(size, size)
+    hessian = torch.empty(size, size)
+    hessian[rows, columns] = triangle
+    hessian[columns, rows] = triangle
+    return hessian
+
+
+class Hessians:
+    """The finished folder of the Hessian stage, read block by block."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        try:
+            self.fingerprint = json.loads((self.folder / RUN_FILE).read_text())["fingerprint"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"--hessians {self.folder} is not a finished folder of the Hessian stage; run hfize_*.sh first."
+            ) from error
+
+    def check(self, model: str, decoder: Decoder) -> None:
+        """UserError unless they were collected on the checkpoint of content hash `model`, with all its blocks."""
+        if self.fingerprint.get("model") != model:
+            raise UserError(
+                f"--hessians {self.folder} were collected on another model than {decoder.folder}; collect them on "
+                "this one with hfize_*.sh."
+            )
+        missing = [i for i in range(len(decoder.blocks)) if not (self.folder / block_file(i)).is_file()]
+        if missing:
+            raise UserError(f"--hessians {self.folder} lacks block {missing[0]}; remove the folder and collect again.")
+
+    def read(self, index: int, sizes: dict[str, int]) -> list[tuple[list[str], Tensor]]:
+        """Block `index`: each group of matrices, by path, with the second moment of their input, (in, in) float32.
+
+        sizes: path -> width of its input.
+        """
+        file = self.folder / block_file(index)
+        try:
+            with safe_open(file, "pt") as stored:
+                groups = json.loads(stored.metadata()[_GROUPS])
+                return [(group, unpacked(stored.get_tensor(group[0]), sizes[group[0]])) for group in groups]
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{file} is damaged; remove {self.folder} and collect the Hessians again.") from error

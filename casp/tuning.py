@@ -1,0 +1,223 @@
+"""Fine-tuning within a block: what is not quantized yet makes up for what is.
+
+QuIP# (Tseng et al. 2024, arXiv 2402.04396, section 5): after each group of linears has been quantized, the rest of
+the block (norms, the quantizer's own real tensors, weights still to be quantized) learns what the original model's
+block puts out. The inputs are those that the compressed blocks before it produce, the targets what the original
+model has after this block, so that a block also repairs what those before it did.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.func import functional_call
+from tqdm import tqdm
+
+from casp.backend import Backend
+from casp.folder import write_shard
+from casp.linear import QuantizedLinear
+from casp.walk import BatchInputs, Visit, first_output, moved
+
+VALIDATION_SHARE = 8  # one batch in so many is not trained on
+PATIENCE = 2  # epochs without a better validation loss after which training stops
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
+
+Curve = list[dict[str, float | None]]
+"""Losses by epoch, see `train`."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and how fast: passes over the training batches, and the step of Adam relative to a tensor's size."""
+
+    epochs: int
+    learning_rate: float
+
+
+def split(count: int) -> tuple[list[int], list[int]]:
+    """Numbers of the batches to train on and of those to validate on; one batch alone serves for both."""
+    validation = list(range(VALIDATION_SHARE - 1, count, VALIDATION_SHARE)) or [count - 1]
+    return [i for i in range(count) if i not in validation] or validation, validation
+
+
+def tunable_tensors(module: nn.Module, backend: Backend) -> dict[str, Tensor]:
+    """What fine-tuning may move in `module`, by name: all parameters, and what the backend offers of its layers."""
+    quantized = {path: layer for path, layer in module.named_modules() if isinstance(layer, QuantizedLinear)}
+    inside = tuple(path + "." for path in quantized)
+    found: dict[str, Tensor] = {
+        name: parameter for name, parameter in module.named_parameters() if not name.startswith(inside)
+    }
+    for path, layer in quantized.items():
+        found |= {f"{path}.{name}": tensor for name, tensor in backend.tunable(layer).items()}
+    return found
+
+
+class Masters:
+    """float32 copies, with gradients, of tensors in use; what is learned goes back by `write`."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = dict(tensors)
+        self.leaves = {name: tensor.detach().float().clone().requires_grad_() for name, tensor in self.tensors.items()}
+
+    def groups(self, learning_rate: float) -> list[dict]:
+        """Parameter groups of an optimizer, each tensor's rate in units of its own root mean square."""
+        sizes = {name: leaf.detach().square().mean().sqrt().item() for name, leaf in self.leaves.items()}
+        return [{"params": [leaf], "lr": learning_rate * (sizes[name] or 1.0)} for name, leaf in self.leaves.items()]
+
+    def in_use(self) -> dict[str, Tensor]:
+        """The leaves as a forward pass takes them: parameters in their own dtype, a format's buffers in float32."""
+        return {
+            name: leaf.to(self.tensors[name].dtype) if isinstance(self.tensors[name], nn.Parameter) else leaf
+            for name, leaf in self.leaves.items()
+        }
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Copies of the leaves."""
+        return {name: leaf.detach().clone() for name, leaf in self.leaves.items()}
+
+    @torch.no_grad()
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Set the leaves."""
+        for name, leaf in self.leaves.items():
+            leaf.copy_(values[name])
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Round the leaves into the tensors in use."""
+        for name, leaf in self.leaves.items():
+            self.tensors[name].copy_(leaf)
+
+
+def relative_error(output: Tensor, target: Tensor, tokens: Tensor) -> Tensor:
+    """Mean over `tokens` (batch, tokens) bool of `|output - target|^2 / |target|^2`, both (batch, tokens, hidden)."""
+    error = (output.float() - target.float()).square().sum(-1) / target.float().square().sum(-1).clamp_min(1e-12)
+    return error[tokens].mean()
+
+
+def cosine(step: int, steps: int) -> float:
+    """Factor on the learning rate: from 1 down to 0 along half a cosine."""
+    return (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def train(
+    masters: Masters,
+    loss: Callable[[int], Tensor],
+    batches: int,
+    training: Training,
+    generator: torch.Generator,
+    state: Path | None = None,
+    progress: str | None = None,
+) -> Curve:
+    """Adam on `loss(batch number)`; the leaves end as they were at the best validation loss.
+
+    Returns the curve: one entry per epoch, that before the first included, {"training", "validation"} (the loss of
+    training is the mean during the epoch, None before the first). Stops early after two epochs without a better
+    validation loss. state: a file kept after each epoch, from which an interrupted training goes on to the same
+    end; progress: a label for the bar, None for no bar.
+    """
+    learn, check = split(batches)
+    optimizer = torch.optim.Adam(masters.groups(training.learning_rate), betas=(0.9, 0.95))
+    steps = max(training.epochs * len(learn), 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, steps))
+    orders = [torch.randperm(len(learn), generator=generator).tolist() for _ in range(training.epochs)]
+
+    def validation() -> float:
+        with torch.no_grad():
+            return sum(loss(i).item() for i in check) / len(check)
+
+    if state is not None and state.exists():
+        curve, best = load_state(state, masters, optimizer, schedule)
+    else:
+        curve, best = [{"training": None, "validation": validation()}], masters.snapshot()
+    bar = tqdm(total=steps, initial=(len(curve) - 1) * len(learn), desc=progress, disable=progress is None)
+    while len(curve) <= training.epochs and not stalled(curve):
+        total = 0.0
+        for place in orders[len(curve) - 1]:
+            optimizer.zero_grad()
+            value = loss(learn[place])
+            value.backward()
+            optimizer.step()
+            schedule.step()
+            total += value.item()
+            bar.update()
+            bar.set_postfix_str(f"training {value.item():.4f}, validation {curve[-1]['validation']:.4f}")
+        curve.append({"training": total / len(learn), "validation": validation()})
+        if curve[-1]["validation"] < min(entry["validation"] for entry in curve[:-1]):
+            best = masters.snapshot()
+        if state is not None:
+            save_state(state, masters, optimizer, curve, best)
+    bar.close()
+    masters.load(best)
+    return curve
+
+
+def stalled(curve: Curve) -> bool:
+    """Whether the last two epochs brought no better validation loss than there was before them."""
+    losses = [entry["validation"] for entry in curve]
+    return len(losses) > PATIENCE and min(losses[-PATIENCE:]) >= min(losses[:-PATIENCE])
+
+
+def save_state(
+    file: Path, masters: Masters, optimizer: torch.optim.Adam, curve: Curve, best: Mapping[str, Tensor]
+) -> None:
+    """Keep a training between two epochs, atomically."""
+    tensors = {}
+    for name, leaf in masters.leaves.items():
+        moments = optimizer.state.get(leaf) or {}
+        tensors |= {f"{key} {name}": moments[key] for key in _ADAM if key in moments}
+        tensors |= {f"leaf {name}": leaf.detach(), f"best {name}": best[name]}
+    write_shard(file, tensors, {"curve": json.dumps(curve)})
+
+
+def load_state(
+    file: Path, masters: Masters, optimizer: torch.optim.Adam, schedule: torch.optim.lr_scheduler.LambdaLR
+) -> tuple[Curve, dict[str, Tensor]]:
+    """Set leaves, optimizer and schedule as `save_state` left them; returns the curve and the best leaves."""
+    with safe_open(file, "pt") as stored:
+        curve = json.loads(stored.metadata()["curve"])
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a dict
+    device = {name: leaf.device for name, leaf in masters.leaves.items()}
+    masters.load({name: tensors[f"leaf {name}"] for name in device})
+    done = 0
+    for name, leaf in masters.leaves.items():
+        moments = {key: tensors[f"{key} {name}"] for key in _ADAM if f"{key} {name}" in tensors}
+        if moments:
+            optimizer.state[leaf] = {key: value.to(device[name]) for key, value in moments.items()}
+            optimizer.state[leaf]["step"] = moments["step"]  # Adam counts on the CPU
+            done = max(done, int(moments["step"]))
+    for group, base in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
+        group["lr"] = base * schedule.lr_lambdas[0](done)
+    schedule.last_epoch = done
+    return curve, {name: tensors[f"best {name}"].to(device[name]) for name in device}
+
+
+def tune_block(
+    visit: Visit, targets: list[Tensor], backend: Backend, training: Training, generator: torch.Generator
+) -> Curve:
+    """Teach the block, as far as it is quantized, to put out `targets`; returns the curve of `train`.
+
+    targets: one (batch, tokens, hidden) per batch of `visit.inputs`. The block's tensors are changed in place.
+    """
+    masters = Masters(tunable_tensors(visit.block, backend))
+
+    def loss(number: int) -> Tensor:
+        batch = visit.inputs[number]
+        output = run_block(visit.block, masters.in_use(), batch, visit.index, batch.hidden.to(visit.device))
+        return relative_error(output, targets[number].to(visit.device), batch.tokens.to(visit.device))
+
+    with torch.enable_grad():
+        curve = train(masters, loss, len(visit.inputs), training, generator)
+    masters.write()
+    return curve
+
+
+def run_block(
+    block: nn.Module, tensors: Mapping[str, Tensor], batch: BatchInputs, index: int, hidden: Tensor
+) -> Tensor:
+    """What block `index` makes of `hidden` (batch, tokens, hidden), `tensors` in place of its own of these names."""
+    return first_output(functional_call(block, tensors, (hidden,), moved(batch.kwargs[index], hidden.device)))
