@@ -8,10 +8,13 @@ A rerun with the same model, calibration and settings takes the finished blocks 
 import fcntl
 import json
 import os
+import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -101,6 +104,7 @@ class WorkFolder:
             "calibration": calibration,
             "settings": settings,
         }
+        self.began = time.perf_counter()
         self.done = self._check_output()
         if not self.done:
             self._open_partial()
@@ -148,8 +152,17 @@ class WorkFolder:
         with (self.folder / LOG_FILE).open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
+    def account(self) -> str:
+        """What this attempt took so far: "in 90 s, at most 1.86 GB of memory", the GPU's besides where one was used."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        words = f"in {time.perf_counter() - self.began:.0f} s, at most {peak / 1e9:.2f} GB of memory"
+        if torch.cuda.is_initialized():
+            words += f", {torch.cuda.max_memory_allocated() / 1e9:.2f} GB on the GPU"
+        return words
+
     def close(self) -> Path:
         """Rename the finished work to `output`; what only the work needed is removed."""
+        self.log(f"finished {self.account()}")
         for leftover in [*self.folder.glob(f"{WORK_PREFIX}*"), *self.folder.glob("*.tmp"), self.folder / "lock"]:
             leftover.unlink()
         if self.output.exists():

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -266,7 +265,6 @@ def quantize_stage(
         return output
     if hessians is not None:
         hessians.check(run.fingerprint["model"], decoder)
-    began = time.perf_counter()
     plan = uniform_plan(decoder, ladder[0])
     shapes = matrices(decoder)
     if budget is not None:
@@ -282,7 +280,7 @@ def quantize_stage(
         run.finish(outside, {"end_to_end": curve})
     result = size(output)
     print(
-        f"wrote {output} in {time.perf_counter() - began:.0f} s: {result.bytes / 1e6:.2f} MB of linears, "
+        f"wrote {output} {run.account()}: {result.bytes / 1e6:.2f} MB of linears, "
         f"{result.bpw:.3f} bits per original weight"
     )
     return output

@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         run.save(visit, report)
     run.finish()
-    print(f"wrote {output}")
+    print(f"wrote {output} {run.account()}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Figures of a comparison: quality against size, bits and ranks per block, attention density per block.
+"""Figures of a comparison: quality against size, bits, ranks and attention density per block, fine-tuning curves.
 
 Colours are Okabe and Ito's, told apart by colour-blind readers; every series has a marker of its own as well.
 """
@@ -41,13 +41,16 @@ class BlockDetails:
     """What is known of each block of a checkpoint; NaN where it is not.
 
     bits: stored bits per original weight; ranks: role -> rank of the low-rank linears; density: "image" and
-    "text" -> share of the keys that get attention; influence: 1 - cosine of what enters and leaves the block.
+    "text" -> share of the keys that get attention; influence: 1 - cosine of what enters and leaves the block;
+    tuned: validation error of the block's output before and after its last fine-tuning; end_to_end: losses by epoch.
     """
 
     bits: list[float]
     ranks: dict[str, list[float]] = field(default_factory=dict)
     density: dict[str, list[float]] = field(default_factory=dict)
     influence: list[float] = field(default_factory=list)
+    tuned: dict[str, list[float]] = field(default_factory=dict)
+    end_to_end: list[dict[str, float | None]] = field(default_factory=list)
 
 
 def block_details(folder: Path) -> BlockDetails:
@@ -69,8 +72,15 @@ def block_details(folder: Path) -> BlockDetails:
                 ranks.setdefault(role, [np.nan] * len(decoder.blocks))[index] = rank
         bits.append(8 * stored / weights)
     details = BlockDetails(bits, ranks)
-    blocks = (stage_report(folder) or {}).get("blocks", [])
+    report = stage_report(folder) or {}
+    details.end_to_end = report.get("end_to_end", [])
+    blocks = report.get("blocks", [])
     if len(blocks) == len(bits):
+        losses = [
+            [entry["validation"] for entry in block["tuning"][-1]["curve"]] for block in blocks if "tuning" in block
+        ]
+        if losses:
+            details.tuned = {"before": [each[0] for each in losses], "after": [min(each) for each in losses]}
         details.influence = [_number(block.get("block_influence")) for block in blocks]
         for kind in ("image", "text"):
             found = [_number((block.get("attention_density") or {}).get(kind)) for block in blocks]
@@ -89,6 +99,7 @@ def draw(rows: list[Row], details: list[BlockDetails], folder: Path) -> list[Pat
         "quality_vs_bpw": quality(rows),
         "bits_and_ranks": bits_and_ranks(rows, details),
         "attention_density": attention_density(rows, details),
+        "fine_tuning": fine_tuning(rows, details),
     }
     paths = []
     for name, figure in figures.items():
@@ -214,6 +225,44 @@ def attention_density(rows: list[Row], details: list[BlockDetails]) -> Figure | 
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.legend()
+        figure.tight_layout()
+        return figure
+
+
+def fine_tuning(rows: list[Row], details: list[BlockDetails]) -> Figure | None:
+    """What fine-tuning did: the error of each block's output, and the divergence from the original by epoch."""
+    with_blocks = any(one.tuned for one in details)
+    with_epochs = any(one.end_to_end for one in details)
+    if not with_blocks and not with_epochs:
+        return None
+    with pyplot.rc_context(STYLE):
+        figure, axes = pyplot.subplots(1, with_blocks + with_epochs, figsize=(6.2 * (with_blocks + with_epochs), 4.4))
+        panels = list(np.atleast_1d(axes))
+        if with_blocks:
+            axis = panels.pop(0)
+            for index, (name, one) in enumerate(zip(names(rows), details, strict=True)):
+                for when, line in (("before", ":"), ("after", "-")):
+                    if one.tuned:
+                        style = {**_style(index), "markersize": 4.5, "linestyle": line}
+                        axis.plot(one.tuned[when], **style, label=f"{name}, {when}")
+            axis.set_title("In the block: relative error of its output (validation)", fontsize=11)
+            axis.set_xlabel("block")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.set_ylim(bottom=0)
+            axis.legend(fontsize=9)
+        if with_epochs:
+            axis = panels.pop(0)
+            for index, (name, one) in enumerate(zip(names(rows), details, strict=True)):
+                for kind, line in (("training", ":"), ("validation", "-")):
+                    if one.end_to_end:
+                        values = [_number(entry[kind]) for entry in one.end_to_end]
+                        style = {**_style(index), "markersize": 6, "linestyle": line}
+                        axis.plot(values, **style, label=f"{name}, {kind}")
+            axis.set_title("End to end: KL from the original, nats a token", fontsize=11)
+            axis.set_xlabel("epoch")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.set_ylim(bottom=0)
+            axis.legend(fontsize=9)
         figure.tight_layout()
         return figure
 

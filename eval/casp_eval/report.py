@@ -35,7 +35,8 @@ def stage_report(folder: Path) -> dict[str, Any] | None:
 
 
 def method_name(config: Any, report: dict[str, Any] | None) -> str:
-    """What was done to a checkpoint, in a few words: "bf16", "SVD 25%", "GPTQ 2-bit g64", "CASP-GPTQ 2-3-bit".
+    """What was done to a checkpoint, in a few words: "bf16", "SVD 25%", "GPTQ 2-bit g64", "CASP-GPTQ 2-3-bit",
+    "QuIP# 2-bit + block and e2e FT".
 
     From the quantization_config that CASP wrote into the model's configuration; `report` gives the keep ratio when
     it has one.
@@ -52,7 +53,17 @@ def method_name(config: Any, report: dict[str, Any] | None) -> str:
         ratio = next((ratio for ratio in ratios if ratio is not None), None)
         return "SVD" if ratio is None else f"SVD {100 * ratio:g}%"
     backend = BACKENDS.get(compression["backend"], compression["backend"])
-    return f"{'CASP-' if low_rank else ''}{backend}{_format_words(formats)}"
+    tuning = next(
+        (
+            stage["settings"]["fine_tuning"]
+            for stage in (report or {}).get("stages", [])[-1:]
+            if "fine_tuning" in stage["settings"]
+        ),
+        {},
+    )
+    tuned = [word for part, word in (("block", "block"), ("end_to_end", "e2e")) if tuning.get(part)]
+    suffix = f" + {' and '.join(tuned)} FT" if tuned else ""
+    return f"{'CASP-' if low_rank else ''}{backend}{_format_words(formats)}{suffix}"
 
 
 def _format_words(formats: list[dict[str, Any]]) -> str:

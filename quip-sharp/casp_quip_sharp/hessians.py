@@ -1,7 +1,6 @@
 """The Hessian stage: `python -m casp_quip_sharp.hessians --model ...`, once for any number of quantizations."""
 
 import argparse
-import time
 
 from casp.calibration import calibration_batches, fingerprint
 from casp.cli import (
@@ -74,10 +73,9 @@ def main(argv: list[str] | None = None) -> None:
     if folder.done:
         print(f"{output} is finished already with these settings")
         return
-    began = time.perf_counter()
     collect(decoder, folder, batches, device, dtype, WEIGHTINGS[args.token_weights])
     stored = sum(file.stat().st_size for file in output.glob("*.safetensors"))
-    print(f"wrote {output} in {time.perf_counter() - began:.0f} s: {stored / 1e6:.0f} MB")
+    print(f"wrote {output} {folder.account()}: {stored / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":

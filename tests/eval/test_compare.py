@@ -226,6 +226,24 @@ def test_block_details_come_from_the_tensors(low_rank_llava, tiny_llava):
     assert (plain.bits, plain.ranks, plain.density, plain.influence) == ([32.0] * 3, {}, {}, [])
 
 
+def test_fine_tuning_curves(low_rank_llava, tmp_path):
+    folder = shutil.copytree(low_rank_llava, tmp_path / "tuned")
+    file = folder / "casp_report.json"
+    written = json.loads(file.read_text())
+    assert plots.fine_tuning([{"model": "m", "method": "a"}], [plots.block_details(folder)]) is None
+    for index, block in enumerate(written["blocks"]):
+        curves = [[0.1], [0.5 + index, 0.2 + index, 0.3 + index]]  # what counts is the last, at its best
+        block["tuning"] = [{"after": ["q"], "curve": [{"training": None, "validation": v} for v in c]} for c in curves]
+    written["end_to_end"] = [{"training": None, "validation": 0.9}, {"training": 0.8, "validation": 0.7}]
+    file.write_text(json.dumps(written))
+    details = plots.block_details(folder)
+    assert details.tuned == {"before": [0.5, 1.5, 2.5], "after": [0.2, 1.2, 2.2]}
+    figure = plots.fine_tuning([{"model": "m", "method": "a"}], [details])
+    blocks, epochs = figure.axes
+    assert [list(line.get_ydata()) for line in blocks.lines] == [[0.5, 1.5, 2.5], [0.2, 1.2, 2.2]]
+    assert list(epochs.lines[1].get_ydata()) == [0.9, 0.7]
+
+
 def test_plots_that_no_longer_apply_are_removed(tiny_llava, low_rank_llava, arguments, tmp_path):
     run([tiny_llava, low_rank_llava], arguments)
     run([tiny_llava], arguments)
