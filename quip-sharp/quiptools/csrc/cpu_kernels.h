@@ -6,7 +6,7 @@
 namespace quiptools {
 
 constexpr int64_t kGroup = 8;       // weights to a code
-constexpr int64_t kPanelBatch = 16; // vectors that `product` takes at once
+constexpr int64_t kBlock = 16;      // codes that a kernel unpacks at once
 
 // A codebook: the 256 points of the small one (codes of 8 bits) or the 65,536 of E8P12 (16 bits).
 enum class Book { none, e8, e8p };
@@ -32,10 +32,11 @@ struct Kernels {
   // out (end - begin, groups * 8): the decoded rows.
   void (*decode)(const Matrix& m, int64_t begin, int64_t end, float* out);
 
-  // y[b * rows + r] = sum_k W[r][k] x[b][k] for batch vectors, 1 <= batch <= kPanelBatch.
-  // quarter_sums (groups,): a quarter of the sum of each group of x, read where batch is 1.
+  // y[b * stride + r] = sum_k W[r][k] x[b][k] for the rows r in [begin, end) and `batch` vectors.
+  // quarter_sums (batch, groups): a quarter of the sum of each group of x; within a whole block of kBlock groups those
+  // of even number come first.
   void (*product)(const Matrix& m, const float* x, const float* quarter_sums, int64_t batch, int64_t begin, int64_t end,
-                  int64_t rows, float* y);
+                  int64_t stride, float* y);
 
   // In place: Sylvester's transform, not normalised, of each of `count` vectors of `power` numbers.
   void (*sylvester)(float* x, int64_t count, int64_t power);

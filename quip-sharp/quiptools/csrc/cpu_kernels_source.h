@@ -14,23 +14,21 @@ namespace {
 
 constexpr int64_t kLanes = QUIPTOOLS_LANES;
 constexpr int64_t kAtOnce = kLanes / kGroup; // groups to a register
-constexpr int64_t kBlock = 16;               // codes whose table rows are found at once
-constexpr int64_t kChunk = 32;               // groups of a decoded panel
 
 typedef float Floats8 __attribute__((vector_size(32)));
 typedef float Floats __attribute__((vector_size(4 * QUIPTOOLS_LANES)));
-typedef int32_t Ints8 __attribute__((vector_size(32)));
+typedef uint32_t Words8 __attribute__((vector_size(32)));
 typedef uint32_t Words __attribute__((vector_size(4 * QUIPTOOLS_LANES)));
-typedef uint16_t Shorts __attribute__((vector_size(2 * QUIPTOOLS_LANES)));
 typedef float Unaligned8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint32_t UnalignedWords8 __attribute__((vector_size(32), aligned(2), may_alias));
 typedef float Unaligned __attribute__((vector_size(4 * QUIPTOOLS_LANES), aligned(4), may_alias));
-typedef uint16_t UnalignedShorts __attribute__((vector_size(2 * QUIPTOOLS_LANES), aligned(2), may_alias));
 
 INLINE Floats8 load8(const float* p) { return *reinterpret_cast<const Unaligned8*>(p); }
 INLINE Floats load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
 INLINE void store8(float* p, Floats8 v) { *reinterpret_cast<Unaligned8*>(p) = v; }
 INLINE void store(float* p, Floats v) { *reinterpret_cast<Unaligned*>(p) = v; }
-INLINE Floats8 xor8(Floats8 a, Floats8 b) { return (Floats8)((Ints8)a ^ (Ints8)b); }
+INLINE Floats8 flip8(Floats8 v, Words8 signs) { return (Floats8)((Words8)v ^ signs); }
+INLINE Floats flip(Floats v, Floats signs) { return (Floats)((Words)v ^ (Words)signs); }
 
 INLINE float sum8(Floats8 v) {
   float half[4];
@@ -38,17 +36,18 @@ INLINE float sum8(Floats8 v) {
   return (half[0] + half[2]) + (half[1] + half[3]);
 }
 
-// A register of kAtOnce groups from its groups, and the sum of one.
+// The table rows at kAtOnce offsets in one register, and the sum of one.
 #if QUIPTOOLS_LANES == 16
-INLINE Floats join(const Floats8* part) {
-  return __builtin_shufflevector(part[0], part[1], 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+INLINE Floats rows_at(const float* table, const uint16_t* offset) {
+  return __builtin_shufflevector(load8(table + offset[0]), load8(table + offset[1]), 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10,
+                                 11, 12, 13, 14, 15);
 }
 INLINE float sum(Floats v) {
   Floats8 low = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
   return sum8(low + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
 }
 #else
-INLINE Floats join(const Floats8* part) { return part[0]; }
+INLINE Floats rows_at(const float* table, const uint16_t* offset) { return load8(table + offset[0]); }
 INLINE float sum(Floats v) { return sum8(v); }
 #endif
 
@@ -68,81 +67,76 @@ struct Signs {
 };
 constexpr Signs kSigns;
 
-// Where the table rows of kBlock codes begin, as offsets in floats.
+const float* const kSignRows = reinterpret_cast<const float*>(kSigns.row);
+
+// kBlock codes of one row: where their table rows begin, as offsets in floats.
 template <Book book>
-struct Offsets;
+struct Block;
 
 template <>
-struct Offsets<Book::none> {
-  INLINE void find(const Matrix&, const void*, int64_t, int64_t) {}
+struct Block<Book::none> {
+  INLINE void find(const void*, int64_t, int64_t) {}
   INLINE Floats8 point(const Matrix&, int64_t) const { return Floats8{}; }
-  INLINE float shift(int64_t) const { return 0; }
+  INLINE Floats unshifted(const Matrix&, int64_t) const { return Floats{}; }
+  INLINE Floats times(const Matrix&, int64_t, Floats) const { return Floats{}; }
 };
 
 template <>
-struct Offsets<Book::e8> {
+struct Block<Book::e8> {
   alignas(32) uint16_t row[kBlock];
-  INLINE void find(const Matrix&, const void* codes, int64_t at, int64_t count) {
+  INLINE void find(const void* codes, int64_t at, int64_t count) {
     const uint8_t* c = static_cast<const uint8_t*>(codes) + at;
     for (int64_t i = 0; i < count; i++) row[i] = uint16_t(c[i] << 3);
   }
   INLINE Floats8 point(const Matrix& m, int64_t i) const { return load8(m.points + row[i]); }
-  INLINE float shift(int64_t) const { return 0; }
+  INLINE Floats unshifted(const Matrix& m, int64_t i) const { return rows_at(m.points, row + i); }
+  INLINE Floats times(const Matrix& m, int64_t i, Floats xs) const { return xs * unshifted(m, i); }
 };
 
 template <>
-struct Offsets<Book::e8p> {
-  alignas(32) uint16_t pattern[kBlock], sign[kBlock], last[kBlock];
-  INLINE void find(const Matrix&, const void* codes, int64_t at, int64_t count) {
+struct Block<Book::e8p> {
+  alignas(32) uint16_t pattern[kBlock], sign[kBlock], negative[kBlock];
+  INLINE void find(const void* codes, int64_t at, int64_t count) {
     const uint16_t* c = static_cast<const uint16_t*>(codes) + at;
     for (int64_t i = 0; i < count; i++) {
       pattern[i] = uint16_t((c[i] & 0xFF) << 3);
       sign[i] = uint16_t(c[i] >> 5 & 0x3F8);
-      last[i] = c[i] >> 15;
+      negative[i] = c[i] >> 15;
     }
   }
-  // The point before its shift.
   INLINE Floats8 point(const Matrix& m, int64_t i) const {
-    const float* signs = reinterpret_cast<const float*>(kSigns.row);
-    return xor8(load8(m.patterns + pattern[i]), load8(signs + sign[i]));
+    Floats8 unshifted = flip8(load8(m.patterns + pattern[i]), (Words8)load8(kSignRows + sign[i]));
+    return unshifted + (0.25f - 0.5f * float(negative[i]));
   }
-  INLINE float shift(int64_t i) const { return 0.25f - 0.5f * float(last[i]); }
-};
-
-// Both stages of kBlock codes of one row.
-template <Book A, Book B>
-struct Block {
-  Offsets<A> first;
-  Offsets<B> second;
-
-  INLINE void find(const Matrix& m, int64_t at, int64_t count) {
-    first.find(m, m.codes, at, count);
-    second.find(m, m.residual, at, count);
+  INLINE Floats unshifted(const Matrix& m, int64_t i) const {
+    return flip(rows_at(m.patterns, pattern + i), rows_at(kSignRows, sign + i));
   }
-  INLINE Floats8 unshifted(const Matrix& m, int64_t i) const {
-    Floats8 w = first.point(m, i);
-    if (B != Book::none) w += second.point(m, i) * m.residual_scale;
-    return w;
-  }
-  INLINE Floats8 weights(const Matrix& m, int64_t i) const {
-    Floats8 w = unshifted(m, i);
-    if (A == Book::e8p || B == Book::e8p) w += first.shift(i) + m.residual_scale * second.shift(i);
-    return w;
+  // `unshifted` times xs, with the signs on the vector: two instructions, each with one operand from memory.
+  INLINE Floats times(const Matrix& m, int64_t i, Floats xs) const {
+    return flip(xs, rows_at(kSignRows, sign + i)) * rows_at(m.patterns, pattern + i);
   }
 };
 
 // `count` groups of a row, from the one numbered `at` among all of the matrix.
 template <Book A, Book B>
 INLINE void decode_groups(const Matrix& m, int64_t at, int64_t count, float* out) {
-  Block<A, B> block;
-  int64_t g = 0;
-  for (; g + kBlock <= count; g += kBlock) {
-    block.find(m, at + g, kBlock);
-    for (int64_t i = 0; i < kBlock; i++) store8(out + (g + i) * kGroup, block.weights(m, i));
-  }
-  for (; g < count; g++) {
-    block.find(m, at + g, 1);
-    store8(out + g * kGroup, block.weights(m, 0));
+  Block<A> first;
+  Block<B> second;
+  for (int64_t g = 0; g < count; g += kBlock) {
+    bool whole = g + kBlock <= count;
+    int64_t codes = whole ? kBlock : count - g;
+    if (whole) { // the compiler unrolls what has a fixed count
+      first.find(m.codes, at + g, kBlock);
+      second.find(m.residual, at + g, kBlock);
+    } else {
+      first.find(m.codes, at + g, codes);
+      second.find(m.residual, at + g, codes);
+    }
+    for (int64_t i = 0; i < codes; i++) {
+      Floats8 weights = first.point(m, i);
+      if (B != Book::none) weights += second.point(m, i) * m.residual_scale;
+      store8(out + (g + i) * kGroup, weights);
+    }
   }
 }
 
@@ -153,129 +147,132 @@ void decode_rows(const Matrix& m, int64_t begin, int64_t end, float* out) {
   }
 }
 
-// Sign bits of the shifts of kLanes codes: set where the shift is -1/4.
-INLINE Words shift_bits(const void* codes, int64_t at) {
-  Shorts c = *reinterpret_cast<const UnalignedShorts*>(static_cast<const uint16_t*>(codes) + at);
-  return __builtin_convertvector(c, Words) << 16 & 0x80000000u;
+// What the shifts of kBlock codes of E8P12 add to the product: +- a quarter of the sum of each group of x.
+INLINE Floats8 shifts(const void* codes, int64_t at, Floats8 even_sums, Floats8 odd_sums) {
+  Words8 pairs = *reinterpret_cast<const UnalignedWords8*>(static_cast<const uint16_t*>(codes) + at);
+  return flip8(even_sums, pairs << 16 & 0x80000000u) + flip8(odd_sums, pairs & 0x80000000u);
 }
 
-INLINE Floats flip(Floats v, Words bits) { return (Floats)((Words)v ^ bits); }
-
-// One vector, `rows` rows at a time: points are multiplied as they are decoded and never stored. The shifts are taken
-// out of the points: they add +- a quarter of the sum of x's group, 8 or 16 groups to an instruction.
+// One vector, `rows` rows at a time: points are multiplied as they are decoded and never stored.
 template <Book A, Book B, int rows>
-INLINE void multiply_rows(const Matrix& m, const float* x, const float* quarter_sums, int64_t row, float* y) {
-  Floats total[rows] = {}, shifts[rows] = {};
-  Floats8 rest[rows] = {};
-  Block<A, B> block[rows];
+INLINE void multiply_vector(const Matrix& m, const float* x, const float* quarter_sums, int64_t row, float* y) {
+  Floats total[rows] = {}, residual[rows] = {};
+  Floats8 rest[rows] = {}, residual_rest[rows] = {};
+  Block<A> first[rows];
+  Block<B> second[rows];
   int64_t g = 0;
   for (; g + kBlock <= m.groups; g += kBlock) {
-    for (int r = 0; r < rows; r++) block[r].find(m, (row + r) * m.groups + g, kBlock);
+    Floats8 even_sums = load8(quarter_sums + g), odd_sums = load8(quarter_sums + g + kBlock / 2);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) {
+      int64_t at = (row + r) * m.groups + g;
+      // A row is too short for the hardware to see where it goes on: ask for the rows that come next.
+      __builtin_prefetch(static_cast<const char*>(m.codes) + (at + rows * m.groups) * (A == Book::e8 ? 1 : 2));
+      if (B != Book::none)
+        __builtin_prefetch(static_cast<const char*>(m.residual) + (at + rows * m.groups) * (B == Book::e8 ? 1 : 2));
+      first[r].find(m.codes, at, kBlock);
+      second[r].find(m.residual, at, kBlock);
+      if (A == Book::e8p) rest[r] += shifts(m.codes, at, even_sums, odd_sums);
+      if (B == Book::e8p) residual_rest[r] += shifts(m.residual, at, even_sums, odd_sums);
+    }
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kBlock; i += kAtOnce) {
       Floats xs = load(x + (g + i) * kGroup);
       for (int r = 0; r < rows; r++) {
-        Floats8 part[kAtOnce];
-        for (int64_t k = 0; k < kAtOnce; k++) part[k] = block[r].unshifted(m, i + k);
-        total[r] += join(part) * xs;
-      }
-    }
-    for (int64_t i = 0; i < kBlock; i += kLanes) {
-      Floats sums = load(quarter_sums + g + i);
-      for (int r = 0; r < rows; r++) {
-        int64_t at = (row + r) * m.groups + g + i;
-        if (A == Book::e8p) shifts[r] += flip(sums, shift_bits(m.codes, at));
-        if (B == Book::e8p) shifts[r] += flip(sums, shift_bits(m.residual, at)) * m.residual_scale;
+        total[r] += first[r].times(m, i, xs);
+        if (B != Book::none) residual[r] += second[r].times(m, i, xs);
       }
     }
   }
   for (; g < m.groups; g++) {
     Floats8 xs = load8(x + g * kGroup);
     for (int r = 0; r < rows; r++) {
-      block[r].find(m, (row + r) * m.groups + g, 1);
-      rest[r] += block[r].weights(m, 0) * xs;
+      int64_t at = (row + r) * m.groups + g;
+      first[r].find(m.codes, at, 1);
+      second[r].find(m.residual, at, 1);
+      rest[r] += first[r].point(m, 0) * xs;
+      if (B != Book::none) residual_rest[r] += second[r].point(m, 0) * xs;
     }
   }
-  for (int r = 0; r < rows; r++) y[row + r] = sum(total[r] + shifts[r]) + sum8(rest[r]);
-}
-
-// acc[r * stride + b] += the product of a decoded row and a vector over `count` groups, for 2 rows and `batch` vectors.
-template <int batch>
-INLINE void multiply_panel(const float* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t width,
-                           Floats* acc, int64_t stride) {
-  Floats total[2][batch];
-  for (int r = 0; r < 2; r++)
-    for (int b = 0; b < batch; b++) total[r][b] = acc[r * stride + b];
-  for (int64_t k = 0; k < width; k += kLanes) {
-    Floats w0 = load(w + k), w1 = load(w + w_stride + k);
-    for (int b = 0; b < batch; b++) {
-      Floats xs = load(x + b * x_stride + k);
-      total[0][b] += w0 * xs;
-      total[1][b] += w1 * xs;
-    }
+  for (int r = 0; r < rows; r++) {
+    y[row + r] = sum(total[r]) + sum8(rest[r]);
+    if (B != Book::none) y[row + r] += m.residual_scale * (sum(residual[r]) + sum8(residual_rest[r]));
   }
-  for (int r = 0; r < 2; r++)
-    for (int b = 0; b < batch; b++) acc[r * stride + b] = total[r][b];
 }
 
-// Several vectors: a panel of kRowBlock rows by kChunk groups is decoded into the first-level cache and multiplied
-// with all of them.
-template <Book A, Book B>
-void multiply_batch(const Matrix& m, const float* x, int64_t batch, int64_t row, int64_t count, int64_t rows,
-                    float* y) {
-  alignas(64) float panel[kRowBlock][kChunk * kGroup];
-  alignas(64) float edge[kPanelBatch][kLanes];
-  Floats acc[kRowBlock][kPanelBatch] = {};
-  int64_t columns = m.groups * kGroup;
-  if (count < kRowBlock)
-    for (auto& decoded : panel)
-      for (float& value : decoded) value = 0;
-  for (int64_t g = 0; g < m.groups; g += kChunk) {
-    int64_t groups = m.groups - g < kChunk ? m.groups - g : kChunk;
-    for (int64_t r = 0; r < count; r++) decode_groups<A, B>(m, (row + r) * m.groups + g, groups, panel[r]);
-    int64_t width = groups * kGroup / kLanes * kLanes;
-    for (int64_t r = 0; r < count; r += 2) {
-      const float* xs = x + g * kGroup;
-      int64_t b = 0;
-      for (; b + 4 <= batch; b += 4)
-        multiply_panel<4>(panel[r], kChunk * kGroup, xs + b * columns, columns, width, &acc[r][b], kPanelBatch);
-      switch (batch - b) {
-        case 3:
-          multiply_panel<3>(panel[r], kChunk * kGroup, xs + b * columns, columns, width, &acc[r][b], kPanelBatch);
-          break;
-        case 2:
-          multiply_panel<2>(panel[r], kChunk * kGroup, xs + b * columns, columns, width, &acc[r][b], kPanelBatch);
-          break;
-        case 1:
-          multiply_panel<1>(panel[r], kChunk * kGroup, xs + b * columns, columns, width, &acc[r][b], kPanelBatch);
+// `batch` vectors, `rows` rows at a time: a point is decoded once and multiplied with all of them.
+template <Book A, Book B, int rows, int batch>
+INLINE void multiply_rows(const Matrix& m, const float* x, const float* quarter_sums, int64_t row, int64_t stride,
+                          float* y) {
+  Floats total[rows][batch] = {};
+  Floats8 rest[rows][batch] = {};
+  Block<A> first[rows];
+  Block<B> second[rows];
+  int64_t columns = m.groups * kGroup, g = 0;
+  for (; g + kBlock <= m.groups; g += kBlock) {
+    for (int r = 0; r < rows; r++) {
+      int64_t at = (row + r) * m.groups + g;
+      first[r].find(m.codes, at, kBlock);
+      second[r].find(m.residual, at, kBlock);
+      for (int b = 0; b < batch; b++) {
+        const float* sums = quarter_sums + b * m.groups + g;
+        Floats8 even_sums = load8(sums), odd_sums = load8(sums + kBlock / 2);
+        if (A == Book::e8p) rest[r][b] += shifts(m.codes, at, even_sums, odd_sums);
+        if (B == Book::e8p) rest[r][b] += shifts(m.residual, at, even_sums, odd_sums) * m.residual_scale;
       }
     }
-    if (width < groups * kGroup) { // an odd group at the end of wide registers
-      for (int64_t b = 0; b < batch; b++)
-        for (int64_t i = 0; i < kLanes; i++)
-          edge[b][i] = i < kGroup ? x[b * columns + g * kGroup + width + i] : 0;
-      for (int64_t r = 0; r < count; r++) {
-        for (int64_t i = kGroup; i < kLanes; i++) panel[r][width + i] = 0;
-        for (int64_t b = 0; b < batch; b++) acc[r][b] += load(panel[r] + width) * load(edge[b]);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kBlock; i += kAtOnce) {
+      for (int r = 0; r < rows; r++) {
+        Floats weights = first[r].unshifted(m, i);
+        if (B != Book::none) weights += second[r].unshifted(m, i) * m.residual_scale;
+        for (int b = 0; b < batch; b++) total[r][b] += weights * load(x + b * columns + (g + i) * kGroup);
       }
     }
   }
-  for (int64_t b = 0; b < batch; b++)
-    for (int64_t r = 0; r < count; r++) y[b * rows + row + r] = sum(acc[r][b]);
+  for (; g < m.groups; g++) {
+    for (int r = 0; r < rows; r++) {
+      float weights[kGroup];
+      decode_groups<A, B>(m, (row + r) * m.groups + g, 1, weights);
+      for (int b = 0; b < batch; b++) rest[r][b] += load8(weights) * load8(x + b * columns + g * kGroup);
+    }
+  }
+  for (int r = 0; r < rows; r++)
+    for (int b = 0; b < batch; b++) y[b * stride + row + r] = sum(total[r][b]) + sum8(rest[r][b]);
+}
+
+// The rows [row, end) and `batch` vectors. A function of its own, which the compiler optimises by itself.
+template <Book A, Book B, int batch>
+__attribute__((noinline)) void multiply_block(const Matrix& m, const float* x, const float* quarter_sums, int64_t row,
+                                              int64_t end, int64_t stride, float* y) {
+  if (batch == 1) {
+    for (; row + 4 <= end; row += 4) multiply_vector<A, B, 4>(m, x, quarter_sums, row, y);
+    for (; row < end; row++) multiply_vector<A, B, 1>(m, x, quarter_sums, row, y);
+  } else {
+    for (; row + 2 <= end; row += 2) multiply_rows<A, B, 2, batch>(m, x, quarter_sums, row, stride, y);
+    if (row < end) multiply_rows<A, B, 1, batch>(m, x, quarter_sums, row, stride, y);
+  }
 }
 
 template <Book A, Book B>
 void multiply(const Matrix& m, const float* x, const float* quarter_sums, int64_t batch, int64_t begin, int64_t end,
-              int64_t rows, float* y) {
+              int64_t stride, float* y) {
   for (int64_t row = begin; row < end; row += kRowBlock) {
-    int64_t count = end - row < kRowBlock ? end - row : kRowBlock;
-    if (batch > 1) {
-      multiply_batch<A, B>(m, x, batch, row, count, rows, y);
-      continue;
+    int64_t last = end - row < kRowBlock ? end : row + kRowBlock, columns = m.groups * kGroup;
+    for (int64_t b = 0; b < batch;) {
+      const float *xs = x + b * columns, *sums = quarter_sums + b * m.groups;
+      float* out = y + b * stride;
+      if (batch - b >= 4) {
+        multiply_block<A, B, 4>(m, xs, sums, row, last, stride, out);
+        b += 4;
+      } else if (batch - b >= 2) {
+        multiply_block<A, B, 2>(m, xs, sums, row, last, stride, out);
+        b += 2;
+      } else {
+        multiply_block<A, B, 1>(m, xs, sums, row, last, stride, out);
+        b += 1;
+      }
     }
-    int64_t r = row;
-    for (; r + 4 <= row + count; r += 4) multiply_rows<A, B, 4>(m, x, quarter_sums, r, y);
-    for (; r < row + count; r++) multiply_rows<A, B, 1>(m, x, quarter_sums, r, y);
   }
 }
 
@@ -289,8 +286,8 @@ void multiply(const Matrix& m, const float* x, const float* quarter_sums, int64_
 void decode(const Matrix& m, int64_t begin, int64_t end, float* out) { FOR_BOOKS(decode_rows, m, begin, end, out); }
 
 void product(const Matrix& m, const float* x, const float* quarter_sums, int64_t batch, int64_t begin, int64_t end,
-             int64_t rows, float* y) {
-  FOR_BOOKS(multiply, m, x, quarter_sums, batch, begin, end, rows, y);
+             int64_t stride, float* y) {
+  FOR_BOOKS(multiply, m, x, quarter_sums, batch, begin, end, stride, y);
 }
 
 // Butterflies within a register of eight: distance 1, 2 and 4.

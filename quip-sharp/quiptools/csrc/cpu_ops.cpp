@@ -17,6 +17,7 @@ namespace {
 
 using at::Tensor;
 
+constexpr int64_t kDirectBatch = 16; // vectors up to which decoding on the fly is faster
 constexpr int64_t kTileRows = 512; // decoded at once for the matrix product of many vectors
 constexpr int64_t kGrain = 1 << 15; // numbers that are worth a thread
 
@@ -87,6 +88,21 @@ Tensor decode(const Tensor& codes, const std::optional<Tensor>& residual, const 
   return out;
 }
 
+// See `Kernels::product`; x (batch, groups * kGroup).
+std::vector<float> quarter_sums_of(const float* x, int64_t batch, int64_t groups) {
+  std::vector<float> sums(batch * groups);
+  for (int64_t b = 0; b < batch; b++) {
+    for (int64_t g = 0; g < groups; g++) {
+      float total = 0;
+      for (int64_t i = 0; i < kGroup; i++) total += x[(b * groups + g) * kGroup + i];
+      int64_t block = g / kBlock * kBlock, in_block = g - block;
+      int64_t place = in_block % 2 * (kBlock / 2) + in_block / 2;
+      sums[b * groups + block + (block + kBlock <= groups ? place : in_block)] = total / 4;
+    }
+  }
+  return sums;
+}
+
 Tensor product(const Tensor& x, const Tensor& codes, const std::optional<Tensor>& residual, const Tensor& patterns,
                const Tensor& points, double residual_scale, std::string isa) {
   Codes checked = check_codes(codes, residual, patterns, points, residual_scale);
@@ -97,7 +113,7 @@ Tensor product(const Tensor& x, const Tensor& codes, const std::optional<Tensor>
   int64_t rows = codes.size(0), batch = x.size(0), columns = m.groups * kGroup;
   Tensor y = at::empty({batch, rows}, vectors.options());
   if (y.numel() == 0) return y;
-  if (batch > kPanelBatch) {
+  if (batch > kDirectBatch) {
     Tensor tile = at::empty({std::min(rows, kTileRows), columns}, vectors.options());
     for (int64_t row = 0; row < rows; row += kTileRows) {
       int64_t count = std::min(kTileRows, rows - row);
@@ -108,12 +124,7 @@ Tensor product(const Tensor& x, const Tensor& codes, const std::optional<Tensor>
     return y;
   }
   const float* xs = vectors.const_data_ptr<float>();
-  std::vector<float> quarter_sums(batch == 1 ? m.groups : 0);
-  for (size_t g = 0; g < quarter_sums.size(); g++) {
-    float total = 0;
-    for (int64_t i = 0; i < kGroup; i++) total += xs[g * kGroup + i];
-    quarter_sums[g] = total / 4;
-  }
+  std::vector<float> quarter_sums = quarter_sums_of(xs, batch, m.groups);
   float* out = y.mutable_data_ptr<float>();
   for_row_blocks(rows, columns * batch, [&](int64_t begin, int64_t end) {
     kernels.product(m, xs, quarter_sums.data(), batch, begin, end, rows, out);
