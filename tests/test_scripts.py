@@ -21,6 +21,7 @@ NEEDS = {
     "lm_eval.sh": ["--model", MISSPELT, "--tasks", "any"],
     "lmms_eval.sh": ["--model", MISSPELT, "--tasks", "any"],
     "memory.sh": None,  # makes its own models
+    "speed.sh": None,  # and its own layers
 }
 
 

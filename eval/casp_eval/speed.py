@@ -1,0 +1,215 @@
+"""Speed of QuIP#'s layers against dense ones: batch 1 to 16, as in generation, and the prefill of a long prompt.
+
+Weights are cold, as they are in a model: each round runs every contender once, and the weights that a round reads do
+not fit the last cache. Contenders take turns, so that a busy machine slows all of them; figures are medians of rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from casp_quip_sharp.compiled import operators
+from casp_quip_sharp.kernels import implementations, product
+from casp_quip_sharp.linear import QuipSharpLinear, padded
+from torch import Tensor
+from torch.nn import functional as F
+
+from casp.cli import Parser, pick_device, positive_int, run_main
+from casp.errors import UserError
+from casp.folder import write_json
+
+COLUMNS = ("what", "bits", "shape", "batch", "seconds", "dense_seconds", "dense_float32_seconds", "speedup_vs_dense")
+LONG = 64  # vectors from which on a fifth of the rounds is enough
+Contender = Callable[[], Tensor]
+
+
+def shape(text: str) -> tuple[int, int]:
+    """Argparse type: OUTxIN, outputs and inputs of a layer."""
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text} is not OUTxIN, say 4096x11008")
+    return int(found[1]), int(found[2])
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    flags = Parser(prog="speed.sh", description=__doc__.splitlines()[0])
+    flags.add_argument("--output", type=Path, required=True, help="folder for speed.json")
+    flags.add_argument(
+        "--shapes",
+        type=shape,
+        nargs="+",
+        default=[(4096, 4096), (4096, 11008), (11008, 4096)],
+        help="outputs x inputs of the layers (default: 4096x4096 4096x11008 11008x4096)",
+    )
+    flags.add_argument(
+        "--batches",
+        type=positive_int,
+        nargs="+",
+        default=[1, 4, 16, 1024],
+        help="vectors multiplied at once, counts (default: 1 4 16 1024)",
+    )
+    flags.add_argument(
+        "--bits",
+        type=int,
+        nargs="+",
+        choices=[1, 2, 3, 4],
+        default=[1, 2, 3, 4],
+        help="bits per weight (default: 1 2 3 4)",
+    )
+    flags.add_argument(
+        "--repeats",
+        type=positive_int,
+        default=25,
+        help=f"rounds that a median is taken of, a count; a fifth for {LONG} vectors or more (default: %(default)s)",
+    )
+    flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto = cuda if there is)")
+    return flags
+
+
+def last_cache_bytes(device: torch.device) -> int:
+    """Size of the device's largest cache; 64 MiB where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [file.read_text().strip() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 2**10, "M": 2**20}
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1] in units), default=64 * 2**20)
+
+
+def device_name(device: torch.device) -> str:
+    """What the maker calls the device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def random_layer(bits: int, out_features: int, in_features: int, device: torch.device) -> QuipSharpLinear:
+    """A layer of random codes and signs."""
+    layer = QuipSharpLinear(out_features, in_features, False, {"bits": bits})
+    for buffer in layer.buffers():
+        if buffer.dtype == torch.uint8:
+            buffer.random_(0, 256)
+        elif buffer.dtype == torch.int16:
+            buffer.random_(-(2**15), 2**15)
+        else:
+            buffer.fill_(1 / 64)
+    return layer.to(device)
+
+
+def contenders(
+    bits: list[int], out_features: int, in_features: int, batch: int, device: torch.device
+) -> tuple[dict[tuple[str, int], Contender], int]:
+    """(what, bits) -> a function that runs it once, each with weights of its own; and the bytes of all weights."""
+    x = torch.randn(batch, in_features, device=device)
+    half, rotated = x.to(torch.bfloat16), torch.randn(batch, padded(in_features), device=device)
+    weight = torch.randn(out_features, in_features, device=device)
+    dense = weight.to(torch.bfloat16)
+    found: dict[tuple[str, int], Contender] = {
+        ("dense", 16): lambda: F.linear(half, dense),
+        ("dense", 32): lambda: F.linear(x, weight),
+    }
+    size = weight.nbytes + dense.nbytes
+    for width in bits:
+        layers = [random_layer(width, out_features, in_features, device) for _ in range(2)]
+        size += sum(buffer.nbytes for layer in layers for buffer in layer.buffers())
+        codes, residual_codes = layers[0].codes, getattr(layers[0], "residual_codes", None)
+        arguments = (rotated, codes, residual_codes, width, torch.bfloat16)
+        found["kernel", width] = lambda arguments=arguments: product(*arguments)
+        found["layer", width] = lambda layer=layers[1]: layer(half)
+    return found, size
+
+
+def seconds_of(run: Contender, device: torch.device) -> float:
+    """How long one call takes."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def measure(
+    bits: list[int], out_features: int, in_features: int, batch: int, device: torch.device, repeats: int
+) -> list[dict[str, object]]:
+    """The rows of one shape and batch."""
+    first, size = contenders(bits, out_features, in_features, batch, device)
+    copies = -(-2 * last_cache_bytes(device) // size)
+    sets = [first, *(contenders(bits, out_features, in_features, batch, device)[0] for _ in range(copies - 1))]
+    rounds = repeats if batch < LONG else max(3, repeats // 5)
+    times: dict[tuple[str, int], list[float]] = {name: [] for name in first}
+    with torch.inference_mode():
+        for turn in range(rounds + 1):
+            for name, run in sets[turn % copies].items():
+                times[name].append(seconds_of(run, device))
+    # The first round loads code and fills tables.
+    median = {name: statistics.median(values[1:]) for name, values in times.items()}
+    return [
+        {
+            "backend": "quip-sharp",
+            "what": what,
+            "bits": width,
+            "shape": f"{out_features}x{in_features}",
+            "batch": batch,
+            "device": device.type,
+            "seconds": seconds,
+            "dense_seconds": median["dense", 16],
+            "dense_float32_seconds": median["dense", 32],
+            "speedup_vs_dense": median["dense", 16] / seconds,
+        }
+        for (what, width), seconds in median.items()
+        if what != "dense"
+    ]
+
+
+def print_table(rows: list[dict[str, object]]) -> None:
+    """The rows, times in milliseconds."""
+    for row in rows:
+        cells = [f"{row[name] * 1e3:.3f} ms" if "seconds" in name else row[name] for name in COLUMNS[:-1]]
+        print(*(f"{cell!s:>14}" for cell in cells), f"{row['speedup_vs_dense']:.2f}x".rjust(10), flush=True)
+
+
+def main() -> None:
+    """Measure every shape and batch and write speed.json."""
+    args = parser().parse_args()
+    device = pick_device(args.device)
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {args.output} cannot be made ({error.strerror}); choose another folder.") from error
+    chosen = next(one.name for one in implementations() if one.can(torch.zeros(1, 8, device=device)))
+    result = {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "implementation": chosen,
+        "instruction_sets": operators().instruction_sets() if operators() else [],
+        "pytorch": torch.__version__,
+        "last_cache_bytes": last_cache_bytes(device),
+        "repeats": args.repeats,
+        "dense": "torch.nn.functional.linear in bfloat16, and in float32, on the same device in the same rounds",
+        "what": "kernel: the product with the decoded codes; layer: QuipSharpLinear on bfloat16, transforms included",
+        "rows": [],
+    }
+    print(f"{result['device']}, {result['threads']} threads, {chosen}; medians of {args.repeats} rounds, cold weights")
+    headings = [name.removesuffix("_seconds").replace("speedup_vs_dense", "speed-up") for name in COLUMNS]
+    print(*(f"{name:>14}" for name in headings[:-1]), headings[-1].rjust(10))
+    for out_features, in_features in args.shapes:
+        for batch in args.batches:
+            rows = measure(args.bits, out_features, in_features, batch, device, args.repeats)
+            print_table(rows)
+            result["rows"] += rows
+            write_json(args.output / "speed.json", result)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,81 @@
+"""speed.sh on tiny layers: the rows, the table, bad arguments."""
+
+import json
+
+import pytest
+import torch
+from casp_eval import speed
+
+
+def test_rows_and_table(run_module, tmp_path):
+    words = ["--shapes", "24x40", "16x64", "--batches", "1", "80", "--bits", "1", "3", "--repeats", "2"]
+    done = run_module("casp_eval.speed", "--output", tmp_path / "new", *words, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "new/speed.json").read_text())
+    assert result["device"]
+    assert result["threads"] >= 1
+    assert result["implementation"].startswith(("cpu-", "reference"))
+    rows = {(row["what"], row["bits"], row["shape"], row["batch"]): row for row in result["rows"]}
+    assert set(rows) == {
+        (what, bits, shape, batch)
+        for what in ("kernel", "layer")
+        for bits in (1, 3)
+        for shape in ("24x40", "16x64")
+        for batch in (1, 80)
+    }
+    for row in rows.values():
+        assert (row["backend"], row["device"]) == ("quip-sharp", "cpu")
+        assert row["speedup_vs_dense"] == pytest.approx(row["dense_seconds"] / row["seconds"])
+        assert row["dense_float32_seconds"] > 0
+    table = done.stdout.splitlines()
+    assert len(table) == 2 + len(rows)
+    assert table[1].split() == ["what", "bits", "shape", "batch", "seconds", "dense", "dense_float32", "speed-up"]
+
+
+def test_weights_of_a_round_exceed_the_last_cache(monkeypatch):
+    cpu = torch.device("cpu")
+    assert speed.last_cache_bytes(cpu) >= 2**16
+    made = []
+    original = speed.contenders
+
+    def counted(*arguments):
+        found, size = original(*arguments)
+        made.append(size)
+        return found, size
+
+    monkeypatch.setattr(speed, "contenders", counted)
+    monkeypatch.setattr(speed, "last_cache_bytes", lambda device: 2**16)
+    speed.measure([2], 64, 64, 1, cpu, 1)
+    assert sum(made) >= 2 * 2**16 > sum(made[1:])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--shapes", "4096"], "4096 is not OUTxIN"),
+        (["--shapes", "0x8"], "0x8 is not OUTxIN"),
+        (["--bits", "5"], "invalid choice: 5"),
+        (["--batches", "0"], "0 is not at least 1"),
+        (["--device", "tpu"], "--device tpu is unknown"),
+    ],
+)
+def test_bad_arguments_end_in_one_sentence(monkeypatch, capsys, tmp_path, words, message):
+    monkeypatch.setattr("sys.argv", ["speed", "--output", str(tmp_path / "out"), *words])
+    with pytest.raises(SystemExit) as ended:
+        speed.run_main(speed.main)
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_cannot_be_made(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sys.argv", ["speed", "--output", str(tmp_path / "file/out"), "--device", "cpu"])
+    with pytest.raises(SystemExit) as ended:
+        speed.run_main(speed.main)
+    assert ended.value.code == 2
+    assert "choose another folder" in capsys.readouterr().err
