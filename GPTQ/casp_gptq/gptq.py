@@ -56,6 +56,28 @@ def processing_order(hessian: Tensor, act_order: bool) -> Tensor:
     return torch.argsort(diagonal, descending=True, stable=True)
 
 
+def _round_block(
+    lower: Tensor,
+    target: Tensor,
+    pending: Tensor,
+    grids: list[tuple[Tensor, Tensor]],
+    bits: int,
+    codes: Tensor,
+    errors: Tensor,
+) -> None:
+    """Round neighbouring columns in order, into `codes` and `errors` = target - rounded; all (columns, out).
+
+    lower: the block's (columns, columns) corner of R^T; pending: `(D R)_j` over the columns before the block; grids:
+    scale and zero, (out,) each, of every column.
+    """
+    # Taken apart into columns beforehand: an index into a tensor costs as much as the sums on a column.
+    columns = zip(lower, lower.diagonal().tolist(), target, pending, grids, codes, errors, strict=True)
+    for j, (row, pivot, wanted, earlier, (scale, zero), code, error) in enumerate(columns):
+        carried = torch.addmv(earlier, errors[:j].T, row[:j])  # (D R)_j
+        code.copy_(to_codes(torch.add(wanted, carried, alpha=1 / pivot), scale, zero, bits))
+        torch.addcmul(wanted, code - zero, scale, value=-1, out=error)
+
+
 def gptq_quantize(
     weight: Tensor,
     hessian: Tensor,
@@ -90,10 +112,10 @@ def gptq_quantize(
     group_of = (torch.arange(columns, device=weight.device) // bounds[0][1])[order]
     ordered = hessian[order][:, order]
     # Reversing both axes turns the lower factor that Cholesky gives into the upper one that is needed.
-    lower, damping = damped_cholesky(ordered.flip(0, 1), damping, name)
-    factor = lower.flip(0, 1).float()
+    flipped, damping = damped_cholesky(ordered.flip(0, 1), damping, name)
+    lower = flipped.flip(0, 1).T.float().contiguous()  # R^T: what column j takes from the earlier ones is its row j
     # What rounding column j costs once later columns have made good what they can: R_jj^2, not H_jj.
-    importance = factor.diagonal().square()
+    importance = lower.diagonal().square()
 
     # Everything below is transposed, (in, out): a column of the weight is then contiguous.
     target = weight.float().T[order].contiguous()
@@ -101,28 +123,27 @@ def gptq_quantize(
     pending = torch.zeros_like(target)  # (D R)_j over the columns that earlier blocks have rounded
     scales = target.new_empty(len(bounds), out_features)
     zeros = torch.empty_like(scales)
+    grids, grid_of = list(zip(scales, zeros, strict=True)), group_of.tolist()
     if act_order:
         for g in range(len(bounds)):
             mine = (group_of == g).nonzero()[:, 0]
-            scales[g], zeros[g] = find_grid(target[mine].T.contiguous(), bits, symmetric, clip_steps, importance[mine])
+            scales[g], zeros[g] = find_grid(target[mine].T, bits, symmetric, clip_steps, importance[mine])
         spans = [(0, columns)]
     else:
         spans = bounds
     for g, (first, last) in enumerate(spans):
         if not act_order:
             # The values that the group's columns would take if rounding stopped here.
-            corner = factor[first:last, first:last]
-            shift = torch.linalg.solve_triangular(corner.T, pending[first:last], upper=False)
-            values = (target[first:last] + shift).T.contiguous()
-            scales[g], zeros[g] = find_grid(values, bits, symmetric, clip_steps, importance[first:last])
+            corner = lower[first:last, first:last]
+            shift = torch.linalg.solve_triangular(corner, pending[first:last], upper=False)
+            values = target[first:last] + shift
+            scales[g], zeros[g] = find_grid(values.T, bits, symmetric, clip_steps, importance[first:last])
         for start in range(first, last, _BLOCK):
             end = min(start + _BLOCK, last)
-            for j in range(start, end):
-                scale, zero = scales[group_of[j]], zeros[group_of[j]]
-                carried = pending[j] + factor[start:j, j] @ errors[start:j]
-                codes[j] = to_codes(target[j] + carried / factor[j, j], scale, zero, bits)
-                errors[j] = target[j] - scale * (codes[j] - zero)
-            pending[end:] += factor[start:end, end:].T @ errors[start:end]
+            here = slice(start, end)
+            own = [grids[g] for g in grid_of[here]]
+            _round_block(lower[here, here], target[here], pending[here], own, bits, codes[here], errors[here])
+            pending[end:].addmm_(lower[end:, here], errors[here])
 
     back = torch.argsort(order)
     codes, target = codes[back], target[back]

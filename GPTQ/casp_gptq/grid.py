@@ -63,15 +63,18 @@ def find_grid(
     middle = torch.full_like(low, 2 ** (bits - 1)) if symmetric else (-low / full).round().clamp(0, top)
     shifts = (0, -1, 1) if bits <= 3 and not symmetric and clip_steps else (0,)
 
+    columns = values.T.contiguous()  # (columns, rows): limits that differ by row then lie along the inner dimension
+    error = torch.empty_like(columns)
     best_cost = torch.full_like(low, torch.inf)
     best_scales, best_zeros = full, middle
     for step in range(clip_steps + 1):
         scales = stored_scales(full * (1 - (1 - _SMALLEST_RANGE) * step / max(clip_steps, 1)))
+        scaled = columns / scales
+        whole = scaled.round()
         for shift in shifts:
             zeros = (middle + shift).clamp(0, top)
-            error = to_codes(values, scales[:, None], zeros[:, None], bits).sub_(zeros[:, None])
-            error = error.mul_(scales[:, None]).sub_(values).square_()
-            cost = error.sum(1) if importance is None else error @ importance
+            torch.clamp(whole, -zeros, top - zeros, out=error).sub_(scaled).square_()
+            cost = (error.sum(0) if importance is None else importance @ error) * scales.square()
             better = cost < best_cost
             best_cost = torch.where(better, cost, best_cost)
             best_scales = torch.where(better, scales, best_scales)

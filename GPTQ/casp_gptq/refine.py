@@ -8,7 +8,7 @@ has a best value given all others.
 import torch
 from torch import Tensor
 
-from casp_gptq.grid import stored_scales, to_codes
+from casp_gptq.grid import stored_scales
 
 _BLOCK = 64  # columns between two updates of the whole gradient
 
@@ -33,10 +33,10 @@ def best_scales(
     normal = gradient.new_empty(gradient.shape[1], groups, groups)
     right = gradient.new_empty(gradient.shape[1], groups)
     for g, (first, last) in enumerate(bounds):
-        image = hessian[:, first:last] @ levels[first:last]
+        image = hessian[:last, first:last] @ levels[first:last]
         right[:, g] = (levels[first:last] * gradient[first:last]).sum(0)
-        for k, (start, end) in enumerate(bounds):
-            normal[:, k, g] = (levels[start:end] * image[start:end]).sum(0)
+        for k, (start, end) in enumerate(bounds[: g + 1]):
+            normal[:, k, g] = normal[:, g, k] = (levels[start:end] * image[start:end]).sum(0)
     ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(gradient.dtype).tiny
     change, _ = torch.linalg.solve_ex(normal + torch.diag_embed(ridge[:, None].expand(-1, groups)), right)
     old = scales.T
@@ -48,25 +48,29 @@ def best_scales(
 
 
 def descend(
-    hessian: Tensor, codes: Tensor, gradient: Tensor, scales: Tensor, zeros: Tensor, bits: int
+    hessian: Tensor, codes: Tensor, gradient: Tensor, scales: Tensor, bits: int, last: bool = False
 ) -> tuple[Tensor, Tensor]:
     """One sweep over the columns: each code (in, out) becomes the best one given all others.
 
-    gradient: `H (target - scales * (codes - zeros))`; scales and zeros are (in, out), spread over the columns.
-    The cost of no row can rise. Returns codes and gradient as they are afterwards.
+    gradient: `H (target - scales * (codes - zeros))`; scales (in, out), spread over the columns. The cost of no row
+    can rise. Returns codes and gradient as they are afterwards; after the last sweep nobody needs the gradient, which
+    is then not kept up to date for the columns already done.
     """
     codes, gradient = codes.clone(), gradient.clone()
-    diagonal = hessian.diagonal()
+    steps = 1 / (hessian.diagonal()[:, None] * scales)  # from a column's gradient to the change of its code
     for start in range(0, len(codes), _BLOCK):
         end = min(start + _BLOCK, len(codes))
-        moves = torch.zeros_like(codes[start:end])
-        for j in range(start, end):
-            pull = gradient[j] - hessian[j, start:j] @ moves[: j - start]
-            current = scales[j] * (codes[j] - zeros[j])
-            best = to_codes(current + pull / diagonal[j], scales[j], zeros[j], bits)
-            moves[j - start] = scales[j] * (best - codes[j])
-            codes[j] = best
-        gradient.addmm_(hessian[:, start:end], moves, alpha=-1)
+        mine = slice(start, end)
+        moves = torch.zeros_like(codes[mine])
+        # Taken apart into columns beforehand: an index into a tensor costs as much as the sums on a column.
+        columns = zip(hessian[mine, mine], codes[mine], gradient[mine], steps[mine], scales[mine], moves, strict=True)
+        for j, (row, code, slope, step, scale, move) in enumerate(columns):
+            pull = torch.addmv(slope, moves[:j].T, row[:j], alpha=-1)
+            best = torch.addcmul(code, pull, step).round_().clamp_(0, 2**bits - 1)
+            torch.mul(best - code, scale, out=move)
+            code.copy_(best)
+        stale = end if last else 0
+        gradient[stale:].addmm_(hessian[stale:, mine], moves, alpha=-1)
     return codes, gradient
 
 
@@ -93,10 +97,10 @@ def refine(
     damped = hessian + torch.diag(torch.where(occurring, damping * mean, mean))
     spread_zeros = _spread(zeros, bounds)
     gradient = damped @ (target - _spread(scales, bounds) * (codes - spread_zeros))
-    for _ in range(sweeps):
+    for sweep in range(sweeps):
         levels = codes - spread_zeros
         scales = best_scales(damped, levels, gradient, scales, bounds)
         spread_scales = _spread(scales, bounds)
         gradient = damped @ (target - spread_scales * levels)
-        codes, gradient = descend(damped, codes, gradient, spread_scales, spread_zeros, bits)
+        codes, gradient = descend(damped, codes, gradient, spread_scales, bits, last=sweep == sweeps - 1)
     return codes, scales
