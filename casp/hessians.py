@@ -2,9 +2,11 @@
 
 One file a block, `block-00000.safetensors`: for each group of matrices that share an input, the upper triangle of
 `E[x x^T]` in float32, under the path of the group's first matrix; the header says which matrices share it. Collected in
-one pass over the calibration data, on the model as it is, so that any number of quantizations can use them.
+one pass over the calibration data, on the model as it is, so that any number of quantizations can use them. (Weighing
+tokens by attention takes a second look at each block's attention.)
 """
 
+import argparse
 import json
 import time
 from collections.abc import Callable
@@ -42,52 +44,42 @@ def attention_received(call: AttentionCall, batch: BatchInputs) -> Tensor:
     """
     heads, tokens = call.query.shape[1:3]
     received = torch.zeros(batch.tokens.shape, dtype=torch.float32, device=call.query.device)
-    uniform = torch.zeros_like(received)
     queries = batch.tokens[..., None].float()
     for head in range(heads):
         received += (call.probabilities(head) * queries).sum(1)
     flat = AttentionCall(torch.zeros_like(call.query[:, :1]), torch.zeros_like(call.key[:, :1]), call.mask, 1.0)
-    uniform += (flat.probabilities(0) * queries).sum(1)
+    uniform = (flat.probabilities(0) * queries).sum(1)
     return (received / (heads * uniform).clamp_min(1 / tokens)).clamp_max(_MOST)
 
 
+def token_weights(visit: Visit, weighting: Weighting | None) -> list[Tensor] | None:
+    """The weights of all tokens that the block sees, (batch, tokens) for each batch; None where all count the same."""
+    if weighting is None:
+        return None
+    weights: list[Tensor] = []
+    visit.replay(attention=lambda call, batch: weights.append(weighting(call, batch)))
+    return weights
+
+
 def block_moments(
-    visit: Visit, groups: list[list[str]], weighting: Weighting | None = None, advance: bool = False
+    visit: Visit, groups: list[list[str]], weights: list[Tensor] | None = None, advance: bool = False
 ) -> list[Tensor]:
     """The second moment of each group's shared input, (in, in) float64, over all tokens that are not padding.
 
-    weighting: weighs the tokens by the attention of this block; advance: also make the next block's inputs, in the
-    same pass.
+    weights: of the tokens, (batch, tokens) for each batch; advance: make the next block's inputs in the same pass.
     """
     moments = [SecondMoment(visit.block.get_submodule(group[0]).in_features, device=visit.device) for group in groups]
-    waiting: list[tuple[SecondMoment, Tensor]] = []
-    weights: list[Tensor] = []
 
-    def see(x: Tensor, batch: BatchInputs, moment: SecondMoment) -> None:
-        if weighting is None:
-            moment.add(x[batch.tokens])
-        else:
-            waiting.append((moment, x))
+    def observer(moment: SecondMoment) -> Callable[[Tensor, BatchInputs], None]:
+        remaining = iter(weights or [])
 
-    def attend(call: AttentionCall, batch: BatchInputs) -> None:
-        weights.append(weighting(call, batch))
+        def see(x: Tensor, batch: BatchInputs) -> None:
+            moment.add(x[batch.tokens], None if weights is None else next(remaining)[batch.tokens])
 
-    def leave(entered: Tensor, left: Tensor, batch: BatchInputs) -> None:
-        for moment, x in waiting:
-            moment.add(x[batch.tokens], weights[0][batch.tokens])
-        waiting.clear()
-        weights.clear()
+        return see
 
-    observers = {
-        group[0]: lambda x, batch, moment=moment: see(x, batch, moment)
-        for group, moment in zip(groups, moments, strict=True)
-    }
-    visit.replay(
-        observers,
-        attention=None if weighting is None else attend,
-        output=None if weighting is None else leave,
-        advance=advance,
-    )
+    observers = {group[0]: observer(moment) for group, moment in zip(groups, moments, strict=True)}
+    visit.replay(observers, advance=advance)
     return [moment.value() for moment in moments]
 
 
@@ -113,7 +105,7 @@ def collect(
             if not file.exists():
                 began = time.perf_counter()
                 groups = visit.input_groups(list(decoder.linears(visit.index, factors=True).values()))
-                found = block_moments(visit, groups, weighting, advance=not is_last)
+                found = block_moments(visit, groups, token_weights(visit, weighting), advance=not is_last)
                 tensors = {group[0]: packed(moment) for group, moment in zip(groups, found, strict=True)}
                 write_shard(file, tensors, {_GROUPS: json.dumps(groups)})
                 folder.log(f"block {visit.index} finished in {time.perf_counter() - began:.1f} s")
@@ -122,6 +114,21 @@ def collect(
                 visit.advance()
         progress.close()
     return folder.close()
+
+
+WEIGHTINGS: dict[str, Weighting | None] = {"none": None, "attention": attention_received}
+"""What --token-weights chooses from."""
+
+
+def add_weighting_argument(parser: argparse.ArgumentParser) -> None:
+    """--token-weights, of every stage that collects second moments for a quantizer."""
+    parser.add_argument(
+        "--token-weights",
+        choices=WEIGHTINGS,
+        default="attention",
+        help="how much a token counts in the second moments: none = all the same, attention = as much as the attention "
+        "that it gets in the block, in units of uniform attention and at most 4 (default: %(default)s)",
+    )
 
 
 def packed(hessian: Tensor) -> Tensor:

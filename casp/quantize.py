@@ -10,7 +10,7 @@ from torch import Tensor
 
 from casp.backend import Backend
 from casp.budget import Plan
-from casp.hessians import Hessians, block_moments
+from casp.hessians import Hessians, Weighting, block_moments, token_weights
 from casp.models import Decoder
 from casp.run import RunFolder
 from casp.teacher import Teacher
@@ -38,7 +38,7 @@ class Method:
     plan: path of every stored matrix -> its format; settings: the backend's knobs of the search; true_sequential: each
     group of matrices that share an input sees what the quantized earlier ones of the block produce (one pass over
     the calibration data a group instead of one a block); block_training: fine-tune the block after each group
-    (then always sequential), None to leave it.
+    (then always sequential), None to leave it; weighting: of the tokens, where second moments are collected here.
     """
 
     backend: Backend
@@ -47,6 +47,7 @@ class Method:
     seed: int = 0
     true_sequential: bool = True
     block_training: Training | None = None
+    weighting: Weighting | None = None
 
 
 def _quantize_matrix(
@@ -96,12 +97,13 @@ def quantize_block(
     roles = {path: role for role, path in decoder.linears(visit.index, factors=True).items()}
     groups = [group for group, _ in hessians] if hessians else visit.input_groups(list(roles))
     one_by_one = method.true_sequential or method.block_training is not None
+    weights = None if hessians else token_weights(visit, method.weighting)
     generator = matrix_generator(method.seed, f"{decoder.blocks[visit.index]} tuning")
     linears: dict[str, dict[str, float]] = {}
     tuning = []
     for stage in [[group] for group in groups] if one_by_one else [groups]:
         if hessians is None:
-            moments = block_moments(visit, stage)
+            moments = block_moments(visit, stage, weights)
         else:
             moments = [moment.to(visit.device) for group, moment in hessians if group in stage]
         for group, hessian in zip(stage, moments, strict=True):

@@ -19,7 +19,7 @@ from casp.cli import default_output, model_folder, model_name, pick_device, pick
 from casp.distill import distill
 from casp.errors import UserError
 from casp.folder import WORK_PREFIX, write_json, write_shard
-from casp.hessians import Hessians
+from casp.hessians import WEIGHTINGS, Hessians
 from casp.linear import LowRankLinear, QuantizedLinear
 from casp.models import Decoder
 from casp.quantize import Method, matrix_generator, measure_block_influence, quantize_blocks
@@ -217,6 +217,7 @@ def quantize_stage(
     check: Callable[[Decoder, Format], None] | None = None,
     tuning: FineTuning = FineTuning(),
     hessians: Hessians | None = None,
+    token_weights: str = "none",
 ) -> Path:
     """Run a quantizing stage as its flags say; returns the checkpoint's folder.
 
@@ -224,7 +225,8 @@ def quantize_stage(
     backend's knobs of the search, passed to `quantize`; label: what the output is filed under
     (runs/<model>/<label>, with "casp-" before it for a model with low-rank layers); check: raises UserError
     for a model and format that the stage cannot serve, before anything is computed; tuning: towards the model that
-    `args.model` names; hessians: collected before, None to collect them on the way.
+    `args.model` names; hessians: collected before, None to collect them on the way, where `token_weights` (of
+    `casp.hessians.WEIGHTINGS`) says what a token counts.
     """
     decoder = Decoder.open(stage_input(args.model, "svd", args.from_original))
     if holds(decoder, QuantizedLinear):
@@ -259,6 +261,8 @@ def quantize_stage(
         record["fine_tuning"] = asdict(tuning)
     if hessians is not None:
         record["hessians"] = hessians.fingerprint
+    elif token_weights != "none":
+        record["token_weights"] = token_weights
     run = RunFolder(output, decoder, stage, model_name(args.model), record, fingerprint(batches))
     if run.done:
         print(f"{output} is finished already with these settings")
@@ -271,7 +275,8 @@ def quantize_stage(
         plan = promote(plan, shapes, backend, ladder, block_influence(run, batches, device, dtype), budget)
     print(describe_plan(plan, shapes, backend, decoder))
     teacher = Teacher(Decoder.open(model_folder(args.model)), batches, device, dtype) if tuning.wanted else None
-    method = Method(backend, plan, settings, args.seed, args.true_sequential, tuning.block)
+    weighting = WEIGHTINGS[token_weights]
+    method = Method(backend, plan, settings, args.seed, args.true_sequential, tuning.block, weighting)
     quantize_blocks(decoder, run, batches, method, device, dtype, hessians, teacher)
     if tuning.end_to_end is None:
         run.finish()

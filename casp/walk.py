@@ -145,9 +145,15 @@ class Visit:
         attention: called with the operands of the block's attention; output: called with the hidden states
         that enter and leave the block; first: only so many batches; advance: what leaves becomes the cached input.
         The masks in the BatchInputs passed along are on the walk's device. A replay that only asks for
-        inputs stops each batch as soon as the last of them was seen.
+        inputs, or only for the attention, stops each batch as soon as it has seen them.
         """
         wanted = dict(inputs or {})
+
+        def attend(call: AttentionCall, here: BatchInputs) -> None:
+            attention(call, here)
+            if not wanted and output is None and not advance:
+                raise _Enough
+
         for batch in self.inputs[:first]:
             here = BatchInputs(
                 batch.hidden.to(self.device), [], batch.tokens.to(self.device), batch.images.to(self.device)
@@ -167,7 +173,7 @@ class Visit:
                     )
                     stack.callback(hook.remove)
                 if attention is not None:
-                    stack.enter_context(observe_attention(self.block, lambda call, here=here: attention(call, here)))
+                    stack.enter_context(observe_attention(self.block, lambda call, here=here: attend(call, here)))
                 try:
                     left = first_output(self.block(here.hidden, **moved(batch.kwargs[self.index], self.device)))
                 except _Enough:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from math import prod
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ class Plan:
     @property
     def width(self) -> int:
         """The n that the parts make up."""
-        return int(np.prod(self.orders, dtype=np.int64)) * self.hartley * self.power
+        return prod(self.orders) * self.hartley * self.power
 
     @property
     def is_hadamard(self) -> bool:
@@ -171,7 +172,7 @@ def has_kernel(plan: Plan) -> bool:
 def transform_compiled(x: Tensor, plan: Plan, inverse: bool, instruction_set: str = "") -> Tensor:
     """The same by quiptools, for float32 on a CPU; "" is its fastest instruction set."""
     factors = _factors(plan, inverse, x.device)
-    return operators().transform(x.reshape(-1, plan.width), factors, plan.power, instruction_set).view(x.shape)
+    return operators().transform(x.reshape(-1, x.shape[-1]), factors, plan.power, instruction_set).view(x.shape)
 
 
 def transform_reference(x: Tensor, plan: Plan, inverse: bool) -> Tensor:

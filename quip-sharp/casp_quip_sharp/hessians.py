@@ -15,12 +15,11 @@ from casp.cli import (
 )
 from casp.errors import UserError
 from casp.folder import WorkFolder
-from casp.hessians import attention_received, collect
+from casp.hessians import WEIGHTINGS, add_weighting_argument, collect
 from casp.linear import LowRankLinear, QuantizedLinear
 from casp.models import Decoder
 from casp.stage import holds
 
-WEIGHTINGS = {"none": None, "attention": attention_received}
 STAGE = "hessians"
 
 
@@ -31,13 +30,7 @@ def parser() -> argparse.ArgumentParser:
         description="Collect the second moments of the inputs of a decoder's linears, for quantize_finetune_*.sh.",
     )
     add_common_arguments(flags, default_model="meta-llama/Llama-2-7b-hf")
-    flags.add_argument(
-        "--token-weights",
-        choices=WEIGHTINGS,
-        default="none",
-        help="none: all tokens count the same; attention: each as much as the attention that it gets in the block, in "
-        "units of uniform attention and at most 4 (default: %(default)s)",
-    )
+    add_weighting_argument(flags)
     flags.add_argument(
         "--from-original",
         action="store_true",

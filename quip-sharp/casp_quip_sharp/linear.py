@@ -97,6 +97,6 @@ class QuipSharpLinear(QuantizedLinear):
         """
         out_vector, in_vector = self.vectors()
         extra = padded(self.in_features) - self.in_features
-        rotated = rotate(F.pad(x.float(), (0, extra)), in_vector)
+        rotated = rotate(F.pad(x.float(), (0, extra)) if extra else x.float(), in_vector)
         y = rotate_back(product(rotated, *self._codes(), self.bits, x.dtype), out_vector)
         return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
