@@ -178,6 +178,67 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def low_rank(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_llama` with W_q of rank 12 and W_k of rank 7 in every block: widths that are no multiples of 8."""
+    from casp.linear import LowRankLinear
+    from casp.models import Decoder
+    from casp.run import RunFolder
+
+    folder = tmp_path_factory.mktemp("low-rank") / "model"
+    run = RunFolder(folder, Decoder.open(tiny_llama), "svd", "tiny", {}, "none")
+    for visit in run.walk([{"input_ids": torch.arange(4, 36).reshape(2, 16)}], torch.device("cpu"), torch.float32):
+        for role, rank in (("q", 12), ("k", 7)):
+            path = visit.linears[role]
+            old = visit.block.get_submodule(path)
+            new = LowRankLinear(old.in_features, old.out_features, rank, bias=False)
+            u, s, vh = torch.linalg.svd(old.weight.detach(), full_matrices=False)
+            new.down.weight.data = s[:rank, None].sqrt() * vh[:rank]
+            new.up.weight.data = u[:, :rank] * s[:rank].sqrt()
+            parent, _, leaf = path.rpartition(".")
+            setattr(visit.block.get_submodule(parent), leaf, new.requires_grad_(False))
+        run.save(visit, {})
+    return run.finish()
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A calibration file of a few thousand characters: one token each for the tiny models."""
+    file = tmp_path_factory.mktemp("texts") / "texts.txt"
+    file.write_text("The quick brown fox jumps over the lazy dog, and sphinx of black quartz, judge my vow. " * 30)
+    return file
+
+
+@pytest.fixture(scope="session")
+def correlated() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Makes a weight (out, in) and the Hessian of strongly correlated inputs whose scales differ a hundredfold."""
+
+    def make(
+        out_features: int, columns: int, seed: int = 0, outliers: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(out_features, columns, generator=generator)
+        if outliers:
+            weight[:, 3 % columns] *= 8
+            weight[5 % out_features] *= 4
+        mix = torch.randn(columns, columns, generator=generator) * torch.logspace(-1, 1, columns)
+        x = torch.randn(4 * columns, columns, generator=generator) @ mix
+        return weight, x.T @ x / len(x)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def weighted_error() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], float]:
+    """`tr(D H D^T)` of weight, approximation and Hessian, in float64."""
+
+    def measure(weight: torch.Tensor, approximation: torch.Tensor, hessian: torch.Tensor) -> float:
+        d = (weight - approximation).double()
+        return ((d @ hessian.double()) * d).sum().item()
+
+    return measure
+
+
 def built_in(name: str) -> Path:
     """Folder of a built-in model; the test is skipped where its weights are not installed."""
     from casp.demo import models

@@ -15,17 +15,7 @@ from transformers import AutoModelForCausalLM
 from casp.budget import original_bytes
 from casp.checkpoint import size
 from casp.errors import UserError
-from casp.linear import LowRankLinear
 from casp.models import Decoder
-from casp.run import RunFolder
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    """A calibration file of a few hundred characters: one token each for the tiny models."""
-    file = tmp_path_factory.mktemp("texts") / "texts.txt"
-    file.write_text("The quick brown fox jumps over the lazy dog, and sphinx of black quartz, judge my vow. " * 30)
-    return file
 
 
 @pytest.fixture(scope="module")
@@ -37,26 +27,6 @@ def stage(texts):
         main([*sizes, "--group-size", "32", "--device", "cpu", *map(str, flags)])
 
     return run
-
-
-@pytest.fixture(scope="module")
-def low_rank(tiny_llama, tmp_path_factory):
-    """The tiny Llama with W_q of rank 12 and W_k of rank 7 in every block."""
-    folder = tmp_path_factory.mktemp("low-rank") / "model"
-    run = RunFolder(folder, Decoder.open(tiny_llama), "svd", "tiny", {}, "none")
-    for visit in run.walk([{"input_ids": torch.arange(4, 36).reshape(2, 16)}], torch.device("cpu"), torch.float32):
-        for role, rank in (("q", 12), ("k", 7)):
-            path = visit.linears[role]
-            old = visit.block.get_submodule(path)
-            new = LowRankLinear(old.in_features, old.out_features, rank, bias=False)
-            u, s, vh = torch.linalg.svd(old.weight.detach(), full_matrices=False)
-            new.down.weight.data = s[:rank, None].sqrt() * vh[:rank]
-            new.up.weight.data = u[:, :rank] * s[:rank].sqrt()
-            parent, _, leaf = path.rpartition(".")
-            setattr(visit.block.get_submodule(parent), leaf, new.requires_grad_(False))
-        run.save(visit, {})
-    run.finish()
-    return folder
 
 
 def logits(folder):
