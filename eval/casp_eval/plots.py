@@ -313,5 +313,5 @@ def _legend_below(figure: Figure, axes: np.ndarray) -> None:
             entries.setdefault(label, handle)
     figure.tight_layout()
     figure.legend(
-        entries.values(), entries.keys(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=min(4, len(entries))
+        entries.values(), entries.keys(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=min(6, len(entries))
     )
