@@ -42,14 +42,14 @@ class BlockDetails:
 
     bits: stored bits per original weight; ranks: role -> rank of the low-rank linears; density: "image" and
     "text" -> share of the keys that get attention; influence: 1 - cosine of what enters and leaves the block;
-    tuned: validation error of the block's output before and after its last fine-tuning; end_to_end: losses by epoch.
+    tuned: share of the error of the block's output that its fine-tunings removed; end_to_end: losses by epoch.
     """
 
     bits: list[float]
     ranks: dict[str, list[float]] = field(default_factory=dict)
     density: dict[str, list[float]] = field(default_factory=dict)
     influence: list[float] = field(default_factory=list)
-    tuned: dict[str, list[float]] = field(default_factory=dict)
+    tuned: list[float] = field(default_factory=list)
     end_to_end: list[dict[str, float | None]] = field(default_factory=list)
 
 
@@ -76,17 +76,23 @@ def block_details(folder: Path) -> BlockDetails:
     details.end_to_end = report.get("end_to_end", [])
     blocks = report.get("blocks", [])
     if len(blocks) == len(bits):
-        losses = [
-            [entry["validation"] for entry in block["tuning"][-1]["curve"]] for block in blocks if "tuning" in block
-        ]
-        if losses:
-            details.tuned = {"before": [each[0] for each in losses], "after": [min(each) for each in losses]}
+        if all("tuning" in block for block in blocks):
+            details.tuned = [_error_removed(block["tuning"]) for block in blocks]
         details.influence = [_number(block.get("block_influence")) for block in blocks]
         for kind in ("image", "text"):
             found = [_number((block.get("attention_density") or {}).get(kind)) for block in blocks]
             if not np.isnan(found).all():
                 details.density[kind] = found
     return details
+
+
+def _error_removed(tunings: list[dict[str, Any]]) -> float:
+    """1 - the product, over the fine-tunings of a block, of the validation error after it over that before it."""
+    kept = 1.0
+    for tuning in tunings:
+        losses = [entry["validation"] for entry in tuning["curve"]]
+        kept *= min(losses) / losses[0] if losses[0] else 1.0
+    return 1 - kept
 
 
 def _number(value: float | None) -> float:
@@ -241,11 +247,10 @@ def fine_tuning(rows: list[Row], details: list[BlockDetails]) -> Figure | None:
         if with_blocks:
             axis = panels.pop(0)
             for index, (name, one) in enumerate(zip(names(rows), details, strict=True)):
-                for when, line in (("before", ":"), ("after", "-")):
-                    if one.tuned:
-                        style = {**_style(index), "markersize": 4.5, "linestyle": line}
-                        axis.plot(one.tuned[when], **style, label=f"{name}, {when}")
-            axis.set_title("In the block: relative error of its output (validation)", fontsize=11)
+                line = ("-", "--", ":", "-.")[index % 4]  # what differs end to end alone has the same course here
+                axis.plot(one.tuned, **_style(index), markersize=4.5, linestyle=line, label=name if one.tuned else None)
+            axis.set_title("In the block: share of its output error removed (validation)", fontsize=11)
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
             axis.set_xlabel("block")
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.set_ylim(bottom=0)
