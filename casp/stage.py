@@ -123,6 +123,19 @@ class FineTuning:
         return self.block is not None or self.end_to_end is not None
 
 
+def calibration_record(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What the common flags say of the data and of how it is run, for a run folder's settings."""
+    return {
+        "dataset": args.dataset,
+        "samples": args.samples,
+        "sequence_length": args.sequence_length,
+        "batch_size": args.batch_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device.type,
+        "seed": args.seed,
+    }
+
+
 def holds(decoder: Decoder, kind: type) -> bool:
     """Whether a linear of the decoder's blocks is a `kind`."""
     return any(isinstance(module, kind) for block in decoder.block_list for module in block.modules())
@@ -249,13 +262,7 @@ def quantize_stage(
         **settings,
         "true_sequential": args.true_sequential,
         "byte_budget": budget,
-        "dataset": args.dataset,
-        "samples": args.samples,
-        "sequence_length": args.sequence_length,
-        "batch_size": args.batch_size,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": device.type,
-        "seed": args.seed,
+        **calibration_record(args, device, dtype),
     }
     if tuning.wanted:
         record["fine_tuning"] = asdict(tuning)

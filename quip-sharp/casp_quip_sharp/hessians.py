@@ -18,7 +18,7 @@ from casp.folder import WorkFolder
 from casp.hessians import WEIGHTINGS, add_weighting_argument, collect
 from casp.linear import LowRankLinear, QuantizedLinear
 from casp.models import Decoder
-from casp.stage import holds
+from casp.stage import calibration_record, holds
 
 STAGE = "hessians"
 
@@ -52,16 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     batches = calibration_batches(
         decoder.folder, args.dataset, args.samples, args.sequence_length, args.seed, args.batch_size
     )
-    settings = {
-        "token_weights": args.token_weights,
-        "dataset": args.dataset,
-        "samples": args.samples,
-        "sequence_length": args.sequence_length,
-        "batch_size": args.batch_size,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": device.type,
-        "seed": args.seed,
-    }
+    settings = {"token_weights": args.token_weights, **calibration_record(args, device, dtype)}
     folder = WorkFolder(output, decoder, stage, model_name(args.model), settings, fingerprint(batches))
     if folder.done:
         print(f"{output} is finished already with these settings")
