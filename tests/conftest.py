@@ -105,6 +105,12 @@ def text_checkpoint(model_class: type, config, folder: Path, seed: int) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state: what it draws does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """LlamaForCausalLM with grouped-query attention."""
