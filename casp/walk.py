@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from casp.attention import AttentionCall, observe_attention
 from casp.errors import UserError
+from casp.heap import return_freed_memory
 from casp.models import Decoder
 
 
@@ -241,3 +242,4 @@ def walk(
         if index < last and advance(index):
             visit.advance()
         decoder.unload_block(index)
+        return_freed_memory()

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -56,12 +57,11 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def random_model(config: PretrainedConfig, tokenizer_from: Path, folder: Path) -> Path:
+def random_model(config: PretrainedConfig, tokenizer_from: Path, folder: Path) -> None:
     """A randomly initialised bfloat16 checkpoint of `config` in `folder`."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer_from).save_pretrained(folder)
-    return folder
 
 
 def peak_bytes(arguments: list[str]) -> int:
@@ -90,7 +90,13 @@ def measure(config: PretrainedConfig, tokenizer_from: Path, samples: int, sequen
     """Sizes and the peak for one model, quantized in a process of its own."""
     scratch = Path(tempfile.mkdtemp(prefix="casp-memory-"))
     try:
-        folder = random_model(config, tokenizer_from, scratch / "model")
+        # A process of its own: what is forked from this one later starts with this one's peak as its own.
+        folder = scratch / "model"
+        maker = get_context("spawn").Process(target=random_model, args=(config, tokenizer_from, folder))
+        maker.start()
+        maker.join()
+        if maker.exitcode:
+            raise SystemExit(maker.exitcode)
         arguments = ["-m", *STAGE, "--model", str(folder), "--output", str(scratch / "out"), "--samples", str(samples)]
         peak = peak_bytes([*arguments, "--sequence-length", str(sequence_length)])
         return {

@@ -32,14 +32,15 @@ def parser() -> argparse.ArgumentParser:
         "--scale-search",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="compare scales for each matrix under the weighted loss, instead of the one that is best for Gaussian "
-        "weights (default: %(default)s)",
+        help="compare scales of each matrix, and of its columns where it is to be fine-tuned, under the weighted loss, "
+        "instead of taking the one that is best for Gaussian weights (default: %(default)s)",
     )
     flags.add_argument(
         "--sweeps",
         type=int,
-        default=2,
-        help="rounds of coordinate descent after LDLQ, a count; 0: LDLQ alone (default: %(default)s)",
+        default=4,
+        help="most rounds of coordinate descent after LDLQ, a count; none follows one that gained little "
+        "(default: %(default)s)",
     )
     flags.add_argument(
         "--hessians",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from casp.moments import damped_cholesky
 from casp_quip_sharp.codebooks import GROUP, STAGES
+from casp_quip_sharp.ldlq_compiled import descend_block_compiled, round_block_compiled
 from casp_quip_sharp.search import quantize_vectors
 
 _BLOCK = 128  # columns between two updates of all that follow: few large matrix products instead of many small ones
@@ -51,24 +52,71 @@ class Rounded:
     points: Tensor
 
 
+def round_block_reference(wanted: Tensor, target: Tensor, feedback: Tensor, bits: int) -> tuple[list[Tensor], Tensor]:
+    """Codes (rows, width / 8) of every stage and points (rows, width) of a block of columns, last group first.
+
+    wanted, target: (rows, width), with and without the feedback of the blocks that are done; feedback: A within the
+    block, (width, width).
+    """
+    width = target.shape[1]
+    error, codes = torch.zeros_like(target), []
+    for first in range(width - GROUP, -1, -GROUP):
+        last = first + GROUP
+        found, points = quantize_vectors(wanted[:, first:last] + error[:, last:] @ feedback[last:, first:last], bits)
+        error[:, first:last] = target[:, first:last] - points
+        codes.append(found)
+    return [torch.stack(stage[::-1], 1) for stage in zip(*codes, strict=True)], target - error
+
+
+def descend_block_reference(
+    gradient: Tensor, hessian: Tensor, inverse: Tensor, codes: list[Tensor], points: Tensor, bits: int
+) -> tuple[list[Tensor], Tensor]:
+    """New codes of a block of columns and how far its points move, (rows, width); last group first.
+
+    gradient: E H of the block, (rows, width); hessian: (width, width); inverse: of its groups of 8, (width / 8, 8, 8);
+    codes and points: as they are, not changed.
+    """
+    codes, moves = [stage.clone() for stage in codes], torch.zeros_like(points)
+    for first in range(points.shape[1] - GROUP, -1, -GROUP):
+        last, k = first + GROUP, first // GROUP
+        pull = gradient[:, first:last] - moves[:, last:] @ hessian[last:, first:last]
+        found, candidate = quantize_vectors(points[:, first:last] + pull @ inverse[k], bits)
+        move = candidate - points[:, first:last]
+        better = (move * (2 * pull - move @ hessian[first:last, first:last])).sum(1) > 0
+        moves[:, first:last] = move * better[:, None]
+        for stage, code in zip(codes, found, strict=True):
+            stage[:, k] = torch.where(better, code, stage[:, k])
+    return codes, moves
+
+
+def round_block(wanted: Tensor, target: Tensor, feedback: Tensor, bits: int) -> tuple[list[Tensor], Tensor]:
+    """As `round_block_reference`; compiled on a CPU."""
+    inner = round_block_compiled if target.device.type == "cpu" else round_block_reference
+    return inner(wanted, target, feedback, bits)
+
+
+def descend_block(
+    gradient: Tensor, hessian: Tensor, inverse: Tensor, codes: list[Tensor], points: Tensor, bits: int
+) -> tuple[list[Tensor], Tensor]:
+    """As `descend_block_reference`; compiled on a CPU."""
+    inner = descend_block_compiled if points.device.type == "cpu" else descend_block_reference
+    return inner(gradient, hessian, inverse, codes, points, bits)
+
+
 def ldlq(target: Tensor, factors: Factors, bits: int) -> Rounded:
     """Round `target` (out, in) float32, in units of the codebook, from its last columns to its first."""
     rows, columns = target.shape
-    groups = columns // GROUP
-    codes = [torch.empty(rows, groups, dtype=stage.dtype, device=target.device) for stage in STAGES[bits]]
-    error = torch.zeros_like(target)
+    codes = [torch.empty(rows, columns // GROUP, dtype=s.dtype, device=target.device) for s in STAGES[bits]]
+    points = torch.empty_like(target)
     pending = target.clone()  # the target plus the feedback of all blocks that are done
     for end in range(columns, 0, -_BLOCK):
         start = max(end - _BLOCK, 0)
-        for first in range(end - GROUP, start - 1, -GROUP):
-            last = first + GROUP
-            wanted = pending[:, first:last] + error[:, last:end] @ factors.feedback[last:end, first:last]
-            found, points = quantize_vectors(wanted, bits)
-            error[:, first:last] = target[:, first:last] - points
-            for stage, code in zip(codes, found, strict=True):
-                stage[:, first // GROUP] = code
-        pending[:, :start] += error[:, start:end] @ factors.feedback[start:end, :start]
-    return Rounded(codes, target - error)
+        block, feedback = target[:, start:end], factors.feedback[start:end]
+        found, points[:, start:end] = round_block(pending[:, start:end], block, feedback[:, start:end], bits)
+        for stage, code in zip(codes, found, strict=True):
+            stage[:, start // GROUP : end // GROUP] = code
+        pending[:, :start] += (block - points[:, start:end]) @ feedback[:, :start]
+    return Rounded(codes, points)
 
 
 def descend(target: Tensor, factors: Factors, rounded: Rounded, bits: int) -> Rounded:
@@ -82,23 +130,19 @@ def descend(target: Tensor, factors: Factors, rounded: Rounded, bits: int) -> Ro
     codes = [stage.clone() for stage in rounded.codes]
     points = rounded.points.clone()
     gradient = (target - points) @ hessian
-    blocks = torch.stack([hessian[i : i + GROUP, i : i + GROUP] for i in range(0, columns, GROUP)])
-    inverse = torch.linalg.inv(blocks)
+    corners = torch.stack([hessian[i : i + GROUP, i : i + GROUP] for i in range(0, columns, GROUP)])
+    inverse = torch.linalg.inv(corners)
     for end in range(columns, 0, -_BLOCK):
         start = max(end - _BLOCK, 0)
-        moves = torch.zeros_like(points[:, start:end])
-        for first in range(end - GROUP, start - 1, -GROUP):
-            last, k = first + GROUP, first // GROUP
-            pull = gradient[:, first:last] - moves[:, last - start :] @ hessian[last:end, first:last]
-            found, candidate = quantize_vectors(points[:, first:last] + pull @ inverse[k], bits)
-            move = candidate - points[:, first:last]
-            better = (move * (2 * pull - move @ blocks[k])).sum(1) > 0
-            move *= better[:, None]
-            moves[:, first - start : last - start] = move
-            points[:, first:last] += move
-            for stage, code in zip(codes, found, strict=True):
-                stage[:, k] = torch.where(better, code, stage[:, k])
-        gradient -= moves @ hessian[start:end]
+        block, groups = slice(start, end), slice(start // GROUP, end // GROUP)
+        old = [stage[:, groups] for stage in codes]
+        found, moves = descend_block(
+            gradient[:, block], hessian[block, block], inverse[groups], old, points[:, block], bits
+        )
+        points[:, block] += moves
+        for stage, code in zip(codes, found, strict=True):
+            stage[:, groups] = code
+        gradient -= moves @ hessian[block]
     return Rounded(codes, points)
 
 

@@ -1,4 +1,9 @@
-"""One weight matrix from floats to QuIP#'s tensors: incoherence, scale, LDLQ, sweeps."""
+"""One weight matrix from floats to QuIP#'s tensors: scales, incoherence, LDLQ, sweeps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -7,11 +12,14 @@ from torch.nn import functional as F
 from casp.errors import UserError
 from casp_quip_sharp.codebooks import GAUSSIAN_SCALE
 from casp_quip_sharp.incoherence import incoherent_hessian, incoherent_weight, random_signs, unpack_signs
-from casp_quip_sharp.ldlq import Factors, block_ldl, descend, ldlq, weighted_loss
+from casp_quip_sharp.ldlq import Factors, Rounded, block_ldl, descend, ldlq, weighted_loss
 from casp_quip_sharp.linear import CODE_NAMES, padded
+from casp_quip_sharp.rescale import POWERS, column_scales
 
-_SAMPLED_ROWS = 64  # rows on which scales are compared; after the rotation all rows are alike
-_SCALE_FACTORS = (0.9, 0.95, 1.0, 1.05, 1.1, 1.15)
+_SAMPLED_ROWS = 48  # rows on which scales are compared; after the rotation all rows are alike
+_SCALE_FACTORS = (0.95, 1.0, 1.05, 1.1, 1.2)
+_TRIALS, _SURPRISE = 4, 1.15  # most scales tried on all rows; how far above the runner-up's the loss may then be
+_WORTH = 0.03  # share of the loss that a sweep must have taken away for another to be worth its time
 
 
 def storable(scale: float) -> float:
@@ -24,18 +32,82 @@ def gaussian_scale(weight: Tensor, bits: int) -> float:
     return storable(weight.square().mean().sqrt().item() * GAUSSIAN_SCALE[bits])
 
 
-def choose_scale(weight: Tensor, factors: Factors, bits: int) -> float:
-    """The scale of least weighted loss on a sample of the rows of `weight` (out, in), already incoherent."""
-    base = gaussian_scale(weight, bits)
-    if base == 0:
-        return base
-    sample = weight[:: max(len(weight) // _SAMPLED_ROWS, 1)]
-    scales = [storable(base * factor) for factor in _SCALE_FACTORS]
-    together = ldlq(torch.cat([sample / scale for scale in scales]), factors, bits).points.chunk(len(scales))
-    losses = [
-        weighted_loss(sample - scale * points, factors.hessian) for scale, points in zip(scales, together, strict=True)
-    ]
-    return scales[losses.index(min(losses))]
+@dataclass(frozen=True)
+class Basis:
+    """A weight (out, in) and its Hessian, both rotated; the Hessian's factors; the inputs' vector (in,)."""
+
+    weight: Tensor
+    hessian: Tensor
+    factors: Factors
+    in_vector: Tensor
+
+    @classmethod
+    def of(
+        cls, weight: Tensor, hessian: Tensor, out_vector: Tensor, in_vector: Tensor, damping: float, name: str
+    ) -> Self:
+        """Rotate `weight` float32 and `hessian` float64; what is divided out of a column returns in `in_vector`."""
+        rotated = incoherent_hessian(hessian, in_vector.double())
+        factors = block_ldl(rotated, damping, name)
+        return cls(incoherent_weight(weight, out_vector, 1 / in_vector), rotated.float(), factors, in_vector)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A basis, a scale, and the weighted loss that they promise for a row."""
+
+    loss: float
+    basis: Basis
+    scale: float
+
+
+def rank_scales(bases: Sequence[Basis], bits: int) -> list[Candidate]:
+    """Bases and scales in the order of the weighted loss, after LDLQ and a sweep, on a sample of the rows."""
+    found = []
+    for basis in bases:
+        sample = basis.weight[:: max(len(basis.weight) // _SAMPLED_ROWS, 1)]
+        scales = [storable(gaussian_scale(basis.weight, bits) * factor) for factor in _SCALE_FACTORS]
+        scale = torch.tensor(scales).repeat_interleave(len(sample))[:, None].to(sample)
+        samples = sample.repeat(len(scales), 1)
+        target = samples / scale
+        rounded = descend(target, basis.factors, ldlq(target, basis.factors, bits), bits)
+        error = samples - scale * rounded.points
+        losses = ((error @ basis.hessian) * error).view(len(scales), -1).sum(1) / len(sample)
+        found += [Candidate(loss, basis, scale) for loss, scale in zip(losses.tolist(), scales, strict=True)]
+    return sorted(found, key=lambda candidate: candidate.loss)
+
+
+def round_matrix(target: Tensor, factors: Factors, bits: int, sweeps: int) -> Rounded:
+    """LDLQ and at most `sweeps` sweeps of coordinate descent over `target` (out, in) in units of the codebook.
+
+    A sweep takes away about a tenth of what the one before it took: where that is next to nothing, none follows.
+    """
+    rounded = ldlq(target, factors, bits)
+    loss = weighted_loss(target - rounded.points, factors.hessian)
+    for _ in range(sweeps):
+        before = loss
+        rounded = descend(target, factors, rounded, bits)
+        loss = weighted_loss(target - rounded.points, factors.hessian)
+        if loss > (1 - _WORTH) * before:
+            break
+    return rounded
+
+
+def round_best(ranked: Sequence[Candidate], bits: int, sweeps: int) -> tuple[Candidate, Rounded]:
+    """Round with the first of `ranked`; with the next ones where a few rows that the sample missed went astray.
+
+    Under a nearly singular Hessian feedback can grow beyond the codebook's reach, which costs such a row a hundred
+    times what others cost.
+    """
+    tried = []
+    for candidate, runner_up in zip_longest(ranked[:_TRIALS], ranked[1:_TRIALS]):
+        basis, scale = candidate.basis, candidate.scale
+        rounded = round_matrix(basis.weight / scale, basis.factors, bits, sweeps)
+        error = basis.weight - scale * rounded.points
+        tried.append((weighted_loss(error, basis.hessian) / len(error), candidate, rounded))
+        if runner_up is None or tried[-1][0] <= _SURPRISE * runner_up.loss:
+            break
+    _, candidate, rounded = min(tried, key=lambda entry: entry[0])
+    return candidate, rounded
 
 
 def quantize_matrix(
@@ -47,15 +119,15 @@ def quantize_matrix(
     tuned: bool = False,
     damping: float = 0.01,
     search_scale: bool = True,
-    sweeps: int = 2,
+    sweeps: int = 4,
     name: str = "weight",
 ) -> dict[str, Tensor]:
     """Quantize `weight` (out, in) under `hessian` = E[x x^T] (in, in), minimising `tr(E H E^T)`.
 
-    bits: 1, 2, 3 or 4; generator: draws the signs. tuned: return the signs as the real
-    vectors that fine-tuning starts from. damping: share of the mean diagonal added to the diagonal of
-    `hessian`. search_scale: compare scales under the weighted loss instead of taking the Gaussian's. sweeps: rounds
-    of coordinate descent after LDLQ. name: the layer, for messages.
+    bits: 1, 2, 3 or 4; generator: draws the signs. tuned: return real vectors, which fine-tuning can move, in the place
+    of signs. damping: share of the mean diagonal added to the diagonal of `hessian`. search_scale: compare scales,
+    with real vectors also those of the columns, under the weighted loss instead of taking the Gaussian's. sweeps: most
+    rounds of coordinate descent after LDLQ. name: the layer, for messages.
 
     Works in float32 on the device of `weight`, factoring in float64. Returns the tensors of a `QuipSharpLinear`.
     UserError when something is not finite or the shapes do not match.
@@ -72,25 +144,31 @@ def quantize_matrix(
     out_signs = random_signs(rows, generator).to(device)
     in_signs = random_signs(columns + extra, generator).to(device)
     out_vector, in_vector = unpack_signs(out_signs, rows), unpack_signs(in_signs, columns + extra)
-    incoherent = incoherent_weight(F.pad(weight.float(), (0, extra)), out_vector, in_vector)
-    moved = incoherent_hessian(F.pad(hessian.to(device, torch.float64), (0, extra, 0, extra)), in_vector.double())
-    factors = block_ldl(moved, damping, name)
-
-    scale = choose_scale(incoherent, factors, bits) if search_scale else gaussian_scale(incoherent, bits)
-    target = incoherent / scale if scale else incoherent
-    rounded = ldlq(target, factors, bits)
-    for _ in range(sweeps):
-        rounded = descend(target, factors, rounded, bits)
+    weight, hessian = weight.float(), hessian.to(device, torch.float64)
+    in_vectors = [in_vector]
+    if tuned and search_scale:
+        in_vectors = [
+            in_vector / F.pad(column_scales(weight, hessian, powers), (0, extra), value=1.0) for powers in POWERS
+        ]
+        in_vectors = [vector.to(torch.bfloat16).float() for vector in in_vectors]
+    padded_weight, padded_hessian = F.pad(weight, (0, extra)), F.pad(hessian, (0, extra, 0, extra))
+    bases = [Basis.of(padded_weight, padded_hessian, out_vector, vector, damping, name) for vector in in_vectors]
+    usual = gaussian_scale(bases[0].weight, bits)
+    if usual and search_scale:
+        chosen, rounded = round_best(rank_scales(bases, bits), bits, sweeps)
+    else:
+        chosen = Candidate(0.0, bases[0], usual)
+        rounded = round_matrix(bases[0].weight / (usual or 1.0), bases[0].factors, bits, sweeps)
     codes = dict(zip(CODE_NAMES, rounded.codes, strict=False))
     if tuned:
         return {
             **codes,
-            "out_vector": (out_vector * scale).to(torch.bfloat16),
-            "in_vector": in_vector.to(torch.bfloat16),
+            "out_vector": (out_vector * chosen.scale).to(torch.bfloat16),
+            "in_vector": chosen.basis.in_vector.to(torch.bfloat16),
         }
     return {
         **codes,
         "out_signs": out_signs,
         "in_signs": in_signs,
-        "scale": torch.tensor(scale, dtype=torch.float32, device=device),
+        "scale": torch.tensor(chosen.scale, dtype=torch.float32, device=device),
     }

@@ -12,10 +12,10 @@ from casp.swap import module_bytes
 SHAPES = [(48, 64), (96, 37), (37, 96), (7, 12), (1, 8)]
 
 
-def quantized(weight, hessian, bits, bias=None, dtype=torch.float32):
+def quantized(weight, hessian, bits, bias=None, dtype=torch.float32, **settings):
     """The loaded module of one matrix."""
     backend = QuipSharp()
-    tensors = backend.quantize(weight, hessian, {"bits": bits}, torch.Generator().manual_seed(0))
+    tensors = backend.quantize(weight, hessian, {"bits": bits}, torch.Generator().manual_seed(0), **settings)
     module = backend.linear(*weight.shape, bias is not None, {"bits": bits}, dtype)
     module.load_state_dict(tensors if bias is None else {**tensors, "bias": bias})
     return module
@@ -85,8 +85,8 @@ def test_tuned_vectors_start_as_the_signs_and_take_gradients(correlated):
     format = backend.format(2, tuned=True)
     module = backend.linear(16, 37, True, format)
     bias = torch.randn(16)
-    module.load_state_dict({**backend.quantize(weight, hessian, format, seed), "bias": bias})
-    signs = quantized(weight, hessian, 2, bias)
+    module.load_state_dict({**backend.quantize(weight, hessian, format, seed, search_scale=False), "bias": bias})
+    signs = quantized(weight, hessian, 2, bias, search_scale=False)
     assert torch.allclose(module.dequantize(), signs.dequantize(), atol=1e-5)
     assert backend.bytes(format, 16, 37) == module_bytes(module) == 16 * 5 * 2 + 2 * (16 + 40)
     moved = backend.tunable(module)

@@ -4,7 +4,15 @@ import pytest
 import torch
 from casp_gptq.gptq import gptq_quantize
 from casp_quip_sharp.incoherence import incoherent_hessian, incoherent_weight, random_signs, unpack_signs
-from casp_quip_sharp.ldlq import block_ldl, descend, ldlq, weighted_loss
+from casp_quip_sharp.ldlq import (
+    block_ldl,
+    descend,
+    descend_block_reference,
+    ldlq,
+    round_block_reference,
+    weighted_loss,
+)
+from casp_quip_sharp.ldlq_compiled import descend_block_compiled, round_block_compiled
 from casp_quip_sharp.linear import QuipSharpLinear
 from casp_quip_sharp.quantize import quantize_matrix
 from casp_quip_sharp.search import quantize_vectors
@@ -43,6 +51,30 @@ def test_error_is_what_the_identity_predicts(problem, bits):
     wanted = left.float() + rounded.points.view(24, -1, 8)
     _, nearest = quantize_vectors(wanted.reshape(-1, 8), bits)
     assert ((wanted.reshape(-1, 8) - nearest).norm(dim=1) > left.reshape(-1, 8).norm(dim=1) - 1e-3).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_compiled_loops_do_what_the_plain_ones_do(correlated, bits, threads, monkeypatch):
+    weight, hessian = correlated(80, 48)
+    target = weight / weight.square().mean().sqrt()
+    factors = block_ldl(hessian.double(), 0.01)
+    wanted = target + 0.1 * torch.randn(80, 48)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    plain, compiled = (
+        rounding(wanted, target, factors.feedback, bits) for rounding in (round_block_reference, round_block_compiled)
+    )
+    gradient = (target - plain[1]) @ factors.hessian
+    inverse = torch.linalg.inv(torch.stack([factors.hessian[i : i + 8, i : i + 8] for i in range(0, 48, 8)]))
+    arguments = (gradient, factors.hessian, inverse, *plain, bits)
+    moved, moved_compiled = (sweep(*arguments) for sweep in (descend_block_reference, descend_block_compiled))
+    assert moved[1].any(1).float().mean() > 0.5
+    for (codes, values), (others, other_values) in ((plain, compiled), (moved, moved_compiled)):
+        # Where two points are as near as each other, either may be taken and the row goes on from there.
+        same = torch.stack([(a == b).all(1) for a, b in zip(codes, others, strict=True)]).all(0)
+        assert same.float().mean() > 0.95
+        assert torch.allclose(values[same], other_values[same], atol=1e-5)
+        assert [code.dtype for code in codes] == [code.dtype for code in others]
 
 
 def test_sweeps_never_raise_the_cost_of_a_row(problem):

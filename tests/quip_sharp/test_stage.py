@@ -38,7 +38,7 @@ def logits(model):
 def test_checkpoint_loads_and_saves_again(request, stage, tmp_path, name):
     source = request.getfixturevalue(name)
     out = tmp_path / "out"
-    stage("--model", source, "--bits", 4, "--output", out)
+    stage("--model", source, "--bits", 4, "--output", out, "--samples", 16)
     decoder = Decoder.open(source)
     expected = original_bytes(decoder, QuipSharp(), {"bits": 4})
     assert size(out).bytes == expected
