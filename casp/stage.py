@@ -123,13 +123,18 @@ class FineTuning:
         return self.block is not None or self.end_to_end is not None
 
 
-def calibration_record(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What the common flags say of the data and of how it is run, for a run folder's settings."""
-    return {
+def calibration_record(
+    args: argparse.Namespace, device: torch.device, dtype: torch.dtype, data: bool = True
+) -> dict[str, Any]:
+    """What the common flags say of the data, where it is used at all, and of how it is run: for a run's settings."""
+    about_data = {
         "dataset": args.dataset,
         "samples": args.samples,
         "sequence_length": args.sequence_length,
         "batch_size": args.batch_size,
+    }
+    return {
+        **(about_data if data else {}),
         "dtype": str(dtype).removeprefix("torch."),
         "device": device.type,
         "seed": args.seed,
@@ -260,16 +265,17 @@ def quantize_stage(
         "backend": backend.name,
         **ladder[0],
         **settings,
-        "true_sequential": args.true_sequential,
         "byte_budget": budget,
-        **calibration_record(args, device, dtype),
+        **calibration_record(args, device, dtype, data=bool(batches)),
     }
     if tuning.wanted:
         record["fine_tuning"] = asdict(tuning)
     if hessians is not None:
         record["hessians"] = hessians.fingerprint
-    elif token_weights != "none":
-        record["token_weights"] = token_weights
+    else:
+        record["true_sequential"] = args.true_sequential
+        if token_weights != "none":
+            record["token_weights"] = token_weights
     run = RunFolder(output, decoder, stage, model_name(args.model), record, fingerprint(batches))
     if run.done:
         print(f"{output} is finished already with these settings")

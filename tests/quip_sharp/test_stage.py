@@ -160,7 +160,9 @@ def test_hessians_collected_before(stage, texts, tiny_llama, tiny_qwen2, tmp_pat
     folder = tmp_path / "hessians"
     collect = ["--samples", "4", "--sequence-length", "32", "--dataset", str(texts), "--device", "cpu"]
     hessians.main(["--model", str(tiny_llama), *collect, "--output", str(folder)])
-    stage("--model", tiny_llama, "--hessians", folder, "--output", tmp_path / "given")
+    given = ["--model", tiny_llama, "--hessians", folder, "--output", tmp_path / "given"]
+    stage(*given)
+    stage(*given, "--samples", 8)  # no data is read, so these flags make no other run
     stage("--model", tiny_llama, "--hessians", folder, "--output", tmp_path / "tuned", "--ft-epochs", 1)
     stage("--model", tiny_llama, "--no-true-sequential", "--output", tmp_path / "collected")
     given, collected = (
