@@ -317,6 +317,12 @@ def _legend_below(figure: Figure, axes: np.ndarray) -> None:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     figure.tight_layout()
+    inches = figure.get_figwidth()
+    columns = int(inches / (0.6 + 0.09 * max(map(len, entries))))  # what a marker and a letter take
     figure.legend(
-        entries.values(), entries.keys(), loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=min(6, len(entries))
+        entries.values(),
+        entries.keys(),
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.0),
+        ncols=min(max(columns, 1), len(entries)),
     )
