@@ -115,21 +115,20 @@ def ldlq(target: Tensor, factors: Factors, bits: int) -> Rounded:
         found, points[:, start:end] = round_block(pending[:, start:end], block, feedback[:, start:end], bits)
         for stage, code in zip(codes, found, strict=True):
             stage[:, start // GROUP : end // GROUP] = code
-        pending[:, :start] += (block - points[:, start:end]) @ feedback[:, :start]
+        pending[:, :start].addmm_(block - points[:, start:end], feedback[:, :start])
     return Rounded(codes, points)
 
 
-def descend(target: Tensor, factors: Factors, rounded: Rounded, bits: int) -> Rounded:
+def descend(gradient: Tensor, factors: Factors, rounded: Rounded, bits: int) -> tuple[Rounded, Tensor]:
     """One sweep of coordinate descent: each group is rounded again, given all others; no row's cost rises.
 
-    With G = E H, the best real value for group k is `W^_k + G_k H_kk^-1`; the point nearest to it is taken where that
-    lowers the cost (nearest is meant without regard to H_kk, so it need not).
+    gradient: G = E H of what `rounded` leaves, (out, in); returned with what the sweep made of it. The best real value
+    for group k is `W^_k + G_k H_kk^-1`; the point nearest to it is taken where that lowers the cost (nearest is meant
+    without regard to H_kk, so it need not).
     """
-    columns = target.shape[1]
-    hessian = factors.hessian
+    hessian, columns = factors.hessian, rounded.points.shape[1]
     codes = [stage.clone() for stage in rounded.codes]
-    points = rounded.points.clone()
-    gradient = (target - points) @ hessian
+    points, gradient = rounded.points.clone(), gradient.clone()
     corners = torch.stack([hessian[i : i + GROUP, i : i + GROUP] for i in range(0, columns, GROUP)])
     inverse = torch.linalg.inv(corners)
     for end in range(columns, 0, -_BLOCK):
@@ -142,10 +141,5 @@ def descend(target: Tensor, factors: Factors, rounded: Rounded, bits: int) -> Ro
         points[:, block] += moves
         for stage, code in zip(codes, found, strict=True):
             stage[:, groups] = code
-        gradient -= moves @ hessian[block]
-    return Rounded(codes, points)
-
-
-def weighted_loss(error: Tensor, hessian: Tensor) -> float:
-    """`tr(E H E^T)` of an error (out, in)."""
-    return ((error @ hessian) * error).sum(dtype=torch.float64).item()
+        gradient.addmm_(moves, hessian[block], alpha=-1)
+    return Rounded(codes, points), gradient

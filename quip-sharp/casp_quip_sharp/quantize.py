@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from casp.errors import UserError
 from casp_quip_sharp.codebooks import GAUSSIAN_SCALE
 from casp_quip_sharp.incoherence import incoherent_hessian, incoherent_weight, random_signs, unpack_signs
-from casp_quip_sharp.ldlq import Factors, Rounded, block_ldl, descend, ldlq, weighted_loss
+from casp_quip_sharp.ldlq import Factors, Rounded, block_ldl, descend, ldlq
 from casp_quip_sharp.linear import CODE_NAMES, padded
 from casp_quip_sharp.rescale import POWERS, column_scales
 
@@ -34,10 +34,9 @@ def gaussian_scale(weight: Tensor, bits: int) -> float:
 
 @dataclass(frozen=True)
 class Basis:
-    """A weight (out, in) and its Hessian, both rotated; the Hessian's factors; the inputs' vector (in,)."""
+    """A rotated weight (out, in), the factors of its Hessian, rotated and damped, and the inputs' vector (in,)."""
 
     weight: Tensor
-    hessian: Tensor
     factors: Factors
     in_vector: Tensor
 
@@ -46,9 +45,8 @@ class Basis:
         cls, weight: Tensor, hessian: Tensor, out_vector: Tensor, in_vector: Tensor, damping: float, name: str
     ) -> Self:
         """Rotate `weight` float32 and `hessian` float64; what is divided out of a column returns in `in_vector`."""
-        rotated = incoherent_hessian(hessian, in_vector.double())
-        factors = block_ldl(rotated, damping, name)
-        return cls(incoherent_weight(weight, out_vector, 1 / in_vector), rotated.float(), factors, in_vector)
+        factors = block_ldl(incoherent_hessian(hessian, in_vector.double()), damping, name)
+        return cls(incoherent_weight(weight, out_vector, 1 / in_vector), factors, in_vector)
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,25 @@ class Candidate:
     scale: float
 
 
+def round_matrix(target: Tensor, factors: Factors, bits: int, sweeps: int) -> tuple[Rounded, Tensor]:
+    """LDLQ and at most `sweeps` sweeps of coordinate descent over `target` (out, in) in units of the codebook.
+
+    A sweep takes away about a tenth of what the one before it took: where that is next to nothing, none follows.
+    Returns the points and the weighted loss `e H e^T` of each row, (out,).
+    """
+    rounded = ldlq(target, factors, bits)
+    error = target - rounded.points
+    gradient = error @ factors.hessian
+    losses = (gradient * error).sum(1)
+    for _ in range(sweeps):
+        before = losses
+        rounded, gradient = descend(gradient, factors, rounded, bits)
+        losses = (gradient * (target - rounded.points)).sum(1)
+        if losses.sum() > (1 - _WORTH) * before.sum():
+            break
+    return rounded, losses
+
+
 def rank_scales(bases: Sequence[Basis], bits: int) -> list[Candidate]:
     """Bases and scales in the order of the weighted loss, after LDLQ and a sweep, on a sample of the rows."""
     found = []
@@ -67,29 +84,10 @@ def rank_scales(bases: Sequence[Basis], bits: int) -> list[Candidate]:
         sample = basis.weight[:: max(len(basis.weight) // _SAMPLED_ROWS, 1)]
         scales = [storable(gaussian_scale(basis.weight, bits) * factor) for factor in _SCALE_FACTORS]
         scale = torch.tensor(scales).repeat_interleave(len(sample))[:, None].to(sample)
-        samples = sample.repeat(len(scales), 1)
-        target = samples / scale
-        rounded = descend(target, basis.factors, ldlq(target, basis.factors, bits), bits)
-        error = samples - scale * rounded.points
-        losses = ((error @ basis.hessian) * error).view(len(scales), -1).sum(1) / len(sample)
-        found += [Candidate(loss, basis, scale) for loss, scale in zip(losses.tolist(), scales, strict=True)]
+        _, losses = round_matrix(sample.repeat(len(scales), 1) / scale, basis.factors, bits, sweeps=1)
+        means = losses.view(len(scales), -1).mean(1).tolist()
+        found += [Candidate(scale**2 * mean, basis, scale) for scale, mean in zip(scales, means, strict=True)]
     return sorted(found, key=lambda candidate: candidate.loss)
-
-
-def round_matrix(target: Tensor, factors: Factors, bits: int, sweeps: int) -> Rounded:
-    """LDLQ and at most `sweeps` sweeps of coordinate descent over `target` (out, in) in units of the codebook.
-
-    A sweep takes away about a tenth of what the one before it took: where that is next to nothing, none follows.
-    """
-    rounded = ldlq(target, factors, bits)
-    loss = weighted_loss(target - rounded.points, factors.hessian)
-    for _ in range(sweeps):
-        before = loss
-        rounded = descend(target, factors, rounded, bits)
-        loss = weighted_loss(target - rounded.points, factors.hessian)
-        if loss > (1 - _WORTH) * before:
-            break
-    return rounded
 
 
 def round_best(ranked: Sequence[Candidate], bits: int, sweeps: int) -> tuple[Candidate, Rounded]:
@@ -101,9 +99,8 @@ def round_best(ranked: Sequence[Candidate], bits: int, sweeps: int) -> tuple[Can
     tried = []
     for candidate, runner_up in zip_longest(ranked[:_TRIALS], ranked[1:_TRIALS]):
         basis, scale = candidate.basis, candidate.scale
-        rounded = round_matrix(basis.weight / scale, basis.factors, bits, sweeps)
-        error = basis.weight - scale * rounded.points
-        tried.append((weighted_loss(error, basis.hessian) / len(error), candidate, rounded))
+        rounded, losses = round_matrix(basis.weight / scale, basis.factors, bits, sweeps)
+        tried.append((scale**2 * losses.mean().item(), candidate, rounded))
         if runner_up is None or tried[-1][0] <= _SURPRISE * runner_up.loss:
             break
     _, candidate, rounded = min(tried, key=lambda entry: entry[0])
@@ -158,7 +155,7 @@ def quantize_matrix(
         chosen, rounded = round_best(rank_scales(bases, bits), bits, sweeps)
     else:
         chosen = Candidate(0.0, bases[0], usual)
-        rounded = round_matrix(bases[0].weight / (usual or 1.0), bases[0].factors, bits, sweeps)
+        rounded, _ = round_matrix(bases[0].weight / (usual or 1.0), bases[0].factors, bits, sweeps)
     codes = dict(zip(CODE_NAMES, rounded.codes, strict=False))
     if tuned:
         return {

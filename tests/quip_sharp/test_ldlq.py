@@ -10,11 +10,10 @@ from casp_quip_sharp.ldlq import (
     descend_block_reference,
     ldlq,
     round_block_reference,
-    weighted_loss,
 )
 from casp_quip_sharp.ldlq_compiled import descend_block_compiled, round_block_compiled
 from casp_quip_sharp.linear import QuipSharpLinear
-from casp_quip_sharp.quantize import quantize_matrix
+from casp_quip_sharp.quantize import quantize_matrix, round_matrix
 from casp_quip_sharp.search import quantize_vectors
 
 
@@ -27,6 +26,11 @@ def problem(correlated):
     moved = incoherent_weight(weight, out_signs, in_signs)
     factors = block_ldl(incoherent_hessian(hessian.double(), in_signs.double()), 0.01)
     return moved / moved.square().mean().sqrt(), factors
+
+
+def row_costs(target, rounded, factors):
+    error = (target - rounded.points).double()
+    return ((error @ factors.hessian.double()) * error).sum(1)
 
 
 def test_block_ldl(problem):
@@ -46,7 +50,7 @@ def test_error_is_what_the_identity_predicts(problem, bits):
     error = target - rounded.points
     left = (error.double() @ factors.feedback.double()).view(24, -1, 8)  # what each group's own rounding left
     predicted = torch.einsum("rki,kij,rkj->", left, factors.diagonal.double(), left).item()
-    assert weighted_loss(error, factors.hessian) == pytest.approx(predicted, rel=1e-4)
+    assert row_costs(target, rounded, factors).sum().item() == pytest.approx(predicted, rel=1e-4)
     # Each group went to the nearest point of what the later groups' errors made of it.
     wanted = left.float() + rounded.points.view(24, -1, 8)
     _, nearest = quantize_vectors(wanted.reshape(-1, 8), bits)
@@ -80,17 +84,21 @@ def test_compiled_loops_do_what_the_plain_ones_do(correlated, bits, threads, mon
 def test_sweeps_never_raise_the_cost_of_a_row(problem):
     target, factors = problem
     rounded = ldlq(target, factors, 2)
-
-    def costs(rounded):
-        error = (target - rounded.points).double()
-        return ((error @ factors.hessian.double()) * error).sum(1)
-
-    first = costs(rounded)
+    first = row_costs(target, rounded, factors)
+    gradient = (target - rounded.points) @ factors.hessian
     for _ in range(2):
-        before = costs(rounded)
-        rounded = descend(target, factors, rounded, 2)
-        assert (costs(rounded) <= before * (1 + 1e-5)).all()
-    assert costs(rounded).sum() < 0.97 * first.sum()
+        before = row_costs(target, rounded, factors)
+        rounded, gradient = descend(gradient, factors, rounded, 2)
+        assert (row_costs(target, rounded, factors) <= before * (1 + 1e-5)).all()
+        assert torch.allclose(gradient, (target - rounded.points) @ factors.hessian, rtol=1e-3, atol=1e-5)
+    assert row_costs(target, rounded, factors).sum() < 0.97 * first.sum()
+
+
+@pytest.mark.parametrize("sweeps", [0, 1, 4])
+def test_rounding_a_matrix_returns_what_each_row_costs(problem, sweeps):
+    target, factors = problem
+    rounded, losses = round_matrix(target, factors, 2, sweeps)
+    assert torch.allclose(losses.double(), row_costs(target, rounded, factors), rtol=1e-4)
 
 
 @pytest.mark.parametrize(("bits", "share"), [(2, 0.8), (3, 0.8), (4, 1.0)])
