@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from casp_quip_sharp.compiled import operators
@@ -25,11 +26,23 @@ from torch.nn import functional as F
 from casp.cli import Parser, pick_device, positive_int, run_main
 from casp.errors import UserError
 from casp.folder import write_json
+from casp_eval import ggml
 
-COLUMNS = ("what", "bits", "shape", "batch")
+COLUMNS = ("backend", "what", "bits", "shape", "batch")
 TIMES = ("seconds", "dense_seconds", "dense_float32_seconds")
 LONG = 64  # vectors from which on a fifth of the rounds is enough
 Contender = Callable[[], Tensor]
+
+
+class Name(NamedTuple):
+    """Who runs: quip-sharp, torch or llama.cpp; what it computes (see the file's "what"); bits a weight."""
+
+    backend: str
+    what: str
+    bits: float
+
+
+DENSE, DENSE_FLOAT32 = Name("torch", "dense", 16), Name("torch", "dense", 32)
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -72,6 +85,13 @@ def parser() -> argparse.ArgumentParser:
         default=25,
         help=f"rounds that a median is taken of, a count; a fifth for {LONG} vectors or more (default: %(default)s)",
     )
+    flags.add_argument(
+        "--ggml",
+        type=Path,
+        metavar="DIR",
+        help="a build of llama.cpp's ggml: measure its IQ2_XXS too, on the CPU, where the inputs are a multiple of "
+        f"{ggml.BLOCK} (default: none)",
+    )
     flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto = cuda if there is)")
     return flags
 
@@ -108,16 +128,21 @@ def random_layer(bits: int, out_features: int, in_features: int, device: torch.d
 
 
 def contenders(
-    bits: list[int], out_features: int, in_features: int, batch: int, device: torch.device
-) -> tuple[dict[tuple[str, int], Contender], int]:
-    """(what, bits) -> a function that runs it once, each with weights of its own; and the bytes of all weights."""
+    bits: list[int],
+    out_features: int,
+    in_features: int,
+    batch: int,
+    device: torch.device,
+    library: ggml.Library | None = None,
+) -> tuple[dict[Name, Contender], int]:
+    """Functions that run each once, with weights of its own; and the bytes of all weights."""
     x = torch.randn(batch, in_features, device=device)
     half, rotated = x.to(torch.bfloat16), torch.randn(batch, padded(in_features), device=device)
     weight = torch.randn(out_features, in_features, device=device)
     dense = weight.to(torch.bfloat16)
-    found: dict[tuple[str, int], Contender] = {
-        ("dense", 16): lambda: F.linear(half, dense),
-        ("dense", 32): lambda: F.linear(x, weight),
+    found: dict[Name, Contender] = {
+        DENSE: lambda: F.linear(half, dense),
+        DENSE_FLOAT32: lambda: F.linear(x, weight),
     }
     size = weight.nbytes + dense.nbytes
     for width in bits:
@@ -125,8 +150,12 @@ def contenders(
         size += sum(buffer.nbytes for layer in layers for buffer in layer.buffers())
         codes, residual_codes = layers[0].codes, getattr(layers[0], "residual_codes", None)
         arguments = (rotated, codes, residual_codes, width, torch.bfloat16)
-        found["kernel", width] = lambda arguments=arguments: product(*arguments)
-        found["layer", width] = lambda layer=layers[1]: layer(half)
+        found[Name("quip-sharp", "kernel", width)] = lambda arguments=arguments: product(*arguments)
+        found[Name("quip-sharp", "layer", width)] = lambda layer=layers[1]: layer(half)
+    if library is not None and device.type == "cpu" and in_features % ggml.BLOCK == 0:
+        blocks = ggml.random_blocks(out_features, in_features)
+        size += blocks.nbytes
+        found[Name("llama.cpp", "layer", 8 * ggml.BLOCK_BYTES / ggml.BLOCK)] = ggml.Product(library, blocks, x)
     return found, size
 
 
@@ -142,14 +171,21 @@ def seconds_of(run: Contender, device: torch.device) -> float:
 
 
 def measure(
-    bits: list[int], out_features: int, in_features: int, batch: int, device: torch.device, repeats: int
+    bits: list[int],
+    out_features: int,
+    in_features: int,
+    batch: int,
+    device: torch.device,
+    repeats: int,
+    library: ggml.Library | None = None,
 ) -> list[dict[str, object]]:
     """The rows of one shape and batch."""
-    first, size = contenders(bits, out_features, in_features, batch, device)
+    arguments = (bits, out_features, in_features, batch, device, library)
+    first, size = contenders(*arguments)
     copies = -(-2 * last_cache_bytes(device) // size)
-    sets = [first, *(contenders(bits, out_features, in_features, batch, device)[0] for _ in range(copies - 1))]
+    sets = [first, *(contenders(*arguments)[0] for _ in range(copies - 1))]
     rounds = repeats if batch < LONG else max(3, repeats // 5)
-    times: dict[tuple[str, int], list[float]] = {name: [] for name in first}
+    times: dict[Name, list[float]] = {name: [] for name in first}
     with torch.inference_mode():
         for turn in range(rounds + 1):
             for name, run in sets[turn % copies].items():
@@ -159,22 +195,20 @@ def measure(
     least = {name: min(values[1:]) for name, values in times.items()}
     return [
         {
-            "backend": "quip-sharp",
-            "what": what,
-            "bits": width,
+            **name._asdict(),
             "shape": f"{out_features}x{in_features}",
             "batch": batch,
             "device": device.type,
             "seconds": seconds,
-            "dense_seconds": median["dense", 16],
-            "dense_float32_seconds": median["dense", 32],
-            "speedup_vs_dense": median["dense", 16] / seconds,
-            "least_seconds": least[what, width],
-            "dense_least_seconds": least["dense", 16],
-            "dense_float32_least_seconds": least["dense", 32],
+            "dense_seconds": median[DENSE],
+            "dense_float32_seconds": median[DENSE_FLOAT32],
+            "speedup_vs_dense": median[DENSE] / seconds,
+            "least_seconds": least[name],
+            "dense_least_seconds": least[DENSE],
+            "dense_float32_least_seconds": least[DENSE_FLOAT32],
         }
-        for (what, width), seconds in median.items()
-        if what != "dense"
+        for name, seconds in median.items()
+        if name.backend != "torch"
     ]
 
 
@@ -197,6 +231,7 @@ def main() -> None:
     """Measure every shape and batch and write speed.json."""
     args = parser().parse_args()
     device = pick_device(args.device)
+    library = None if args.ggml is None else ggml.Library(args.ggml)
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -211,14 +246,15 @@ def main() -> None:
         "last_cache_bytes": last_cache_bytes(device),
         "repeats": args.repeats,
         "dense": "torch.nn.functional.linear in bfloat16, and in float32, on the same device in the same rounds",
-        "what": "kernel: the product with the decoded codes; layer: QuipSharpLinear on bfloat16, transforms included",
+        "what": "kernel: the product with the decoded codes; layer: QuipSharpLinear on bfloat16, transforms "
+        "included, or llama.cpp's product in IQ2_XXS on float32, rounding to 8 bits included",
         "rows": [],
     }
     print(f"{result['device']}, {result['threads']} threads, {chosen}; medians of {args.repeats} rounds, cold weights")
     print_headings()
     for out_features, in_features in args.shapes:
         for batch in args.batches:
-            rows = measure(args.bits, out_features, in_features, batch, device, args.repeats)
+            rows = measure(args.bits, out_features, in_features, batch, device, args.repeats, library)
             print_table(rows)
             result["rows"] += rows
             write_json(args.output / "speed.json", result)

@@ -31,8 +31,8 @@ def test_rows_and_table(run_module, tmp_path):
         assert 0 < row["dense_least_seconds"] <= row["dense_seconds"]
     table = done.stdout.splitlines()
     assert len(table) == 2 + len(rows)
-    assert table[1].split()[:6] == ["what", "bits", "shape", "batch", "seconds", "dense"]
-    assert all(len(line.split()) == 12 for line in table[2:])
+    assert table[1].split()[:7] == ["backend", "what", "bits", "shape", "batch", "seconds", "dense"]
+    assert all(len(line.split()) == 13 for line in table[2:])
 
 
 def test_weights_of_a_round_exceed_the_last_cache(monkeypatch):
@@ -58,6 +58,7 @@ def test_weights_of_a_round_exceed_the_last_cache(monkeypatch):
         (["--shapes", "4096"], "4096 is not OUTxIN"),
         (["--shapes", "0x8"], "0x8 is not OUTxIN"),
         (["--bits", "5"], "invalid choice: 5"),
+        (["--ggml", "tests"], "--ggml tests holds no libggml-base.so and libggml-cpu.so; build"),
         (["--batches", "0"], "0 is not at least 1"),
         (["--device", "tpu"], "--device tpu is unknown"),
     ],
