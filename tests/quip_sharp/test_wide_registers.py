@@ -17,6 +17,7 @@ PROGRAM = """
 #define QUIPTOOLS_ISA wide
 #define QUIPTOOLS_NAME "wide"
 #define QUIPTOOLS_LANES 16
+#define QUIPTOOLS_LANE_SHIFTS 1
 #include "cpu_kernels_source.h"
 using namespace quiptools;
 extern "C" void run(int book, int residual_book, const void* codes, const void* residual, float residual_scale,

@@ -13,6 +13,7 @@
 #define QUIPTOOLS_ISA avx2
 #define QUIPTOOLS_NAME "avx2"
 #define QUIPTOOLS_LANES 8
+#define QUIPTOOLS_LANE_SHIFTS 1
 #include "cpu_kernels_source.h"
 
 #if defined(__clang__)

@@ -13,6 +13,7 @@
 #define QUIPTOOLS_ISA avx512
 #define QUIPTOOLS_NAME "avx512"
 #define QUIPTOOLS_LANES 16
+#define QUIPTOOLS_LANE_SHIFTS 1
 #include "cpu_kernels_source.h"
 
 #if defined(__clang__)

@@ -1,9 +1,11 @@
 // The CPU kernels, compiled once per instruction set: the including file sets the target, and defines
-// QUIPTOOLS_ISA (a namespace, so that no two sets share a function) and QUIPTOOLS_LANES (floats to a register, 8 or 16).
+// QUIPTOOLS_ISA (a namespace, so that no two sets share a function), QUIPTOOLS_LANES (floats to a register, 8 or 16) and
+// QUIPTOOLS_LANE_SHIFTS (1 where one instruction shifts each lane by an amount of its own; else signs are a table).
 //
 // GCC's vector types keep it one source: on a CPU without wide registers the compiler splits them.
-// What makes it fast: a point of E8P12 is two table rows and one exclusive or, since a row of 8 floats from a table of
-// 8 KB, which stays in the first-level cache, comes in one load; the table row of a code is found for 16 codes at once.
+// What makes it fast: a point of E8P12 is a row of 8 floats with its signs flipped. The row comes in one load from a table
+// of 8 KB, which stays in the first-level cache; where it begins is found for 16 codes at once. So is the eighth sign, and
+// then one word, shifted in each lane by an amount of its own, holds all signs of two codes.
 
 #include "cpu_kernels.h"
 
@@ -19,6 +21,8 @@ typedef float Floats8 __attribute__((vector_size(32)));
 typedef float Floats __attribute__((vector_size(4 * QUIPTOOLS_LANES)));
 typedef uint32_t Words8 __attribute__((vector_size(32)));
 typedef uint32_t Words __attribute__((vector_size(4 * QUIPTOOLS_LANES)));
+typedef uint16_t Codes __attribute__((vector_size(2 * kBlock), may_alias));
+typedef uint16_t UnalignedCodes __attribute__((vector_size(2 * kBlock), aligned(2), may_alias));
 typedef float Unaligned8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint32_t UnalignedWords8 __attribute__((vector_size(32), aligned(2), may_alias));
 typedef float Unaligned __attribute__((vector_size(4 * QUIPTOOLS_LANES), aligned(4), may_alias));
@@ -51,10 +55,40 @@ INLINE Floats rows_at(const float* table, const uint16_t* offset) { return load8
 INLINE float sum(Floats v) { return sum8(v); }
 #endif
 
-// Row s holds the sign bits of the eight coordinates whose signs 0 to 6 are the bits of s; the last is their parity.
+// The signs of the kBlock codes c, as sign bits of floats.
+#if QUIPTOOLS_LANE_SHIFTS
 struct Signs {
+  alignas(32) uint16_t word[kBlock]; // bits 8 to 15: the signs of the eight coordinates
+  INLINE void find(Codes c) {
+    Codes parity = c << 1 & 0xFE00; // seven signs at the top: bit 15 becomes the exclusive or of all
+    parity ^= parity << 4;
+    parity ^= parity << 2;
+    parity ^= parity << 1;
+    *reinterpret_cast<Codes*>(word) = (c & 0x7FFF) | (parity & 0x8000);
+  }
+  INLINE uint32_t pair(int64_t i) const { // the words of the codes 2 k and 2 k + 1, one of which is i
+    uint32_t both;
+    __builtin_memcpy(&both, word + (i & ~1), 4);
+    return both;
+  }
+  INLINE Words8 of8(int64_t i) const {
+    const Words8 even = {23, 22, 21, 20, 19, 18, 17, 16}, odd = {7, 6, 5, 4, 3, 2, 1, 0};
+    return pair(i) << (i & 1 ? odd : even) & 0x80000000u;
+  }
+#if QUIPTOOLS_LANES == 16
+  INLINE Floats of(int64_t i) const {
+    const Words both = {23, 22, 21, 20, 19, 18, 17, 16, 7, 6, 5, 4, 3, 2, 1, 0};
+    return (Floats)(pair(i) << both & 0x80000000u);
+  }
+#else
+  INLINE Floats of(int64_t i) const { return (Floats)of8(i); }
+#endif
+};
+#else
+// Row s holds the sign bits of the eight coordinates whose signs 0 to 6 are the bits of s; the last is their parity.
+struct SignRows {
   alignas(64) uint32_t row[128][kGroup];
-  constexpr Signs() : row() {
+  constexpr SignRows() : row() {
     for (uint32_t s = 0; s < 128; s++) {
       uint32_t parity = 0;
       for (int i = 0; i < 7; i++) {
@@ -65,9 +99,15 @@ struct Signs {
     }
   }
 };
-constexpr Signs kSigns;
+constexpr SignRows kSignRows;
 
-const float* const kSignRows = reinterpret_cast<const float*>(kSigns.row);
+struct Signs {
+  alignas(32) uint16_t offset[kBlock];
+  INLINE void find(Codes c) { *reinterpret_cast<Codes*>(offset) = c >> 5 & 0x3F8; }
+  INLINE Floats of(int64_t i) const { return rows_at(reinterpret_cast<const float*>(kSignRows.row), offset + i); }
+  INLINE Words8 of8(int64_t i) const { return (Words8)load8(reinterpret_cast<const float*>(kSignRows.row) + offset[i]); }
+};
+#endif
 
 // kBlock codes of one row: where their table rows begin, as offsets in floats.
 template <Book book>
@@ -95,25 +135,29 @@ struct Block<Book::e8> {
 
 template <>
 struct Block<Book::e8p> {
-  alignas(32) uint16_t pattern[kBlock], sign[kBlock], negative[kBlock];
+  alignas(32) uint16_t pattern[kBlock], negative[kBlock];
+  Signs signs;
   INLINE void find(const void* codes, int64_t at, int64_t count) {
     const uint16_t* c = static_cast<const uint16_t*>(codes) + at;
-    for (int64_t i = 0; i < count; i++) {
-      pattern[i] = uint16_t((c[i] & 0xFF) << 3);
-      sign[i] = uint16_t(c[i] >> 5 & 0x3F8);
-      negative[i] = c[i] >> 15;
+    Codes v = {};
+    if (count == kBlock) {
+      v = *reinterpret_cast<const UnalignedCodes*>(c);
+    } else {
+      for (int64_t i = 0; i < count; i++) v[i] = c[i];
     }
+    *reinterpret_cast<Codes*>(pattern) = (v & 0xFF) << 3;
+    *reinterpret_cast<Codes*>(negative) = v >> 15;
+    signs.find(v);
+    // Without this GCC takes the vectors apart in registers, lane by lane, which is slower than to store and load them.
+    asm volatile("" : "+m"(pattern), "+m"(signs));
   }
   INLINE Floats8 point(const Matrix& m, int64_t i) const {
-    Floats8 unshifted = flip8(load8(m.patterns + pattern[i]), (Words8)load8(kSignRows + sign[i]));
-    return unshifted + (0.25f - 0.5f * float(negative[i]));
+    return flip8(load8(m.patterns + pattern[i]), signs.of8(i)) + (0.25f - 0.5f * float(negative[i]));
   }
-  INLINE Floats unshifted(const Matrix& m, int64_t i) const {
-    return flip(rows_at(m.patterns, pattern + i), rows_at(kSignRows, sign + i));
-  }
-  // `unshifted` times xs, with the signs on the vector: two instructions, each with one operand from memory.
+  INLINE Floats unshifted(const Matrix& m, int64_t i) const { return flip(rows_at(m.patterns, pattern + i), signs.of(i)); }
+  // `unshifted` times xs, with the signs on the vector, so that the product takes its other operand from memory.
   INLINE Floats times(const Matrix& m, int64_t i, Floats xs) const {
-    return flip(xs, rows_at(kSignRows, sign + i)) * rows_at(m.patterns, pattern + i);
+    return flip(xs, signs.of(i)) * rows_at(m.patterns, pattern + i);
   }
 };
 

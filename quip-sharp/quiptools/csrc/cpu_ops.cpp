@@ -191,10 +191,20 @@ std::vector<std::string> instruction_sets() {
   return names;
 }
 
+// Whether this was compiled so that rows are shared among PyTorch's threads.
+bool threaded() {
+#ifdef INTRA_OP_PARALLEL
+  return true;
+#else
+  return false;
+#endif
+}
+
 } // namespace
 
 TORCH_LIBRARY(quiptools, library) {
   library.def("instruction_sets() -> str[]", instruction_sets);
+  library.def("threaded() -> bool", threaded);
   library.def("unpack_signs(Tensor packed, int size) -> Tensor");
   library.def("transform(Tensor x, Tensor[] factors, int power, str isa='') -> Tensor");
   library.def(

@@ -2,6 +2,7 @@
 #define QUIPTOOLS_ISA portable
 #define QUIPTOOLS_NAME "portable"
 #define QUIPTOOLS_LANES 8
+#define QUIPTOOLS_LANE_SHIFTS 0
 #include "cpu_kernels_source.h"
 
 namespace quiptools {
