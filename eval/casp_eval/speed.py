@@ -242,6 +242,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "implementation": chosen,
         "instruction_sets": operators().instruction_sets() if operators() else [],
+        "kernels_threaded": operators() is not None and operators().threaded(),
         "pytorch": torch.__version__,
         "last_cache_bytes": last_cache_bytes(device),
         "repeats": args.repeats,

@@ -11,8 +11,8 @@ HERE = Path(__file__).resolve().parent
 with_cuda = torch.cuda.is_available() and CUDA_HOME is not None and (Path(CUDA_HOME) / "bin" / "nvcc").is_file()
 patterns = ["csrc/cpu_*.cpp", *(["csrc/cuda_*.cpp", "csrc/cuda_*.cu"] if with_cuda else [])]
 flags = ["-O3", "-std=c++20", "-Wall", "-Wno-psabi"]
-# at::parallel_for is one thread without OpenMP. GCC's calls are answered by the runtime that PyTorch itself brings along
-# and is not linked again, so that torch.set_num_threads holds here too; Clang's calls are to another runtime.
+# at::parallel_for is one thread without OpenMP. GCC's calls are answered by the runtime that PyTorch brings along,
+# which is not linked a second time, so that torch.set_num_threads holds here too; Clang's calls are to another one.
 macros = subprocess.run(
     [get_cxx_compiler(), "-dM", "-E", "-x", "c++", "/dev/null"], capture_output=True, text=True, check=True
 ).stdout

@@ -1,5 +1,6 @@
 """Every implementation of the product and of the transform against float64; selection; what happens without kernels."""
 
+import os
 import sys
 import warnings
 
@@ -145,6 +146,12 @@ def test_the_fastest_set_comes_first_and_the_reference_last():
     names = [one.name for one in implementations() if one.can(torch.zeros(1, 8))]
     assert names == [f"cpu-{isa}" for isa in SETS] + ["reference"]
     assert SETS[-1] == "portable"
+
+
+@needs_kernels
+@pytest.mark.skipif("clang" in os.environ.get("CXX", "c++"), reason="Clang's build is of one thread")
+def test_rows_are_shared_among_threads():
+    assert compiled.operators().threaded() == torch.backends.openmp.is_available()
 
 
 @pytest.fixture
