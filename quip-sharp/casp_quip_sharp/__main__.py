@@ -10,7 +10,7 @@ from casp.stage import FineTuning, add_quantizing_arguments, add_tuning_argument
 from casp_quip_sharp.backend import QuipSharp
 from casp_quip_sharp.codebooks import STAGES
 
-BLOCK_RATE, END_TO_END_RATE = 1e-3, 1e-3  # relative to a tensor's root mean square
+BLOCK_RATE, END_TO_END_RATE = 1e-3, 3e-4  # relative to a tensor's root mean square
 
 
 def parser() -> argparse.ArgumentParser:
