@@ -78,7 +78,10 @@ def round_matrix(target: Tensor, factors: Factors, bits: int, sweeps: int) -> tu
 
 
 def rank_scales(bases: Sequence[Basis], bits: int) -> list[Candidate]:
-    """Bases and scales in the order of the weighted loss, after LDLQ and a sweep, on a sample of the rows."""
+    """Bases and scales in the order of the loss after LDLQ and a sweep, on a sample of the rows.
+
+    The loss is that of each basis' damped Hessian, as in the rounding itself.
+    """
     found = []
     for basis in bases:
         sample = basis.weight[:: max(len(basis.weight) // _SAMPLED_ROWS, 1)]
