@@ -23,7 +23,7 @@ from casp.budget import uniform_plan
 from casp.calibration import calibration_batches, fingerprint
 from casp.cli import Parser, add_common_arguments, model_folder, positive_int, run_main
 from casp.errors import UserError
-from casp.folder import write_json
+from casp.files import write_json
 from casp.hessians import block_moments
 from casp.models import Decoder
 from casp.quantize import Method, quantize_blocks, weighted_error

@@ -23,7 +23,7 @@ import torch
 from casp.checkpoint import size
 from casp.cli import Parser, add_device_arguments, model_folder, model_name, pick_device, pick_dtype, run_main
 from casp.errors import UserError
-from casp.folder import write_atomically, write_json
+from casp.files import write_atomically, write_json
 from casp_eval import data, plots, questions, report
 from casp_eval.loading import Checkpoint, compression_of, is_multimodal, open_checkpoint, read_config
 from casp_eval.options import add_batch_argument, add_question_arguments, add_text_arguments

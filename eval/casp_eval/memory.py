@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from casp.cli import Parser, positive_int, run_main
 from casp.demo.models import build
-from casp.folder import write_json
+from casp.files import write_json
 from casp.models import Decoder
 
 TEN_TIMES = {

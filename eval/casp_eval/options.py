@@ -10,7 +10,7 @@ from typing import Any
 
 from casp.demo import NAMES
 from casp.errors import UserError
-from casp.folder import write_atomically
+from casp.files import write_atomically
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from casp.cli import Parser, pick_device, positive_int, run_main
 from casp.errors import UserError
-from casp.folder import write_json
+from casp.files import write_json
 from casp_eval import ggml
 
 COLUMNS = ("backend", "what", "bits", "shape", "batch")

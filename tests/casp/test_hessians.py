@@ -63,13 +63,13 @@ def test_a_triangle_is_a_symmetric_matrix():
 def test_interrupted_it_resumes_to_the_same_bytes(tiny_llama, tmp_path):
     whole = collected(tiny_llama, tmp_path / "whole")
     begun = work(tiny_llama, tmp_path / "out")
-    shutil.copy(whole / block_file(0), begun.folder)
-    begun._lock.close()
+    shutil.copy(whole / block_file(0), begun.result)
+    begun.release()
     resumed = collected(tiny_llama, tmp_path / "out")
     names = sorted(file.name for file in whole.glob("*.safetensors"))
     assert names == [block_file(i) for i in range(3)]
     assert all((whole / name).read_bytes() == (resumed / name).read_bytes() for name in names)
-    assert not (resumed / "lock").exists()
+    assert not begun.folder.exists()
 
 
 def batch_of(tokens):

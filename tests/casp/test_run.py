@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import casp.folder
+import casp.files
 from casp.backend import load_backend
 from casp.budget import uniform_plan
 from casp.errors import UserError
@@ -72,7 +72,7 @@ def test_a_begun_run_with_other_settings_is_refused(tiny_llama, tmp_path, toy_si
     run = toy_run(tiny_llama, output)
     with pytest.raises(UserError, match="another process"):
         toy_run(tiny_llama, output)
-    run._lock.close()
+    run.release()
     with pytest.raises(UserError, match="bits 4 -> 2"):
         toy_run(tiny_llama, output, bits=2)
 
@@ -99,7 +99,7 @@ def _dies(folder: Path, output: Path, site: str, kind: str, call: int) -> None:
     sys.path.insert(0, site)
     torch.set_num_threads(1)
     count = 0
-    real = getattr(os, kind) if hasattr(os, kind) else getattr(casp.folder, kind)
+    real = getattr(os, kind) if hasattr(os, kind) else getattr(casp.files, kind)
 
     def deadly(*args, **kwargs):
         nonlocal count
@@ -110,7 +110,7 @@ def _dies(folder: Path, output: Path, site: str, kind: str, call: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args, **kwargs)
 
-    setattr(os if hasattr(os, kind) else casp.folder, kind, deadly)
+    setattr(os if hasattr(os, kind) else casp.files, kind, deadly)
     toy_stage(folder, output)
 
 
@@ -157,7 +157,7 @@ def test_killed_again_and_again_the_run_still_ends_with_the_same_bytes(tiny_llam
 @pytest.mark.parametrize("call", [1, 3, 4])
 def test_a_full_disk_leaves_no_half_written_file(tiny_llama, tmp_path, toy_site, monkeypatch, call):
     output = tmp_path / "out"
-    real, count = casp.folder.save_file, 0
+    real, count = casp.files.save_file, 0
 
     def full(tensors, path, metadata):
         nonlocal count
@@ -167,11 +167,11 @@ def test_a_full_disk_leaves_no_half_written_file(tiny_llama, tmp_path, toy_site,
             raise OSError(errno.ENOSPC, "No space left on device")
         real(tensors, path, metadata)
 
-    monkeypatch.setattr(casp.folder, "save_file", full)
+    monkeypatch.setattr(casp.files, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         toy_stage(tiny_llama, output)
     assert not output.exists()
-    assert not list(output.with_name("out.partial").glob("*.tmp"))
+    assert not list(output.with_name("out.partial").rglob("*.tmp*"))
     monkeypatch.undo()
     toy_stage(tiny_llama, output)
     toy_stage(tiny_llama, tmp_path / "whole")
