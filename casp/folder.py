@@ -208,12 +208,14 @@ class WorkFolder:
     def _clear_up(self) -> None:
         """Remove what the run that made `output` left of its work, unless its process is still at it."""
         record = read_record(self.folder)
-        if record is None or record["fingerprint"] != self.fingerprint:
-            return
         try:
-            self._lock = lock(self.folder / LOCK_FILE)
+            if record is None:
+                mine = not {file.name for file in self.folder.iterdir()} - {LOCK_FILE}  # the last that is removed
+            else:
+                mine = record["fingerprint"] == self.fingerprint
+            self._lock = lock(self.folder / LOCK_FILE) if mine else None
         except OSError:
-            return
+            return  # there is no such folder, or it is not ours
         if self._lock is not None:
             self._remove()
 

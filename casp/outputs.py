@@ -71,12 +71,10 @@ def check_folder(output: Path, inputs: Iterable[Path] = (), flag: str = "--outpu
         raise UserError(f"{output} holds other files; choose another {flag}.")
 
 
-def check_file(
-    path: Path, figures: Collection[str], inputs: Iterable[Path] = (), optional: Collection[str] = ()
-) -> None:
-    """UserError unless file `path` is absent or holds the figures of an earlier run, and apart from `inputs`.
+def check_file(path: Path, shapes: Iterable[Collection[str]], inputs: Iterable[Path] = ()) -> None:
+    """UserError unless file `path` is absent or holds figures of an earlier run, and is apart from `inputs`.
 
-    figures: the keys that the script writes, `optional` those that it may write besides; a list is judged by its rows.
+    shapes: sets of keys, one of which a JSON object of such figures has.
     """
     refuse_inputs(path, inputs)
     try:
@@ -89,9 +87,8 @@ def check_file(
         raise UserError(
             f"--output {_short(path)} cannot be written ({error.strerror}); choose another --output."
         ) from error
-    rows = found if isinstance(found, list) and found else [found]
-    if not all(isinstance(row, dict) and set(figures) <= row.keys() <= {*figures, *optional} for row in rows):
-        raise UserError(f"{path} exists and was not made by this script; choose another --output.")
+    if not isinstance(found, dict) or not any(set(shape) <= found.keys() for shape in shapes):
+        raise UserError(f"{path} exists and holds no figures of this tool; choose another --output.")
 
 
 def check_report(folder: Path, names: Iterable[str], inputs: Iterable[Path], record: str, columns: set[str]) -> None:
