@@ -7,6 +7,7 @@ next run. So `OUTPUT` is either complete or absent, and a rerun with the same mo
 continues from any moment to the same bytes.
 """
 
+import os
 import resource
 import shutil
 import sys
@@ -41,15 +42,21 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 def work_place(output: Path) -> Path:
     """The folder that the run towards `output` lives in."""
+    if output.name in ("", ".."):  # said by dots alone
+        output = Path(os.path.abspath(output))
     return output.with_name(output.name + ".partial")
 
 
 def check_places(output: Path, inputs: Iterable[Path]) -> None:
     """UserError, before any work, where a run towards `output` would touch `inputs` or what no run of ours made."""
-    check_folder(output, inputs)
-    refuse_inputs(work_place(output), inputs)
+    _check_paths(output, inputs)
     if work_place(output).exists():
         _refuse_foreign(work_place(output))
+
+
+def _check_paths(output: Path, inputs: Iterable[Path]) -> None:
+    check_folder(output, inputs)
+    refuse_inputs(work_place(output), inputs)
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -90,7 +97,7 @@ class WorkFolder:
         self.output, self.decoder, self.stage = Path(output), decoder, stage
         self.base_model, self.settings = base_model, settings
         inputs = [decoder.folder, *inputs]
-        check_places(self.output, inputs)
+        _check_paths(self.output, inputs)
         self.folder = work_place(self.output)
         self.result = self.folder / RESULT
         self._sources = {file: (state(file), file_digest(file)) for file in read_files(decoder.folder)}

@@ -28,7 +28,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         record = json.loads((folder / RUN_FILE).read_text())
     except (OSError, ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or record.get("version") != VERSION or record.get("kind") not in KINDS:
+    if not isinstance(record, dict) or record.get("version") != VERSION or record.get("kind") not in list(KINDS):
         return None
     fingerprint = record.get("fingerprint")
     return record if isinstance(fingerprint, dict) and isinstance(fingerprint.get("settings"), dict) else None
@@ -57,9 +57,9 @@ def check_folder(output: Path, inputs: Iterable[Path] = (), flag: str = "--outpu
     refuse_inputs(output, inputs, flag)
     if not _real(output, flag).name:
         raise UserError(f"{flag} {output} is the root of the file system; name a folder below it.")
-    if output.is_symlink():
-        raise UserError(f"{flag} {output} is a symbolic link; give the folder that it stands for, or another {flag}.")
     try:
+        if output.is_symlink():
+            raise UserError(f"{flag} {output} is a symbolic link; give the folder that it stands for or another one.")
         if not output.exists():
             return
         if not output.is_dir():
