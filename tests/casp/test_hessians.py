@@ -105,11 +105,15 @@ def test_weighted_hessians_leave_padding_out(tiny_llama, tmp_path):
         assert not torch.allclose(a, c, rtol=1e-2)
 
 
-def test_refusals(tiny_llama, tiny_qwen2, tmp_path):
+def test_refusals(tiny_llama, tiny_qwen2, low_rank, tmp_path):
     folder = collected(tiny_llama, tmp_path / "out")
     decoder = Decoder.open(tiny_llama)
     with pytest.raises(UserError, match=r"not a finished folder.*hfize"):
         Hessians(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="not a finished folder"):
+        Hessians(tiny_llama)
+    with pytest.raises(UserError, match="is a compressed checkpoint; give the output of hfize"):
+        Hessians(low_rank)
     hessians = Hessians(folder)
     hessians.check(hessians.fingerprint["model"], decoder)
     with pytest.raises(UserError, match="another model"):
