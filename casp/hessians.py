@@ -18,10 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from casp.attention import AttentionCall
+from casp.digest import file_digest, hash_of
 from casp.errors import UserError
-from casp.folder import RUN_FILE, WorkFolder, write_shard
+from casp.files import write_shard
+from casp.folder import RESULT, WorkFolder
 from casp.models import Decoder
 from casp.moments import SecondMoment
+from casp.outputs import KINDS, read_record
 from casp.walk import BatchInputs, Visit, capture_inputs, walk
 
 Weighting = Callable[[AttentionCall, BatchInputs], Tensor]
@@ -93,27 +96,28 @@ def collect(
 ) -> Path:
     """Collect the Hessians of all blocks into `folder`; those of an earlier attempt are taken as they are."""
     depth = len(decoder.blocks)
-    done = sum((folder.folder / block_file(index)).exists() for index in range(depth))
+    done = sum((folder.result / block_file(index)).exists() for index in range(depth))
     if done:
         print(f"resuming {folder.folder}: {done} of {depth} blocks are finished")
     if done < depth:
         inputs = capture_inputs(decoder, batches, device, dtype)
         progress = tqdm(total=depth - done, desc=folder.stage, unit="block", dynamic_ncols=True)
         for visit in walk(decoder, inputs, device, dtype, advance=lambda index: False):
-            file = folder.folder / block_file(visit.index)
+            file = folder.result / block_file(visit.index)
             is_last = visit.index == depth - 1
             if not file.exists():
                 began = time.perf_counter()
                 groups = visit.input_groups(list(decoder.linears(visit.index, factors=True).values()))
                 found = block_moments(visit, groups, token_weights(visit, weighting), advance=not is_last)
                 tensors = {group[0]: packed(moment) for group, moment in zip(groups, found, strict=True)}
+                folder.check_sources()
                 write_shard(file, tensors, {_GROUPS: json.dumps(groups)})
                 folder.log(f"block {visit.index} finished in {time.perf_counter() - began:.1f} s")
                 progress.update()
             elif not is_last:
                 visit.advance()
         progress.close()
-    return folder.close()
+    return folder.close([block_file(index) for index in range(depth)])
 
 
 WEIGHTINGS: dict[str, Weighting | None] = {"none": None, "attention": attention_received}
@@ -151,12 +155,18 @@ class Hessians:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
-        try:
-            self.fingerprint = json.loads((self.folder / RUN_FILE).read_text())["fingerprint"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"--hessians {self.folder} is not a finished folder of the Hessian stage; run hfize_*.sh first."
-            ) from error
+        record = read_record(self.folder)
+        if record is None or record["kind"] != "hessians":
+            found = f"is {KINDS[record['kind']]}" if record else "is not a finished folder of the Hessian stage"
+            raise UserError(f"--hessians {self.folder} {found}; give the output of hfize_*.sh.")
+        if (self.folder / RESULT).exists():
+            raise UserError(f"--hessians {self.folder} is not finished; run the same hfize_*.sh again: it resumes.")
+        self.fingerprint = record["fingerprint"]
+
+    def content_hash(self, decoder: Decoder) -> str:
+        """A hash, in hex, of every byte of the moments of all blocks of `decoder`; they must all be there."""
+        names = [block_file(index) for index in range(len(decoder.blocks))]
+        return hash_of({name: file_digest(self.folder / name) for name in names})
 
     def check(self, model: str, decoder: Decoder) -> None:
         """UserError unless they were collected on the checkpoint of content hash `model`, with all its blocks."""
@@ -167,7 +177,10 @@ class Hessians:
             )
         missing = [i for i in range(len(decoder.blocks)) if not (self.folder / block_file(i)).is_file()]
         if missing:
-            raise UserError(f"--hessians {self.folder} lacks block {missing[0]}; remove the folder and collect again.")
+            raise UserError(
+                f"--hessians {self.folder} lacks block {missing[0]}; collect them again with hfize_*.sh and another "
+                "--output."
+            )
 
     def read(self, index: int, sizes: dict[str, int]) -> list[tuple[list[str], Tensor]]:
         """Block `index`: each group of matrices, by path, with the second moment of their input, (in, in) float32.
@@ -180,4 +193,6 @@ class Hessians:
                 groups = json.loads(stored.metadata()[_GROUPS])
                 return [(group, unpacked(stored.get_tensor(group[0]), sizes[group[0]])) for group in groups]
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{file} is damaged; remove {self.folder} and collect the Hessians again.") from error
+            raise UserError(
+                f"{file} is damaged; collect the Hessians again with hfize_*.sh and another --output."
+            ) from error

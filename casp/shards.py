@@ -5,9 +5,7 @@ Checkpoints on the hub often carry the names of an older release of transformers
 """
 
 import copy
-import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +21,6 @@ from casp.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-SAMPLES, SAMPLE_BYTES = 16, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -77,25 +74,6 @@ def read_entries(folder: Path) -> dict[str, Entry]:
             begin, end = tensor["data_offsets"]
             entries[name] = Entry(folder / shard, tensor["dtype"], tuple(tensor["shape"]), end - begin)
     return entries
-
-
-def content_hash(folder: Path) -> str:
-    """A hash that changes when the weights or the config of a checkpoint change.
-
-    Headers and config are hashed whole, the data of every shard at 16 places of 64 KiB: reading 140 GB
-    before each resumed run would cost more than the run saves.
-    """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    shards = sorted({entry.shard for entry in read_entries(folder).values()})
-    for shard in shards:
-        size = shard.stat().st_size
-        digest.update(f"{shard.name}:{size}".encode())
-        with shard.open("rb") as file:
-            digest.update(file.read(8 + int.from_bytes(file.read(8), "little")))
-            for k in range(SAMPLES):
-                file.seek(max(0, (size - SAMPLE_BYTES) * k // (SAMPLES - 1)), os.SEEK_SET)
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 @dataclass

@@ -16,9 +16,11 @@ from casp.budget import Plan, matrices, original_bytes, plan_bytes, promote, uni
 from casp.calibration import calibration_batches, fingerprint
 from casp.checkpoint import size
 from casp.cli import default_output, model_folder, model_name, pick_device, pick_dtype, stage_input
+from casp.digest import content_hash
 from casp.distill import distill
 from casp.errors import UserError
-from casp.folder import WORK_PREFIX, write_json, write_shard
+from casp.files import write_json, write_shard
+from casp.folder import WORK_PREFIX, check_places
 from casp.hessians import WEIGHTINGS, Hessians
 from casp.linear import LowRankLinear, QuantizedLinear
 from casp.models import Decoder
@@ -146,6 +148,22 @@ def holds(decoder: Decoder, kind: type) -> bool:
     return any(isinstance(module, kind) for block in decoder.block_list for module in block.modules())
 
 
+def calibration_files(dataset: str) -> list[Path]:
+    """The file that --dataset names, which no output may touch; none for a set with a name."""
+    return [Path(dataset)] if Path(dataset).is_file() else []
+
+
+def base_model(folder: Path, model: str) -> str:
+    """What the checkpoint in `folder`, that was asked for as `model`, derives from, for its card: the hub id.
+
+    An earlier stage has recorded it; else it is `model`, or for a local folder that folder's name.
+    """
+    earlier = folder / REPORT_FILE
+    if earlier.exists():
+        return json.loads(earlier.read_text())["base_model"]
+    return model_name(model) if Path(model).is_dir() else model
+
+
 def byte_budget(args: argparse.Namespace, decoder: Decoder, backend: Backend, format: Format) -> int | None:
     """The bytes that all linears may take together; None when the plan is simply uniform."""
     if args.bits_budget is not None:
@@ -236,6 +254,7 @@ def quantize_stage(
     tuning: FineTuning = FineTuning(),
     hessians: Hessians | None = None,
     token_weights: str = "none",
+    beside: Callable[[Path], Path] | None = None,
 ) -> Path:
     """Run a quantizing stage as its flags say; returns the checkpoint's folder.
 
@@ -244,7 +263,8 @@ def quantize_stage(
     (runs/<model>/<label>, with "casp-" before it for a model with low-rank layers); check: raises UserError
     for a model and format that the stage cannot serve, before anything is computed; tuning: towards the model that
     `args.model` names; hessians: collected before, None to collect them on the way, where `token_weights` (of
-    `casp.hessians.WEIGHTINGS`) says what a token counts.
+    `casp.hessians.WEIGHTINGS`) says what a token counts; beside: names the folder that will be made of the output
+    afterwards, which is then checked before any work.
     """
     decoder = Decoder.open(stage_input(args.model, "svd", args.from_original))
     if holds(decoder, QuantizedLinear):
@@ -261,6 +281,8 @@ def quantize_stage(
         batches = calibration_batches(
             decoder.folder, args.dataset, args.samples, args.sequence_length, args.seed, args.batch_size
         )
+    if hessians is not None:
+        hessians.check(content_hash(decoder.folder), decoder)
     record = {
         "backend": backend.name,
         **ladder[0],
@@ -268,26 +290,33 @@ def quantize_stage(
         "byte_budget": budget,
         **calibration_record(args, device, dtype, data=bool(batches)),
     }
+    original = model_folder(args.model) if tuning.wanted else decoder.folder
     if tuning.wanted:
         record["fine_tuning"] = asdict(tuning)
+    if original.resolve() != decoder.folder.resolve():
+        record["original"] = content_hash(original)
     if hessians is not None:
-        record["hessians"] = hessians.fingerprint
+        record["hessians"] = {**hessians.fingerprint, "content": hessians.content_hash(decoder)}
     else:
         record["true_sequential"] = args.true_sequential
         if token_weights != "none":
             record["token_weights"] = token_weights
-    run = RunFolder(output, decoder, stage, model_name(args.model), record, fingerprint(batches))
+    inputs = [original, *calibration_files(args.dataset), *([hessians.folder] if hessians else [])]
+    inputs += [args.target_bytes_of] if args.target_bytes_of else []
+    if beside is not None:
+        check_places(beside(output), [decoder.folder, *inputs])
+    run = RunFolder(
+        output, decoder, stage, base_model(decoder.folder, args.model), record, fingerprint(batches), inputs
+    )
     if run.done:
         print(f"{output} is finished already with these settings")
         return output
-    if hessians is not None:
-        hessians.check(run.fingerprint["model"], decoder)
     plan = uniform_plan(decoder, ladder[0])
     shapes = matrices(decoder)
     if budget is not None:
         plan = promote(plan, shapes, backend, ladder, block_influence(run, batches, device, dtype), budget)
     print(describe_plan(plan, shapes, backend, decoder))
-    teacher = Teacher(Decoder.open(model_folder(args.model)), batches, device, dtype) if tuning.wanted else None
+    teacher = Teacher(Decoder.open(original), batches, device, dtype) if tuning.wanted else None
     weighting = WEIGHTINGS[token_weights]
     method = Method(backend, plan, settings, args.seed, args.true_sequential, tuning.block, weighting)
     quantize_blocks(decoder, run, batches, method, device, dtype, hessians, teacher)

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from casp.backend import Backend
-from casp.folder import write_shard
+from casp.files import write_shard
 from casp.linear import QuantizedLinear
 from casp.walk import BatchInputs, Visit, first_output, moved
 

@@ -5,22 +5,24 @@ one width and group size for the whole model, no low-rank layers, sizes in whole
 """
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from casp.budget import matrices
+from casp.digest import companions
 from casp.errors import UserError
-from casp.folder import write_atomically, write_json, write_shard
+from casp.files import write_atomically, write_json, write_shard
+from casp.folder import WorkFolder
 from casp.models import Decoder
+from casp.run import REPORT_FILE
+from casp.shards import INDEX
+from casp.stage import base_model
 from casp_gptq.packing import RUN
 
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # those that gptqmodel's kernels take
-_INDEX = "model.safetensors.index.json"
-_NOT_COPIED = {"config.json", _INDEX, "casp_run.json", "casp_report.json", "README.md"}
+_WRITTEN = {"config.json", INDEX, "README.md", REPORT_FILE}  # made here, or of no use there
 
 CARD = """# GPTQ checkpoint
 
@@ -78,37 +80,48 @@ def check_exportable(decoder: Decoder, format: dict[str, int]) -> None:
     common_format({**(decoder.compression or {}).get("modules", {}), **modules}, shapes)
 
 
+class ExportFolder(WorkFolder):
+    """The work of an export, on a finished checkpoint."""
+
+    kind = "export"
+
+
+def export_folder(output: Path) -> Path:
+    """Where the export of `output` goes: OUTPUT-gptqmodel, beside it."""
+    return output.with_name(output.name + "-gptqmodel")
+
+
 def export_gptq(folder: Path, output: Path, symmetric: bool) -> Path:
     """Write the CASP checkpoint `folder` as a plain GPTQ checkpoint `output`, complete or not at all.
 
-    An `output` that holds an earlier export is replaced; UserError when it holds anything else. symmetric: the
-    grid that `folder` was quantized with; kernels that need symmetric zeros go by it.
+    UserError when `output` holds anything but the export of the same checkpoint. symmetric: the grid that `folder`
+    was quantized with; kernels that need symmetric zeros go by it.
     """
     decoder = Decoder.open(folder)
     config = json.loads((folder / "config.json").read_text())
     modules, shapes = config["quantization_config"]["modules"], matrices(decoder)
     format = common_format(modules, {path: shapes[path] for path in modules})
-    _refuse_foreign(output)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    work = ExportFolder(output, decoder, "gptq-export", base_model(folder, str(folder)), {"symmetric": symmetric}, "")
+    if work.done:
+        return output
 
     weight_map, total = {}, 0
-    for shard in sorted(folder.glob("*.safetensors")):
+    for shard in sorted({entry.shard for entry in decoder.shards.entries.values()}):
         tensors = load_file(shard)
         for path, (_, _, columns) in shapes.items():
             if f"{path}.qweight" in tensors:
                 width = columns if format["group_size"] == -1 else format["group_size"]
                 tensors[f"{path}.g_idx"] = (torch.arange(columns) // width).to(torch.int32)
-        write_shard(partial / shard.name, tensors)
+        write_shard(work.result / shard.name, tensors)
         weight_map |= dict.fromkeys(tensors, shard.name)
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    write_json(partial / _INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-    for file in sorted(folder.iterdir()):
-        if file.name not in _NOT_COPIED and file.suffix not in (".safetensors", ".log"):
-            write_atomically(partial / file.name, file.read_bytes())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(work.result / INDEX, index)
+    copied = [file for file in companions(folder) if file.name not in _WRITTEN]
+    for file in copied:
+        write_atomically(work.result / file.name, file.read_bytes())
     card = CARD.format(**format, grid="symmetric" if symmetric else "asymmetric")
-    write_atomically(partial / "README.md", card.encode())
+    write_atomically(work.result / "README.md", card.encode())
     config["quantization_config"] = {
         "quant_method": "gptq",
         "checkpoint_format": "gptq_v2",
@@ -120,19 +133,5 @@ def export_gptq(folder: Path, output: Path, symmetric: bool) -> Path:
         "pack_dtype": "int32",
         "block_name_to_quantize": decoder.blocks_path,
     }
-    write_json(partial / "config.json", config)
-    shutil.rmtree(output, ignore_errors=True)
-    os.replace(partial, output)
-    return output
-
-
-def _refuse_foreign(output: Path) -> None:
-    """UserError unless `output` is absent or an earlier export."""
-    if not output.exists():
-        return
-    try:
-        method = json.loads((output / "config.json").read_text())["quantization_config"]["quant_method"]
-    except (OSError, ValueError, KeyError, TypeError):
-        method = None
-    if method != "gptq":
-        raise UserError(f"{output} holds other files; move it away or choose another --output.")
+    write_json(work.result / "config.json", config)
+    return work.close({*_WRITTEN, *weight_map.values(), *(file.name for file in copied)} - {REPORT_FILE})

@@ -25,6 +25,7 @@ from casp.linear import LowRankLinear
 from casp.models import Decoder
 from casp.quantize import matrix_generator
 from casp.run import RunFolder
+from casp.stage import base_model, calibration_files
 from casp.walk import Visit
 from casp_svd.decompose import factor, rank_for
 from casp_svd.statistics import Moments, attention_density, attention_moments, input_moments
@@ -153,7 +154,15 @@ def main(arguments: list[str] | None = None) -> None:
         "seed": args.seed,
     }
     output = args.output or default_output(args.model, "svd")
-    run = RunFolder(output, decoder, "svd", args.model, settings, fingerprint(batches))
+    run = RunFolder(
+        output,
+        decoder,
+        "svd",
+        base_model(decoder.folder, args.model),
+        settings,
+        fingerprint(batches),
+        calibration_files(args.dataset),
+    )
     if run.done:
         print(f"{output} is finished already")
         return

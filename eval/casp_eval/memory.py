@@ -20,8 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from casp.cli import Parser, positive_int, run_main
 from casp.demo.models import build
-from casp.folder import write_json
+from casp.files import write_json
 from casp.models import Decoder
+from casp.outputs import check_file
 
 TEN_TIMES = {
     "hidden_size": 1536,
@@ -111,6 +112,7 @@ def measure(config: PretrainedConfig, tokenizer_from: Path, samples: int, sequen
 def main() -> None:
     """Measure both models and the libraries alone."""
     args = parser().parse_args()
+    check_file(args.output, [{"libraries_bytes", "checkpoint_ratio", "peak_ratio"}])
     small = build("demo-llama")
     configs = {"demo-llama's shape": AutoConfig.from_pretrained(small), "ten times": AutoConfig.from_pretrained(small)}
     configs["ten times"].update(TEN_TIMES)

@@ -8,7 +8,7 @@ from typing import Any
 
 from casp.card import RESULTS_BEGIN, RESULTS_END
 from casp.errors import UserError
-from casp.folder import write_atomically
+from casp.files import write_atomically
 from casp.run import REPORT_FILE
 from casp_eval.loading import compression_of
 

@@ -25,7 +25,8 @@ from torch.nn import functional as F
 
 from casp.cli import Parser, pick_device, positive_int, run_main
 from casp.errors import UserError
-from casp.folder import write_json
+from casp.files import write_json
+from casp.outputs import check_file
 from casp_eval import ggml
 
 COLUMNS = ("backend", "what", "bits", "shape", "batch")
@@ -230,6 +231,7 @@ def print_table(rows: list[dict[str, object]]) -> None:
 def main() -> None:
     """Measure every shape and batch and write speed.json."""
     args = parser().parse_args()
+    check_file(args.output / "speed.json", [{"device", "implementation", "rows"}])
     device = pick_device(args.device)
     library = None if args.ggml is None else ggml.Library(args.ggml)
     try:

@@ -7,7 +7,6 @@ from casp.cli import (
     Parser,
     add_common_arguments,
     default_output,
-    model_name,
     pick_device,
     pick_dtype,
     run_main,
@@ -18,7 +17,7 @@ from casp.folder import WorkFolder
 from casp.hessians import WEIGHTINGS, add_weighting_argument, collect
 from casp.linear import LowRankLinear, QuantizedLinear
 from casp.models import Decoder
-from casp.stage import calibration_record, holds
+from casp.stage import base_model, calibration_files, calibration_record, holds
 
 STAGE = "hessians"
 
@@ -53,7 +52,8 @@ def main(argv: list[str] | None = None) -> None:
         decoder.folder, args.dataset, args.samples, args.sequence_length, args.seed, args.batch_size
     )
     settings = {"token_weights": args.token_weights, **calibration_record(args, device, dtype)}
-    folder = WorkFolder(output, decoder, stage, model_name(args.model), settings, fingerprint(batches))
+    base, inputs = base_model(decoder.folder, args.model), calibration_files(args.dataset)
+    folder = WorkFolder(output, decoder, stage, base, settings, fingerprint(batches), inputs)
     if folder.done:
         print(f"{output} is finished already with these settings")
         return

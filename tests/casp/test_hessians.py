@@ -63,13 +63,13 @@ def test_a_triangle_is_a_symmetric_matrix():
 def test_interrupted_it_resumes_to_the_same_bytes(tiny_llama, tmp_path):
     whole = collected(tiny_llama, tmp_path / "whole")
     begun = work(tiny_llama, tmp_path / "out")
-    shutil.copy(whole / block_file(0), begun.folder)
-    begun._lock.close()
+    shutil.copy(whole / block_file(0), begun.result)
+    begun.release()
     resumed = collected(tiny_llama, tmp_path / "out")
     names = sorted(file.name for file in whole.glob("*.safetensors"))
     assert names == [block_file(i) for i in range(3)]
     assert all((whole / name).read_bytes() == (resumed / name).read_bytes() for name in names)
-    assert not (resumed / "lock").exists()
+    assert not begun.folder.exists()
 
 
 def batch_of(tokens):
@@ -105,11 +105,15 @@ def test_weighted_hessians_leave_padding_out(tiny_llama, tmp_path):
         assert not torch.allclose(a, c, rtol=1e-2)
 
 
-def test_refusals(tiny_llama, tiny_qwen2, tmp_path):
+def test_refusals(tiny_llama, tiny_qwen2, low_rank, tmp_path):
     folder = collected(tiny_llama, tmp_path / "out")
     decoder = Decoder.open(tiny_llama)
     with pytest.raises(UserError, match=r"not a finished folder.*hfize"):
         Hessians(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="not a finished folder"):
+        Hessians(tiny_llama)
+    with pytest.raises(UserError, match="is a compressed checkpoint; give the output of hfize"):
+        Hessians(low_rank)
     hessians = Hessians(folder)
     hessians.check(hessians.fingerprint["model"], decoder)
     with pytest.raises(UserError, match="another model"):
