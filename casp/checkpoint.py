@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from casp.errors import UserError
 from casp.linear import LowRankLinear, QuantizedLinear
-from casp.models import Decoder
+from casp.models import Decoder, decoder_blocks
 from casp.reading.compression import FORMAT_VERSION, check_compression
 from casp.reading.header import read_header
 from casp.shards import Shards
@@ -72,8 +72,10 @@ class CaspQuantizer(HfQuantizer):
         if files:
             entries = {name: entry for file in files for name, entry in read_header(file).items()}
             paths = [path for path, module in model.named_modules() if isinstance(module, COMPRESSED)]
-            if paths:
-                Shards(entries, model).check(files[0].parent, within=tuple(path + "." for path in paths))
+            blocks = decoder_blocks(model)
+            if blocks is not None:
+                paths.append(blocks[0])
+            Shards(entries, model).check(files[0].parent, within=tuple(path + "." for path in paths))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for path, module in model.named_modules():

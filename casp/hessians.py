@@ -1,9 +1,9 @@
 """Hessians as a stage of their own: the second moment of every distinct input of the decoder's linears, on disk.
 
 One file a block, `block-00000.safetensors`: for each group of matrices that share an input, the upper triangle of
-`E[x x^T]` in float32, under the path of the group's first matrix; the header says which matrices share it, and the digest
-of all. Collected in one pass over the calibration data, on the model as it is, so that any number of quantizations can
-use them. (Weighing tokens by attention takes a second look at each block's attention.)
+`E[x x^T]` in float32, under the path of the group's first matrix; the header says which matrices share it, and the
+digest of all. Collected in one pass over the calibration data, on the model as it is, so that any number of
+quantizations can use them. (Weighing tokens by attention takes a second look at each block's attention.)
 """
 
 import argparse

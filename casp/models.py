@@ -111,11 +111,14 @@ def check_weights(folder: Path) -> None:
     For models that are run as they are; a `Decoder`, which asks for more, checks the same.
     """
     skeleton = open_skeleton(folder)
-    found = _decoder_blocks(skeleton.model)
+    if skeleton.compression is not None:
+        Decoder.open(folder)  # what was compressed has a decoder, and its record of original weights is checked there
+        return
+    found = decoder_blocks(skeleton.model)
     skeleton.shards.check(folder, None if found is None else found[0])
 
 
-def _decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
+def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
     """Path and list of the text decoder's blocks; None where no list of linears is as long as the config says."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     depth = model.config.get_text_config().num_hidden_layers
@@ -128,8 +131,8 @@ def _decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
 
 
 def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """As `_decoder_blocks`; UserError for a model that has none."""
-    found = _decoder_blocks(model)
+    """As `decoder_blocks`; UserError for a model that has none."""
+    found = decoder_blocks(model)
     if found is None:
         raise UserError(
             f"model type {model.config.model_type!r} has no decoder that CASP knows (a list of "

@@ -23,7 +23,7 @@ def check_compression(found: Mapping[str, Any]) -> None:
     weights, modules = found.get("original_weights"), found.get("modules")
     if type(weights) is not int or weights < 1:
         raise UserError(f"quantization_config has {str(weights)[:40]} as original_weights; {_DAMAGED}.")
-    if not isinstance(modules, dict):
+    if not isinstance(modules, dict) or not modules:
         raise UserError(f"quantization_config lists no modules; {_DAMAGED}.")
     for path, entry in modules.items():
         if not isinstance(entry, dict) or len(entry) != 1:

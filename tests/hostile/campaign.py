@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +27,7 @@ for name, value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "O
     os.environ.setdefault(name, value)
 
 HERE = Path(__file__).resolve().parent
-SECONDS = 10
+SECONDS, WAITING = 10, 60  # of its own time, which a busy machine does not stretch, and altogether
 MOST_BYTES = 10**9
 CLASSES = ("clean", "accepted", "unclear", "silent", "traceback", "crash", "hang", "memory", "damage", "executed")
 """clean: one sentence and status 2; accepted: status 0 where that is right; unclear: status 2 with more or less than
@@ -112,6 +112,8 @@ def in_child(command: str, arguments: list[str], scratch: Path, stdin: bytes) ->
         ):
             os.dup2(os.open(name, flags, 0o600), number)
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115 - for this process's life
+        used = int(time.process_time()) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (used + SECONDS, used + SECONDS))
         resource.setrlimit(resource.RLIMIT_AS, (24 * 10**9, 24 * 10**9))
         resource.setrlimit(resource.RLIMIT_FSIZE, (10**9, 10**9))
         os.environ["CASP_HOSTILE_MARK"] = str(scratch / "executed")
@@ -126,7 +128,7 @@ def in_child(command: str, arguments: list[str], scratch: Path, stdin: bytes) ->
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
             os._exit(status)
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + WAITING
     while True:
         done, status, usage = os.wait4(child, os.WNOHANG)
         if done:
@@ -166,7 +168,7 @@ def judge(case: object, status: int | None, peak: int, at_rest: int, scratch: Pa
         return "executed", last
     if changed:
         return "damage", last
-    if status is None:
+    if status is None or (os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGKILL, signal.SIGXCPU)):
         return "hang", last
     if os.WIFSIGNALED(status):
         return "crash", f"signal {os.WTERMSIG(status)}: {last}"
@@ -183,6 +185,51 @@ def judge(case: object, status: int | None, peak: int, at_rest: int, scratch: Pa
     return ("clean" if clean else "unclear"), last
 
 
+def make_bases(folder: Path, run: Callable[[str, list[str]], None]) -> None:
+    """The good inputs: a text model, a LLaVA, texts and pictures; what `run(command, arguments)` makes of the first."""
+    from PIL import Image
+
+    tests = neighbour("hostile_conftest", HERE.parent / "conftest.py")
+    making = folder.with_name(folder.name + ".making")
+    shutil.rmtree(making, ignore_errors=True)
+    tests.llama_checkpoint(making / "llama")
+    tests.llava_checkpoint(making / "llava")
+    data = making / "data"
+    data.mkdir()
+    (data / "text.txt").write_text("The quick brown fox jumps over the lazy dog, judge my vow. " * 60)
+    rows = []
+    for number in range(4):
+        Image.new("RGB", (40, 40), (60 * number, 90, 200)).save(data / f"{number}.png")
+        rows.append(json.dumps({"image": f"{number}.png", "question": "What is this?", "answer": "a cat"}))
+    (data / "questions.jsonl").write_text("\n".join(rows))
+    for name, command in {"gptq": "gptq", "quip": "quip", "svd": "svd", "hessians": "hfize"}.items():
+        flags = filled(cases.COMMANDS[command], making / "llama", making, making)
+        run(command, [*flags, "--output", str(making / name)])
+    making.rename(folder)
+
+
+def arguments_of(case: object) -> list[str]:
+    """The flags of a case, those of its command first."""
+    return ["{model}"] if case.command == "load" else [*cases.COMMANDS[case.command], *case.flags]
+
+
+def filled(flags: Iterable[str], model: Path, scratch: Path, bases: Path) -> list[str]:
+    """`flags` with paths in the place of {model}, {dir} and the like."""
+    names = {
+        "{model}": str(model),
+        "{base}": str(bases / "llama"),
+        "{dir}": str(scratch),
+        "{text}": str(bases / "data/text.txt"),
+        "{questions}": str(bases / "data/questions.jsonl"),
+    }
+    found = []
+    for flag in flags:
+        for name, path in names.items():
+            flag = flag.replace(name, path)
+        found.append(flag)
+    return found
+
+
 class Campaign:
     """Small good inputs under `scratch`, and cases run on copies of them."""
 
@@ -196,33 +243,15 @@ class Campaign:
         torch.set_num_threads(1)
         self._warm()
         if not self.bases.exists():
-            self._make_bases()
+            make_bases(self.bases, self._run_or_fail)
         self.at_rest = 0
         calm = cases.Case("", "", "perplexity", "llama", cases.nothing, refuse=False)
         _, self.at_rest = self._run(calm, scratch / "calm")
 
-    def _make_bases(self) -> None:
-        from PIL import Image
-
-        making = self.scratch / "making"
-        shutil.rmtree(making, ignore_errors=True)
-        tests = neighbour("hostile_conftest", HERE.parent / "conftest.py")
-        tests.llama_checkpoint(making / "llama")
-        tests.llava_checkpoint(making / "llava")
-        data = making / "data"
-        data.mkdir()
-        (data / "text.txt").write_text("The quick brown fox jumps over the lazy dog, judge my vow. " * 60)
-        rows = []
-        for number in range(4):
-            Image.new("RGB", (40, 40), (60 * number, 90, 200)).save(data / f"{number}.png")
-            rows.append(json.dumps({"image": f"{number}.png", "question": "What is this?", "answer": "a cat"}))
-        (data / "questions.jsonl").write_text("\n".join(rows))
-        os.rename(making, self.bases)
-        for name, command in {"gptq": "gptq", "quip": "quip", "svd": "svd", "hessians": "hfize"}.items():
-            flags = self._filled(cases.COMMANDS[command], self.bases / "llama", self.scratch)
-            status, _ = in_child(command, [*flags, "--output", str(self.bases / name)], self.scratch, b"")
-            if status != 0:
-                raise RuntimeError((self.scratch / "stderr").read_text())
+    def _run_or_fail(self, command: str, arguments: list[str]) -> None:
+        status, _ = in_child(command, arguments, self.scratch, b"")
+        if status != 0:
+            raise RuntimeError((self.scratch / "stderr").read_text())
 
     def _warm(self) -> None:
         """Fill this process's caches of imports and compiled loops, which its forks then share."""
@@ -231,21 +260,6 @@ class Campaign:
 
         QuipSharp().quantize(torch.randn(8, 8), torch.eye(8), {"bits": 2}, torch.Generator(), sweeps=1)
 
-    def _filled(self, flags: Iterable[str], model: Path, scratch: Path) -> list[str]:
-        names = {
-            "{model}": str(model),
-            "{base}": str(self.bases / "llama"),
-            "{dir}": str(scratch),
-            "{text}": str(self.bases / "data/text.txt"),
-            "{questions}": str(self.bases / "data/questions.jsonl"),
-        }
-        filled = []
-        for flag in flags:
-            for name, path in names.items():
-                flag = flag.replace(name, path)
-            filled.append(flag)
-        return filled
-
     def _run(self, case: object, scratch: Path) -> tuple[tuple[str, str], int]:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
@@ -253,8 +267,8 @@ class Campaign:
         shutil.copytree(self.bases / case.base, model)
         case.damage(model)
         before = digest(model)
-        flags = [str(model)] if case.command == "load" else [*cases.COMMANDS[case.command], *case.flags]
-        status, peak = in_child(case.command, self._filled(flags, model, scratch), scratch, case.stdin)
+        arguments = filled(arguments_of(case), model, scratch, self.bases)
+        status, peak = in_child(case.command, arguments, scratch, case.stdin)
         return judge(case, status, peak, self.at_rest, scratch, digest(model) != before), peak
 
     def run(self, case: object) -> Result:
