@@ -82,7 +82,7 @@ class WorkFolder:
     besides the model, folders and files, none of which the output may touch.
     """
 
-    kind = "hessians"  # of `casp.outputs.KINDS`
+    kind = "moments"  # of `casp.outputs.KINDS`
 
     def __init__(
         self,

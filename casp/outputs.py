@@ -16,7 +16,7 @@ RUN_FILE = "casp_run.json"
 VERSION = 1
 KINDS = {
     "checkpoint": "a compressed checkpoint",
-    "hessians": "a folder of Hessians",
+    "moments": "a folder of moments",
     "export": "an exported checkpoint",
 }
 """Kind of run -> what its folder is, in words."""

@@ -38,8 +38,8 @@ def svd(model: Path, text: Path, root: Path) -> None:
     main(_flags(model, text, root))
 
 
-def hessians(model: Path, text: Path, root: Path) -> None:
-    from casp_quip_sharp.hessians import main
+def moments(model: Path, text: Path, root: Path) -> None:
+    from casp.moments.__main__ import main
 
     main(_flags(model, text, root, "--from-original"))
 
@@ -70,7 +70,7 @@ def quip_end_to_end(model: Path, text: Path, root: Path) -> None:
 
 STAGES: dict[str, Stage] = {
     "SVD": svd,
-    "Hessians": hessians,
+    "moments": moments,
     "GPTQ": gptq,
     "GPTQ with export": gptq_export,
     "QuIP#, tuned in the blocks": quip_block,

@@ -15,7 +15,7 @@ from small_stages import STAGES, contents, rerun, tiny_inputs
 from casp.errors import UserError
 from casp.folder import WorkFolder
 
-QUICK = ["SVD", "Hessians", "GPTQ", "GPTQ with export"]
+QUICK = ["SVD", "moments", "GPTQ", "GPTQ with export"]
 HERE = Path(__file__).parent
 
 
