@@ -286,14 +286,14 @@ def test_refusals(tiny_llama, tiny_qwen2, tmp_path):
         file = moments.folder / name
         good = file.read_bytes()
         file.write_bytes(good[:200])
-        with pytest.raises(UserError, match="damaged"):
+        with pytest.raises(UserError, match="damaged|truncated"):
             moments.read(1)
         file.unlink()
-        with pytest.raises(UserError, match="lacks block 1"):
+        with pytest.raises(UserError, match="lacks (inputs|gradients)-00001"):
             moments.check(model, decoder)
         file.write_bytes(good)
     settings = json.loads((moments.folder / "casp_run.json").read_text())
     settings["fingerprint"]["settings"].pop("token_weights")
     (moments.folder / "casp_run.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match="not a finished folder"):
+    with pytest.raises(UserError, match="does not say which moments"):
         Moments(moments.folder)
