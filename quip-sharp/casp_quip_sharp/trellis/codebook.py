@@ -10,7 +10,7 @@ from casp_quip_sharp.codebook import Shapes
 from casp_quip_sharp.kernels import multiply
 from casp_quip_sharp.trellis.columns import descend_columns, round_columns
 from casp_quip_sharp.trellis.layout import STRIP, from_storage, stored_bytes, to_storage
-from casp_quip_sharp.trellis.tables import table
+from casp_quip_sharp.trellis.tables import table, values
 from casp_quip_sharp.trellis.walks import walk_states
 
 
@@ -33,9 +33,9 @@ class Trellis:
         """See `Codebook`."""
         return table(self.states, self.bits).scale
 
-    def values(self, device: torch.device | str = "cpu") -> Tensor:
+    def values(self, device: torch.device) -> Tensor:
         """What each state stands for, (2^states) float32."""
-        return table(self.states, self.bits).values(device)
+        return values(self.states, self.bits, device)
 
     def code_dtypes(self) -> list[torch.dtype]:
         """See `Codebook`: the bits that each step stores, a byte for each while rounding."""
@@ -64,8 +64,8 @@ class Trellis:
     def points(self, stored: Mapping[str, Tensor], out_features: int, columns: int) -> Tensor:
         """See `Codebook`."""
         symbols = from_storage(stored["codes"], out_features, columns, self.bits)
-        values = self.values(symbols.device)
-        return torch.cat([values[walk_states(strip, self.bits, self.states)] for strip in symbols.split(STRIP)])
+        known = self.values(symbols.device)
+        return torch.cat([known[walk_states(strip, self.bits, self.states)] for strip in symbols.split(STRIP)])
 
     def product(self, x: Tensor, stored: Mapping[str, Tensor], out_features: int, dtype: torch.dtype) -> Tensor:
         """See `Codebook`."""

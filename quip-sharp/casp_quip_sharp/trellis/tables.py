@@ -79,6 +79,12 @@ def table(states: int, bits: int) -> Table:
         ) from None
 
 
+@cache
+def values(states: int, bits: int, device: torch.device) -> Tensor:
+    """What every state of the package's table stands for, (2^states) float32."""
+    return table(states, bits).values(device)
+
+
 def rates(states: int) -> list[int]:
     """Bits a weight that there are tables for, ascending."""
     return sorted(bits for found, bits in _tables() if found == states)

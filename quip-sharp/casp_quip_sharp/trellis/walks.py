@@ -1,12 +1,13 @@
 """Closed walks through the trellis: what they stand for, and the nearest one, in plain PyTorch.
 
-The search is Viterbi's, tail-biting as in arXiv 2406.11235, section 3.3: the sequence is solved once, begun at its
-middle and with free ends; the bits that this walk carries over the sequence's own beginning then bind both ends of a
-second search. This is the reference of the compiled search in quiptools, and what runs on other devices.
+The search is Viterbi's, tail-biting as in arXiv 2406.11235, section 3.3: the sequence is solved once around its own
+beginning, with free ends; the bits that this walk carries over the beginning then bind both ends of a second search. This is the reference of the compiled search in quiptools, and what runs on other devices.
 """
 
 import torch
 from torch import Tensor
+
+_SETTLED = 16  # lives of a state after which a walk no longer depends on where it began
 
 
 def walk_states(symbols: Tensor, bits: int, states: int) -> Tensor:
@@ -58,8 +59,9 @@ def nearest_walks(x: Tensor, values: Tensor, bits: int) -> Tensor:
         cheapest = costs.view(count, overlaps).argmin(1) + torch.arange(count, device=x.device) * overlaps
         walk = many[:, cheapest]
     else:
-        middle = length // 2
-        turned, _ = _search(x.roll(-middle, 0), values, bits, torch.zeros(count, overlaps, device=x.device), None)
-        overlap = turned[length - middle] & (overlaps - 1)
+        half = min(length // 2, _SETTLED * -(-states // bits))
+        around = torch.cat([x[length - half :], x[:half]])
+        passing, _ = _search(around, values, bits, torch.zeros(count, overlaps, device=x.device), None)
+        overlap = passing[half] & (overlaps - 1)
         walk, _ = _search(x, values, bits, _bound(overlap, overlaps), overlap)
     return (walk & ((1 << bits) - 1)).to(torch.uint8)

@@ -65,16 +65,15 @@ struct Table {
 
 // What one thread needs for strips of `length` rows and `width` columns.
 struct Workspace {
-  std::vector<float> costs, best, found, moving, other;
+  std::vector<float> before, after, found, moving, other;
   std::vector<uint8_t> decisions, symbols;
   std::vector<uint16_t> walk;
   TrellisScratch scratch;
 
   Workspace(const Trellis& trellis, int64_t length, int64_t width)
-      : costs(size_t{1} << trellis.states), best((size_t{1} << (trellis.states - trellis.bits)) + 16), found(length),
-        moving(length * width), other(length * width),
+      : before((size_t{1} << (trellis.states - trellis.bits)) + 16), after(before.size()), found(length), moving(length * width), other(length * width),
         decisions(static_cast<size_t>(length) << (trellis.states - trellis.bits)), symbols(length), walk(length) {
-    scratch = {costs.data(), best.data(), decisions.data(), walk.data()};
+    scratch = {{before.data(), after.data()}, decisions.data(), walk.data()};
   }
 };
 

@@ -16,8 +16,7 @@ struct Trellis {
 
 // Scratch of one sequence of up to `length` steps.
 struct TrellisScratch {
-  float* costs;       // (2^states)
-  float* best;        // (2^(states - bits) + 16)
+  float* best[2];     // (2^(states - bits) + 16): what each overlap of two states costs, before and after a step
   uint8_t* decisions; // (length, 2^(states - bits))
   uint16_t* walk;     // (length)
 };

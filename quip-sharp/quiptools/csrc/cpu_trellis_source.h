@@ -1,8 +1,9 @@
 // The Viterbi search of closed walks, compiled once for each instruction set: QUIPTOOLS_ISA names it and
 // QUIPTOOLS_LANES says how many floats a register holds.
 //
-// Tail-biting (Tseng et al. 2024, arXiv 2406.11235, section 3.3): the sequence is solved once, begun at its middle and
-// with free ends; where that walk passes the sequence's own beginning, its state fixes both ends of a second search.
+// Tail-biting (Tseng et al. 2024, arXiv 2406.11235, section 3.3): the sequence is solved once around its own beginning,
+// with free ends; the state in which that walk passes the beginning fixes both ends of a second search. A walk settles
+// within a few times the steps that a state lasts, so the first search needs no more than those on both sides.
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -11,6 +12,7 @@ namespace quiptools {
 namespace QUIPTOOLS_ISA {
 
 constexpr int kLanes = QUIPTOOLS_LANES;
+constexpr int64_t kSettled = 16; // lives of a state, on each side
 typedef float Floats __attribute__((vector_size(4 * QUIPTOOLS_LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * QUIPTOOLS_LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(QUIPTOOLS_LANES)));
@@ -23,55 +25,74 @@ inline Floats load(const float* from) {
 
 inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
 
-// costs[s] = best[s >> bits] + (x - values[s])^2: each overlap is repeated for its 2^bits successors.
-inline void enter(const Trellis& trellis, float x, const float* best, float* costs) {
-  const int bits = trellis.bits, count = 1 << trellis.states;
-  Ints lanes;
-  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane >> bits;
-  for (int s = 0; s < count; s += kLanes) {
-    Floats error = x - load(trellis.values + s);
-    store(costs + s, __builtin_shuffle(load(best + (s >> bits)), lanes) + error * error);
-  }
-}
-
-// best[u] = min over j of costs[j U + u] with U = 2^(states - bits), and the j.
-inline void leave(const Trellis& trellis, const float* costs, float* best, uint8_t* decisions) {
-  const int overlaps = 1 << (trellis.states - trellis.bits), branches = 1 << trellis.bits;
+// One step: each overlap of two states is left to the 2^bits states that it begins, which cost what it did and the
+// distance of their value from x; of the states that end in one and the same overlap the cheapest is kept, and which one.
+// States and bits are template parameters where they are known to the compiler, 0 where not.
+template <int kStates, int kBits>
+inline void step(const Trellis& trellis, float x, const float* best, float* next, uint8_t* decisions) {
+  const int bits = kBits ? kBits : trellis.bits;
+  const int overlaps = 1 << ((kStates ? kStates : trellis.states) - bits), branches = 1 << bits;
   if (overlaps >= kLanes) {
+    Ints lanes;
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane >> bits;
     for (int u = 0; u < overlaps; u += kLanes) {
-      Floats least = load(costs + u);
+      Floats least;
       Ints from = {};
-      for (int j = 1; j < branches; ++j) {
-        Floats cost = load(costs + j * overlaps + u);
+      for (int j = 0; j < branches; ++j) {
+        const int state = j * overlaps + u;
+        Floats error = x - load(trellis.values + state);
+        Floats cost = __builtin_shuffle(load(best + (state >> bits)), lanes) + error * error;
+        if (j == 0) {
+          least = cost;
+          continue;
+        }
         Ints less = cost < least;
         least = less ? cost : least;
         from = less ? (Ints{} + j) : from;
       }
-      store(best + u, least);
+      store(next + u, least);
       Bytes narrow = __builtin_convertvector(from, Bytes);
       std::memcpy(decisions + u, &narrow, sizeof narrow);
     }
     return;
   }
   for (int u = 0; u < overlaps; ++u) {
-    best[u] = costs[u];
-    decisions[u] = 0;
-    for (int j = 1; j < branches; ++j)
-      if (costs[j * overlaps + u] < best[u]) {
-        best[u] = costs[j * overlaps + u];
+    next[u] = std::numeric_limits<float>::infinity();
+    for (int j = 0; j < branches; ++j) {
+      const int state = j * overlaps + u;
+      float error = x - trellis.values[state], cost = best[state >> bits] + error * error;
+      if (cost < next[u]) {
+        next[u] = cost;
         decisions[u] = static_cast<uint8_t>(j);
       }
+    }
   }
 }
 
-// Steps `first`, first + 1, ... around the sequence; `best` holds what each overlap costs before and, then, after them.
-inline void search(const Trellis& trellis, const float* x, int64_t length, int64_t first, const TrellisScratch& scratch) {
+template <int kStates, int kBits>
+void search_of(const Trellis& trellis, const float* x, int64_t length, int64_t first, int64_t steps,
+               const TrellisScratch& scratch) {
   const int64_t overlaps = int64_t{1} << (trellis.states - trellis.bits);
-  for (int64_t step = 0; step < length; ++step) {
-    int64_t t = first + step < length ? first + step : first + step - length;
-    enter(trellis, x[t], scratch.best, scratch.costs);
-    leave(trellis, scratch.costs, scratch.best, scratch.decisions + step * overlaps);
+  for (int64_t i = 0; i < steps; ++i) {
+    int64_t t = first + i < length ? first + i : first + i - length;
+    float *best = scratch.best[i % 2], *next = scratch.best[(i + 1) % 2];
+    step<kStates, kBits>(trellis, x[t], best, next, scratch.decisions + i * overlaps);
   }
+}
+
+// `steps` steps around the sequence from step `first` on. What each overlap costs before them is in scratch.best[0];
+// what it costs after them is returned.
+inline const float* search(const Trellis& trellis, const float* x, int64_t length, int64_t first, int64_t steps,
+                           const TrellisScratch& scratch) {
+  auto chosen = search_of<0, 0>;
+  if (trellis.states == 8) {
+    if (trellis.bits == 1) chosen = search_of<8, 1>;
+    if (trellis.bits == 2) chosen = search_of<8, 2>;
+    if (trellis.bits == 3) chosen = search_of<8, 3>;
+    if (trellis.bits == 4) chosen = search_of<8, 4>;
+  }
+  chosen(trellis, x, length, first, steps, scratch);
+  return scratch.best[steps % 2];
 }
 
 // The states of the walk that ends in `overlap`, from the last step back to step `until`.
@@ -86,10 +107,9 @@ inline void trace(const Trellis& trellis, int64_t length, int overlap, int64_t u
 
 inline float closed(const Trellis& trellis, const float* x, int64_t length, int overlap, const TrellisScratch& scratch) {
   const int overlaps = 1 << (trellis.states - trellis.bits);
-  std::fill(scratch.best, scratch.best + overlaps, std::numeric_limits<float>::max() / 2);
-  scratch.best[overlap] = 0;
-  search(trellis, x, length, 0, scratch);
-  return scratch.best[overlap];
+  std::fill(scratch.best[0], scratch.best[0] + overlaps, std::numeric_limits<float>::max() / 2);
+  scratch.best[0][overlap] = 0;
+  return search(trellis, x, length, 0, length, scratch)[overlap];
 }
 
 void closed_walk(const Trellis& trellis, const float* x, int64_t length, const TrellisScratch& scratch,
@@ -104,12 +124,12 @@ void closed_walk(const Trellis& trellis, const float* x, int64_t length, const T
       if (cost < least) least = cost, overlap = u;
     }
   } else {
-    int64_t middle = length / 2;
-    std::fill(scratch.best, scratch.best + overlaps, 0.0f);
-    search(trellis, x, length, middle, scratch);
-    int end = static_cast<int>(std::min_element(scratch.best, scratch.best + overlaps) - scratch.best);
-    trace(trellis, length, end, length - middle, scratch);
-    overlap = scratch.walk[length - middle] >> trellis.bits;
+    int64_t half = std::min(length / 2, kSettled * ((trellis.states + trellis.bits - 1) / trellis.bits));
+    std::fill(scratch.best[0], scratch.best[0] + overlaps, 0.0f);
+    const float* costs = search(trellis, x, length, length - half, 2 * half, scratch);
+    int end = static_cast<int>(std::min_element(costs, costs + overlaps) - costs);
+    trace(trellis, 2 * half, end, half, scratch);
+    overlap = scratch.walk[half] >> trellis.bits;
   }
   closed(trellis, x, length, overlap, scratch);
   trace(trellis, length, overlap, 0, scratch);
