@@ -286,10 +286,10 @@ def test_refusals(tiny_llama, tiny_qwen2, tmp_path):
         file = moments.folder / name
         good = file.read_bytes()
         file.write_bytes(good[:200])
-        with pytest.raises(UserError, match="damaged|truncated"):
+        with pytest.raises(UserError, match=r"damaged|truncated"):
             moments.read(1)
         file.unlink()
-        with pytest.raises(UserError, match="lacks (inputs|gradients)-00001"):
+        with pytest.raises(UserError, match=r"lacks (inputs|gradients)-00001"):
             moments.check(model, decoder)
         file.write_bytes(good)
     settings = json.loads((moments.folder / "casp_run.json").read_text())
