@@ -112,7 +112,7 @@ class CompiledCPU:
         arguments = _arguments(codes, residual_codes, bits)
         if len(x) > LARGEST_DIRECT_BATCH and _multiplies_natively(dtype):
             return _multiply(x, operators().decode(*arguments, self.instruction_set), dtype)
-        return operators().product(x, *arguments, self.instruction_set)
+        return operators().product(x, *arguments, isa=self.instruction_set)
 
 
 @dataclass(frozen=True)
