@@ -19,8 +19,8 @@ using at::Tensor;
 using Maybe = std::optional<Tensor>;
 
 Tensor e8p_product(const Tensor& x, const Tensor& codes, const Maybe& residual, const Tensor& patterns,
-                   const Tensor& points, double residual_scale, bool half, std::string isa) {
-  return multiply(E8PProduct(check_codes(codes, residual, patterns, points, residual_scale), set_named(isa)), x, half);
+                   const Tensor& points, double residual_scale, at::ScalarType dtype, std::string isa) {
+  return multiply(E8PProduct(check_codes(codes, residual, patterns, points, residual_scale), set_named(isa)), x, dtype);
 }
 
 Tensor e8p_decode(const Tensor& codes, const Maybe& residual, const Tensor& patterns, const Tensor& points,
@@ -40,9 +40,9 @@ Tensor e8p_layer(const Tensor& x, const Tensor& codes, const Maybe& residual, co
 }
 
 Tensor trellis_product(const Tensor& x, const Tensor& codes, int64_t rows, int64_t rate, const Tensor& table,
-                       const Maybe& masks, bool half, std::string isa) {
+                       const Maybe& masks, at::ScalarType dtype, std::string isa) {
   TORCH_CHECK_VALUE(x.dim() == 2, "x is a matrix of vectors");
-  return multiply(TrellisProduct(codes, rows, x.size(1), rate, table, masks, set_named(isa)), x, half);
+  return multiply(TrellisProduct(codes, rows, x.size(1), rate, table, masks, set_named(isa)), x, dtype);
 }
 
 Tensor trellis_decode(const Tensor& codes, int64_t rows, int64_t columns, int64_t rate, const Tensor& table,
@@ -114,10 +114,10 @@ TORCH_LIBRARY(quiptools, library) {
   "Tensor in_vector, Tensor[] in_factors, int in_power, Tensor out_vector, Tensor[] out_factors, int out_power, " \
   "Tensor? scale, Tensor? bias"
   library.def("decode(" E8P_MATRIX ", str isa='') -> Tensor");
-  library.def("product(Tensor x, " E8P_MATRIX ", bool half=False, str isa='') -> Tensor");
+  library.def("product(Tensor x, " E8P_MATRIX ", ScalarType dtype, str isa='') -> Tensor");
   library.def("layer(Tensor x, " E8P_MATRIX ", " SIDES ", bool half=False, str isa='') -> Tensor");
   library.def("trellis_decode(Tensor codes, int rows, int columns, " TRELLIS_CODE ", str isa='') -> Tensor");
-  library.def("trellis_product(Tensor x, Tensor codes, int rows, " TRELLIS_CODE ", bool half=False, str isa='') -> Tensor");
+  library.def("trellis_product(Tensor x, Tensor codes, int rows, " TRELLIS_CODE ", ScalarType dtype, str isa='') -> Tensor");
   library.def("trellis_layer(Tensor x, Tensor codes, " TRELLIS_CODE ", " SIDES ", bool half=False, str isa='') -> Tensor");
 }
 

@@ -22,12 +22,13 @@ at::Tensor multiply_decoded(const Product& product, const at::Tensor& x) {
   return y;
 }
 
-at::Tensor multiply(const Product& product, const at::Tensor& x, bool half) {
+at::Tensor multiply(const Product& product, const at::Tensor& x, at::ScalarType dtype) {
   TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) == product.columns() && x.is_floating_point() && x.device().is_cpu(),
                     "x is a (vectors, ", product.columns(), ") matrix of floats on the device of the codes");
+  TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kBFloat16, "factors are float32 or bfloat16");
   at::Tensor vectors = x.to(at::kFloat).contiguous();
   if (x.size(0) > kDirectBatch)
-    return half ? multiply_decoded(product, vectors.to(at::kBFloat16)).to(at::kFloat) : multiply_decoded(product, vectors);
+    return multiply_decoded(product, vectors.to(dtype)).to(at::kFloat);
   at::Tensor y = at::empty({x.size(0), product.rows()}, vectors.options());
   if (y.numel()) product.direct(vectors.const_data_ptr<float>(), x.size(0), y.mutable_data_ptr<float>());
   return y;

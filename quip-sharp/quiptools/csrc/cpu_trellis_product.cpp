@@ -19,7 +19,7 @@ constexpr int64_t kPerThread = 4;      // parts of work to a thread
 // One strip, and where the groups of its columns are.
 class Strip {
  public:
-  Strip(const Trellis& m, int64_t number) : m_(m) {
+  Strip(const TrellisMatrix& m, int64_t number) : m_(m) {
     first_ = number * kStrip;
     rows_ = std::min(kStrip, m.rows - first_);
     offset_ = number * kStrip / 8 * m.code.rate * m.columns;
@@ -63,12 +63,12 @@ class Strip {
     return found;
   }
 
-  const Trellis& m_;
+  const TrellisMatrix& m_;
   int64_t first_, rows_, offset_, total_, chunks_;
 };
 
 // Groups [begin, end) of a strip times all vectors: adds to sums (vectors, kStrip).
-void multiply_groups(const Trellis& m, const IntegerKernels& kernels, const Strip& strip, int64_t begin, int64_t end,
+void multiply_groups(const TrellisMatrix& m, const IntegerKernels& kernels, const Strip& strip, int64_t begin, int64_t end,
                      const int8_t* x, int64_t x_stride, int64_t vectors, uint8_t* tile, int32_t* sums) {
   if (vectors == 2 && strip.rows() == kStrip) {
     int64_t plain = strip.plain(begin, end);
@@ -91,7 +91,7 @@ void spread(const uint8_t* decoded, int64_t rows, int64_t columns, int64_t count
 }
 
 template <class T>
-void decode_to(const Trellis& m, const IntegerKernels& kernels, int64_t begin, int64_t count, T* out) {
+void decode_to(const TrellisMatrix& m, const IntegerKernels& kernels, int64_t begin, int64_t count, T* out) {
   int64_t strips = (count + kStrip - 1) / kStrip, groups = (m.columns + kWay - 1) / kWay;
   at::parallel_for(0, strips * groups, 64, [&](int64_t from, int64_t to) {
     alignas(64) uint8_t decoded[kStrip * kWay];
@@ -178,7 +178,7 @@ TrellisProduct::TrellisProduct(const at::Tensor& codes, int64_t rows, int64_t co
 }
 
 void TrellisProduct::direct(const float* x, int64_t batch, float* y) const {
-  const Trellis& m = matrix_;
+  const TrellisMatrix& m = matrix_;
   const IntegerKernels& kernels = kernels_;
   int64_t padded = (m.columns + kAlign - 1) / kAlign * kAlign, vectors = 2 * batch;
   std::vector<int8_t> planes(vectors * padded);

@@ -17,7 +17,7 @@
 
 namespace quiptools {
 
-struct Trellis {
+struct TrellisMatrix {
   int64_t rows, columns;
   const uint8_t* codes;
   TrellisCode code;
@@ -39,7 +39,7 @@ class TrellisProduct : public Product {
  private:
   at::Tensor codes_;
   std::vector<uint8_t> table_;
-  Trellis matrix_;
+  TrellisMatrix matrix_;
   const IntegerKernels& kernels_;
 };
 

@@ -96,18 +96,19 @@ void sylvester(float* x, int64_t count, int64_t power) {
 }
 
 // Columns [k, k + registers * floats of V) of `rows` rows of the product.
-template <class V, class U, int rows, int registers>
+template <class V, int rows, int registers>
 INLINE void dense_columns(const float* matrix, const float* x, float* out, int64_t order, int64_t inner, int64_t k) {
   constexpr int64_t kFloats = sizeof(V) / sizeof(float);
   V total[rows][registers] = {};
   for (int64_t j = 0; j < order; j++) {
     for (int n = 0; n < registers; n++) {
-      V a = *reinterpret_cast<const U*>(x + j * inner + k + n * kFloats);
+      V a;
+      __builtin_memcpy(&a, x + j * inner + k + n * kFloats, sizeof a);
       for (int r = 0; r < rows; r++) total[r][n] += a * matrix[r * order + j];
     }
   }
   for (int r = 0; r < rows; r++)
-    for (int n = 0; n < registers; n++) *reinterpret_cast<U*>(out + r * inner + k + n * kFloats) = total[r][n];
+    for (int n = 0; n < registers; n++) __builtin_memcpy(out + r * inner + k + n * kFloats, &total[r][n], sizeof(V));
 }
 
 template <int rows>
@@ -116,10 +117,10 @@ INLINE void dense_rows(const float* matrix, const float* x, float* out, int64_t 
   matrix += i * order;
   out += i * inner;
   for (; k + 2 * kLanes <= inner; k += 2 * kLanes)
-    dense_columns<Floats, Unaligned, rows, 2>(matrix, x, out, order, inner, k);
-  for (; k + kLanes <= inner; k += kLanes) dense_columns<Floats, Unaligned, rows, 1>(matrix, x, out, order, inner, k);
+    dense_columns<Floats, rows, 2>(matrix, x, out, order, inner, k);
+  for (; k + kLanes <= inner; k += kLanes) dense_columns<Floats, rows, 1>(matrix, x, out, order, inner, k);
   if (k + 8 <= inner) {
-    dense_columns<Floats8, Unaligned8, rows, 1>(matrix, x, out, order, inner, k);
+    dense_columns<Floats8, rows, 1>(matrix, x, out, order, inner, k);
     k += 8;
   }
   for (; k < inner; k++) {

@@ -7,6 +7,14 @@
 namespace quiptools::QUIPTOOLS_ISA {
 namespace {
 
+// A multiply and an add stay two operations, so that every instruction set rounds alike.
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#else
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=off")
+#endif
+
 // See IntegerKernels::round. Sizes are compared as whole numbers, which floats of one sign allow: a NaN is the largest.
 float round_activations(const float* x, int64_t n, int64_t padded, int8_t* high, int8_t* low, int32_t* sums) {
   int32_t most = 0;
@@ -44,6 +52,10 @@ float round_activations(const float* x, int64_t n, int64_t padded, int8_t* high,
   sums[1] = low_sum;
   return step;
 }
+
+#if !defined(__clang__)
+#pragma GCC pop_options
+#endif
 
 // The plain way to decode, for every rate and number of states: the reference of the others.
 void decode_windows(const TrellisCode& code, const uint8_t* bytes, const uint8_t* after, int64_t chunks, uint8_t* out,

@@ -26,7 +26,7 @@ struct Product {
 // x W^T of x (vectors, columns), float32 or bfloat16, in that dtype: tiles of W are decoded for PyTorch's product.
 at::Tensor multiply_decoded(const Product& product, const at::Tensor& x);
 
-// x W^T in float32; more than kDirectBatch vectors are multiplied in bfloat16 if `half`.
-at::Tensor multiply(const Product& product, const at::Tensor& x, bool half);
+// x W^T in float32; the factors of more than kDirectBatch vectors are rounded to `dtype`, float32 or bfloat16.
+at::Tensor multiply(const Product& product, const at::Tensor& x, at::ScalarType dtype);
 
 } // namespace quiptools
