@@ -1,6 +1,5 @@
 """Quantizing a decoder with any backend, block by block, as a plan of formats says."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,15 +12,10 @@ from casp.budget import Plan
 from casp.hessians import Hessians, Weighting, block_moments, token_weights
 from casp.models import Decoder
 from casp.run import RunFolder
+from casp.seed import matrix_generator
 from casp.teacher import Teacher
 from casp.tuning import Training, tunable_tensors, tune_block
 from casp.walk import Visit, capture_inputs, walk
-
-
-def matrix_generator(seed: int, path: str) -> torch.Generator:
-    """The generator of one matrix: it depends on the seed and the path, not on what was done before."""
-    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def weighted_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:

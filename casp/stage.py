@@ -22,8 +22,9 @@ from casp.folder import WORK_PREFIX, write_json, write_shard
 from casp.hessians import WEIGHTINGS, Hessians
 from casp.linear import LowRankLinear, QuantizedLinear
 from casp.models import Decoder
-from casp.quantize import Method, matrix_generator, measure_block_influence, quantize_blocks
+from casp.quantize import Method, measure_block_influence, quantize_blocks
 from casp.run import REPORT_FILE, RunFolder
+from casp.seed import matrix_generator
 from casp.teacher import Teacher
 from casp.tuning import Curve, Training
 from casp.walk import capture_inputs

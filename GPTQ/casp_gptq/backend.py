@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from casp_gptq.gptq import Quantized, gptq_quantize
-from casp_gptq.grid import check_format
+from casp_gptq.grid import BITS, check_format
 from casp_gptq.linear import GPTQLinear, tensor_shapes
 from casp_gptq.packing import pack
+
+GROUP_SIZES = (128, 64)  # that a plan chooses from
 
 
 def pack_tensors(quantized: Quantized, bits: int) -> dict[str, Tensor]:
@@ -30,6 +32,11 @@ class GPTQ:
         """The format of these settings; UserError when there is none."""
         check_format(bits, group_size)
         return {"bits": bits, "group_size": group_size}
+
+    def formats(self, out_features: int, in_features: int, *, tuned: bool = False) -> list[dict[str, int]]:
+        """Every width in groups of `GROUP_SIZES`, in ascending bytes; scales can be tuned in all of them."""
+        found = [self.format(bits, size) for bits in BITS for size in GROUP_SIZES]
+        return sorted(found, key=lambda format: self.bytes(format, out_features, in_features))
 
     def bytes(self, format: Mapping[str, Any], out_features: int, in_features: int) -> int:
         """Exact bytes of codes, packed zeros and scales (padding to multiples of 32 included)."""

@@ -22,11 +22,11 @@ from casp.cli import (
 )
 from casp.errors import UserError
 from casp.linear import LowRankLinear
+from casp.lowrank import factor, rank_for
 from casp.models import Decoder
-from casp.quantize import matrix_generator
 from casp.run import RunFolder
+from casp.seed import matrix_generator
 from casp.walk import Visit
-from casp_svd.decompose import factor, rank_for
 from casp_svd.statistics import Moments, attention_density, attention_moments, input_moments
 
 DENSITY_SAMPLES = 64  # chats differ: means over 16 of them lie 30 points apart in some blocks of demo-llava

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from casp_quip_sharp.codebooks import STAGES
 from casp_quip_sharp.linear import TUNED, QuipSharpLinear, tensor_shapes
 from casp_quip_sharp.quantize import quantize_matrix
 
@@ -21,6 +22,10 @@ class QuipSharp:
         format = {"bits": bits, "vectors": TUNED} if tuned else {"bits": bits}
         tensor_shapes(format, 1, 1)
         return format
+
+    def formats(self, out_features: int, in_features: int, *, tuned: bool = False) -> list[dict[str, Any]]:
+        """One format a width, in ascending bytes; tuned: with real vectors."""
+        return [self.format(bits, tuned) for bits in STAGES]
 
     def bytes(self, format: Mapping[str, Any], out_features: int, in_features: int) -> int:
         """Exact bytes of codes (inputs padded to a multiple of 8), packed signs or vectors, and the scale."""
