@@ -17,6 +17,9 @@ from torch import Tensor
 from casp.errors import UserError
 from casp.moments import damped_cholesky
 
+WHITENING_DAMPING = 0.001
+"""Of both moments where a plan's low-rank linears are factored, in units of their mean diagonals."""
+
 
 def rank_for(keep_ratio: float, out_features: int, in_features: int) -> int | None:
     """Rank at which the two factors hold ``keep_ratio`` of the weights: ``floor(rho m n / (m + n))``, at least 1.

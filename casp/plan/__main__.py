@@ -28,12 +28,16 @@ from casp.plan.options import LOW_RANK_ROLES
 from casp.plan.table import describe
 from casp.shards import content_hash
 
+DEFAULT_BITS = 2.1
+
 
 def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
     """--bits or --size, of what, and how it is shared out."""
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
-        "--bits", type=float, help="bits an original weight, a real number, every overhead counted (default: 2.1)"
+        "--bits",
+        type=float,
+        help=f"bits an original weight, a real number, every overhead counted (default: {DEFAULT_BITS})",
     )
     budget.add_argument("--size", metavar="SIZE", help="the same as a size: 30MB, 1.5GB, 700MiB")
     parser.add_argument(
@@ -84,6 +88,13 @@ def add_pricing_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="WEIGHTS",
         help="of the moments that matrices are rounded under (default: %(default)s)",
     )
+    parser.add_argument(
+        "--costs",
+        type=Path,
+        metavar="DIR",
+        help="folder of the priced options, made once for all budgets (default: a name told from the model, the backend "
+        "and the formats)",
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -100,16 +111,17 @@ def parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, help="seed of everything random, an integer (default: %(default)s)"
     )
     flags.add_argument(
-        "--costs",
+        "--output",
         type=Path,
-        metavar="DIR",
-        help="folder of the priced options, made once for all budgets (default: runs/<model>/costs-<backend>, "
-        "and the settings that are not usual)",
-    )
-    flags.add_argument(
-        "--output", type=Path, metavar="FILE", help="the plan (default: plan-<allocation>-<bits>.json in that folder)"
+        metavar="FILE",
+        help="the plan (default: plan-<allocation>-<bits>.json in the folder of the costs)",
     )
     return flags
+
+
+def checked_bits(args: argparse.Namespace) -> float | None:
+    """--bits, 2.1 where neither it nor --size is given."""
+    return DEFAULT_BITS if args.bits is None and args.size is None else args.bits
 
 
 def wanted_entries(pairs: list[str]) -> dict[str, str | int]:
@@ -155,8 +167,7 @@ def costs_folder(args: argparse.Namespace) -> Path:
 def make_plan(args: argparse.Namespace) -> Path:
     """Price where that is not done, allocate, write and print the plan; returns its file."""
     decoder = Decoder.open(model_folder(args.model))
-    bits = 2.1 if args.bits is None and args.size is None else args.bits
-    budget = byte_budget(decoder, bits, args.size, args.whole_checkpoint)
+    budget = byte_budget(decoder, checked_bits(args), args.size, args.whole_checkpoint)
     costs = open_costs(args, decoder)
     linears = with_low_rank(read_costs(costs, len(decoder.blocks)), LOW_RANK_ROLES if args.low_rank else ())
     record = {"allocation": args.allocation, "byte_budget": budget, "low_rank": args.low_rank}

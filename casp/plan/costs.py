@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from casp.backend import Backend, Format, rounded
-from casp.lowrank import Decomposition, decompose, rank_for, refit
+from casp.lowrank import WHITENING_DAMPING, Decomposition, decompose, rank_for, refit
 from casp.plan.options import LOW_RANK_ROLES, Option, chosen_formats, layouts, stored_shapes
 from casp.seed import matrix_generator
 
@@ -28,7 +28,9 @@ ANCHORS = (0.125, 0.375, 0.75)
 class LinearMoments(Protocol):
     """What the moments of one linear must offer (casp.moments)."""
 
-    energy: float
+    energy: float | None
+    tokens: int
+    losses: int | None
     gradient_moment: Tensor
 
     def hessian(self, weighting: str) -> Tensor:
@@ -48,7 +50,7 @@ class Pricing:
     backend: Backend
     settings: Mapping[str, Any] = field(default_factory=dict)
     weighting: str = "attention+gradient"
-    damping: float = 0.001
+    damping: float = WHITENING_DAMPING
     rows: int = 128
     low_rank: frozenset[str] = LOW_RANK_ROLES
     tuned: bool = False
@@ -169,12 +171,12 @@ def factor_costs(
 def price(pricing: Pricing, weight: Tensor, moments: LinearMoments, role: str, name: str) -> tuple[Option, ...]:
     """All options of the linear `weight` (out, in) with their predicted costs."""
     hessian = smoothed_hessian(moments, pricing.weighting)
-    energy = float(moments.energy)
+    per_loss = moments.tokens / moments.losses  # the means are over all tokens, the damage is counted a predicted one
+    energy, gradients = moments.energy * per_loss, moments.gradient_moment * per_loss
     whole = {key(format): cost for format, cost in full_rank_costs(pricing, weight, hessian, energy, name)}
     low_rank = role in pricing.low_rank
     priced = []
     if low_rank:
-        gradients = moments.gradient_moment
         found = decompose(weight, hessian, gradients, pricing.damping, name)
         of_factors = factor_costs(pricing, weight, found, hessian, gradients, name)
     for option in layouts(pricing.backend, *weight.shape, low_rank, pricing.tuned, pricing.wanted):
