@@ -137,8 +137,8 @@ def announce(todo: list[Step], decoder: Decoder, budget: int, args: argparse.Nam
     linears = sum(decoder.shards.entries[name].bytes for name in decoder.shards.entries) - other
     print(
         f"compressing {args.model} with {args.backend}: {weights / 1e6:.1f} M weights in {len(decoder.blocks)} "
-        f"blocks from {linears / 1e6:.1f} MB to at most {budget / 1e6:.1f} MB ({8 * budget / weights:.3f} bits a weight); "
-        f"with the {other / 1e6:.1f} MB that stay as they are, a checkpoint of {(budget + other) / 1e6:.1f} MB"
+        f"blocks from {linears / 1e6:.1f} MB to at most {budget / 1e6:.1f} MB ({8 * budget / weights:.3f} bits a "
+        f"weight); with the {other / 1e6:.1f} MB that stay as they are, a checkpoint of {(budget + other) / 1e6:.1f} MB"
     )
     for number, step in enumerate(todo, 1):
         state = "done already" if step.outcome.exists() else f"about {duration(step.seconds)}"

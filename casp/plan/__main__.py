@@ -51,8 +51,10 @@ def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
         "--allocation",
         choices=ALLOCATIONS,
         default="optimal",
-        help="optimal = least predicted damage over ranks and formats, exactly; paper = a quarter of W_q and W_k, bits "
-        "by the influence of the block; uniform = full rank, as even as formats allow (default: %(default)s)",
+        help="optimal = least predicted damage over ranks and formats, exactly; ranks = the same within the bytes that "
+        "uniform gives to W_q and W_k, the rest as there; paper = a quarter of W_q and W_k, bits by the influence of "
+        "the block; paper-ranks = the same with bits for all alike; uniform = full rank, as even as formats allow "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--low-rank",
@@ -92,8 +94,8 @@ def add_pricing_arguments(parser: argparse.ArgumentParser) -> None:
         "--costs",
         type=Path,
         metavar="DIR",
-        help="folder of the priced options, made once for all budgets (default: a name told from the model, the backend "
-        "and the formats)",
+        help="folder of the priced options, made once for all budgets (default: a name told from the model, the "
+        "backend and the formats)",
     )
 
 

@@ -6,6 +6,7 @@ exceeds the budget. UserError where even the smallest options do.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -177,5 +178,23 @@ def _fixed_ranks(linear: LinearOptions) -> list[Option]:
     return _distinct([option for option in options if option.formats[0] == option.formats[1]] or options)
 
 
-ALLOCATIONS: dict[str, Allocation] = {"optimal": knapsack, "paper": closed_form, "uniform": uniform}
+def ranks_only(linears: Sequence[LinearOptions], budget: int) -> dict[str, Option]:
+    """`uniform`, with the best ranks and formats within the bytes that it gives to those that may be low-rank."""
+    even = uniform(linears, budget)
+    free = [linear for linear in linears if any(option.rank is not None for option in linear.options)]
+    return {**even, **(knapsack(free, sum(even[linear.path].bytes for linear in free)) if free else {})}
+
+
+def fixed_ranks_only(linears: Sequence[LinearOptions], budget: int) -> dict[str, Option]:
+    """`closed_form` with every block of one influence: the paper's ranks, bits for all alike."""
+    return closed_form([replace(linear, influence=1.0) for linear in linears], budget)
+
+
+ALLOCATIONS: dict[str, Allocation] = {
+    "optimal": knapsack,
+    "ranks": ranks_only,
+    "paper": closed_form,
+    "paper-ranks": fixed_ranks_only,
+    "uniform": uniform,
+}
 """What --allocation chooses from."""
