@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import random
 from pathlib import Path
-from typing import Any
 
 import torch
 from casp.moments.store import LinearMoments, Moments
@@ -18,7 +17,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm import tqdm
 
-from casp.backend import load_backend, rounded
+from casp.backend import Backend, load_backend, rounded
 from casp.calibration import calibration_batches
 from casp.cli import Parser, add_common_arguments, model_folder, pick_device, pick_dtype, positive_int, run_main
 from casp.distill import head_logits
@@ -64,9 +63,8 @@ class Original:
     def _logs(self, batch: int, hidden: Tensor) -> Tensor:
         """Logarithms of the distributions, (positions with a loss, vocabulary)."""
         seen = hidden[self.places[batch]].to(self.device)
-        return torch.cat(
-            [head_logits(self.decoder, part).float().log_softmax(-1).half().cpu() for part in seen.split(256)]
-        )
+        parts = [head_logits(self.decoder, part).float().log_softmax(-1).cpu() for part in seen.split(256)]
+        return torch.cat(parts)
 
     def divergence(self, index: int) -> float:
         """Mean KL(original || the model as it now is), block `index` changed, in nats a position."""
@@ -74,7 +72,7 @@ class Original:
         for n, hidden in enumerate(self.entering[index]):
             for later in range(index, len(self.decoder.blocks)):
                 hidden = self._block(later, n, hidden)
-            changed, kept = self._logs(n, hidden).float(), self.logs[n].float()
+            changed, kept = self._logs(n, hidden), self.logs[n]
             total += (kept.exp() * (kept - changed)).sum().item()
             count += len(kept)
         return total / count
@@ -85,8 +83,8 @@ def stored(
     option: Option,
     weight: Tensor,
     moments: LinearMoments,
-    backend: Any,
-    args: argparse.Namespace,
+    backend: Backend,
+    args: argparse.Namespace,,
 ) -> Tensor:
     """`weight` as the option stores it, dense."""
     hessian = moments.hessian(args.token_weights)
@@ -109,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--costs", type=Path, required=True, metavar="DIR", help="folder of the priced options")
     flags.add_argument("--token-weights", default="attention+gradient", help="as in the prices (default: %(default)s)")
     flags.add_argument(
-        "--draws", type=positive_int, default=60, help="matrices measured, a count (default: %(default)s)"
+        "--draws", type=positive_int, default=60, help="matrices measured, a count (default: 60)"
     )
     return flags
 
