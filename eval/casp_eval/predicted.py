@@ -84,7 +84,7 @@ def stored(
     weight: Tensor,
     moments: LinearMoments,
     backend: Backend,
-    args: argparse.Namespace,,
+    args: argparse.Namespace,
 ) -> Tensor:
     """`weight` as the option stores it, dense."""
     hessian = moments.hessian(args.token_weights)
@@ -106,9 +106,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--moments", type=Path, required=True, metavar="DIR", help="output of the moments' stage")
     flags.add_argument("--costs", type=Path, required=True, metavar="DIR", help="folder of the priced options")
     flags.add_argument("--token-weights", default="attention+gradient", help="as in the prices (default: %(default)s)")
-    flags.add_argument(
-        "--draws", type=positive_int, default=60, help="matrices measured, a count (default: 60)"
-    )
+    flags.add_argument("--draws", type=positive_int, default=60, help="matrices measured, a count (default: 60)")
     return flags
 
 
@@ -126,11 +124,8 @@ def main(arguments: list[str] | None = None) -> None:
     batches = calibration_batches(
         decoder.folder, args.dataset, args.samples, args.sequence_length, args.seed, args.batch_size
     )
-    linears, moments, backend = (
-        read_costs(args.costs, len(decoder.blocks)),
-        Moments(args.moments),
-        load_backend(args.backend),
-    )
+    linears, moments = read_costs(args.costs, len(decoder.blocks)), Moments(args.moments)
+    backend = load_backend(args.backend)
     original = Original(decoder, batches, device, dtype)
     drawn = random.Random(args.seed)
     roles = sorted({linear.role for linear in linears})
