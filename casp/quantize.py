@@ -9,8 +9,9 @@ from torch import Tensor
 
 from casp.backend import Backend
 from casp.budget import Plan
-from casp.hessians import Hessians, Weighting, block_moments, token_weights
 from casp.models import Decoder
+from casp.moments.forward import block_moments, token_weights
+from casp.moments.store import BlockMoments, Moments
 from casp.run import RunFolder
 from casp.seed import matrix_generator
 from casp.teacher import Teacher
@@ -32,7 +33,8 @@ class Method:
     plan: path of every stored matrix -> its format; settings: the backend's knobs of the search; true_sequential: each
     group of matrices that share an input sees what the quantized earlier ones of the block produce (one pass over
     the calibration data a group instead of one a block); block_training: fine-tune the block after each group
-    (then always sequential), None to leave it; weighting: of the tokens, where second moments are collected here.
+    (then always sequential), None to leave it; weighting: of the tokens (see `casp.moments.weights`), one of those by
+    gradient only with moments collected before.
     """
 
     backend: Backend
@@ -41,7 +43,7 @@ class Method:
     seed: int = 0
     true_sequential: bool = True
     block_training: Training | None = None
-    weighting: Weighting | None = None
+    weighting: str = "none"
 
 
 def _quantize_matrix(
@@ -80,28 +82,26 @@ def quantize_block(
     visit: Visit,
     decoder: Decoder,
     method: Method,
-    hessians: list[tuple[list[str], Tensor]] | None = None,
+    moments: BlockMoments | None = None,
     targets: list[Tensor] | None = None,
 ) -> dict[str, Any]:
     """Quantize every matrix of one block in place; returns its report: bits and error by role, curves of tuning.
 
-    hessians: groups of matrices with their input's second moment, collected before; None: collected here.
+    moments: of the block's matrices, collected before; None: second moments are collected here.
     targets: what the block should put out, per batch, for `method.block_training`.
     """
     roles = {path: role for role, path in decoder.linears(visit.index, factors=True).items()}
-    groups = [group for group, _ in hessians] if hessians else visit.input_groups(list(roles))
+    groups = visit.input_groups(list(roles)) if moments is None else moments.groups
     one_by_one = method.true_sequential or method.block_training is not None
-    weights = None if hessians else token_weights(visit, method.weighting)
+    weights = token_weights(visit, method.weighting) if moments is None else None
     generator = matrix_generator(method.seed, f"{decoder.blocks[visit.index]} tuning")
     linears: dict[str, dict[str, float]] = {}
     tuning = []
     for stage in [[group] for group in groups] if one_by_one else [groups]:
-        if hessians is None:
-            moments = block_moments(visit, stage, weights)
-        else:
-            moments = [moment.to(visit.device) for group, moment in hessians if group in stage]
-        for group, hessian in zip(stage, moments, strict=True):
+        shared = block_moments(visit, stage, weights) if moments is None else [None] * len(stage)
+        for group, seen in zip(stage, shared, strict=True):
             for path in group:
+                hessian = seen if moments is None else moments[path].hessian(method.weighting).to(visit.device)
                 full_path = f"{decoder.blocks[visit.index]}.{path}"
                 linears[roles[path]] = _quantize_matrix(visit, path, full_path, hessian, method)
         if method.block_training is not None:
@@ -117,20 +117,17 @@ def quantize_blocks(
     method: Method,
     device: torch.device,
     dtype: torch.dtype,
-    hessians: Hessians | None = None,
+    moments: Moments | None = None,
     teacher: Teacher | None = None,
 ) -> None:
     """Quantize all blocks into `run`; finished blocks of an earlier attempt are taken as they are.
 
-    hessians: collected before; teacher: the original model on the same batches, for block fine-tuning. With the first
+    moments: collected before; teacher: the original model on the same batches, for block fine-tuning. With the first
     and without the second no data is run through the model.
     """
-    needs_data = hessians is None or method.block_training is not None
+    needs_data = moments is None or method.block_training is not None
     for visit in run.walk(batches if needs_data else None, device, dtype):
-        known = None
-        if hessians is not None:
-            paths = decoder.linears(visit.index, factors=True).values()
-            known = hessians.read(visit.index, {path: visit.block.get_submodule(path).in_features for path in paths})
+        known = None if moments is None else moments.read(visit.index)
         targets = None if method.block_training is None else teacher.advance_to(visit.index)
         report = quantize_block(visit, decoder, method, known, targets)
         tuned = () if targets is None else tunable_tensors(visit.block, method.backend)

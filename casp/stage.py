@@ -19,9 +19,10 @@ from casp.cli import default_output, model_folder, model_name, pick_device, pick
 from casp.distill import distill
 from casp.errors import UserError
 from casp.folder import WORK_PREFIX, write_json, write_shard
-from casp.hessians import WEIGHTINGS, Hessians
 from casp.linear import LowRankLinear, QuantizedLinear
 from casp.models import Decoder
+from casp.moments.find import add_moments_argument, add_token_weights_argument, choose_weighting, find_moments
+from casp.moments.store import Moments
 from casp.quantize import Method, measure_block_influence, quantize_blocks
 from casp.run import REPORT_FILE, RunFolder
 from casp.seed import matrix_generator
@@ -60,6 +61,8 @@ def add_quantizing_arguments(parser: argparse.ArgumentParser) -> None:
         help="each matrix sees what the quantized earlier ones of its block produce: one pass over the calibration "
         "data per group of matrices instead of one per block (default: on)",
     )
+    add_moments_argument(parser)
+    add_token_weights_argument(parser)
 
 
 def add_tuning_arguments(parser: argparse.ArgumentParser, block_rate: float, end_to_end_rate: float) -> None:
@@ -157,14 +160,20 @@ def byte_budget(args: argparse.Namespace, decoder: Decoder, backend: Backend, fo
 
 
 def block_influence(
-    run: RunFolder, batches: list[dict[str, Tensor]], device: torch.device, dtype: torch.dtype
+    run: RunFolder,
+    batches: list[dict[str, Tensor]],
+    device: torch.device,
+    dtype: torch.dtype,
+    moments: Moments | None = None,
 ) -> list[float]:
-    """Influence of every block: from the SVD stage's report if the model has one, else measured (once a run)."""
+    """Influence of every block: as the SVD stage's report or the moments say, else measured (once a run)."""
     report = run.decoder.folder / REPORT_FILE
     if report.exists():
         blocks = json.loads(report.read_text())["blocks"]
         if all("block_influence" in block for block in blocks):
             return [block["block_influence"] for block in blocks]
+    if moments is not None:
+        return [moments.read(index).influence for index in range(len(run.decoder.blocks))]
     kept = run.folder / INFLUENCE_FILE
     if not kept.exists():
         print("measuring the influence of each block")
@@ -235,8 +244,6 @@ def quantize_stage(
     label: str,
     check: Callable[[Decoder, Format], None] | None = None,
     tuning: FineTuning = FineTuning(),
-    hessians: Hessians | None = None,
-    token_weights: str = "none",
 ) -> Path:
     """Run a quantizing stage as its flags say; returns the checkpoint's folder.
 
@@ -244,21 +251,23 @@ def quantize_stage(
     backend's knobs of the search, passed to `quantize`; label: what the output is filed under
     (runs/<model>/<label>, with "casp-" before it for a model with low-rank layers); check: raises UserError
     for a model and format that the stage cannot serve, before anything is computed; tuning: towards the model that
-    `args.model` names; hessians: collected before, None to collect them on the way, where `token_weights` (of
-    `casp.hessians.WEIGHTINGS`) says what a token counts.
+    `args.model` names. Moments are those that `casp.moments.find` finds.
     """
     decoder = Decoder.open(stage_input(args.model, "svd", args.from_original))
     if holds(decoder, QuantizedLinear):
         raise UserError(f"{decoder.folder} is already quantized; give the original model or the output of stage svd.")
     if check is not None:
         check(decoder, ladder[0])
-    stage = f"casp-{label}" if holds(decoder, LowRankLinear) else label
+    low_rank = holds(decoder, LowRankLinear)
+    stage = f"casp-{label}" if low_rank else label
+    moments = find_moments(args, decoder, low_rank, args.token_weights)
+    weighting = choose_weighting(args.token_weights, moments)
     output = args.output or default_output(args.model, stage)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device, decoder.dtype)
     budget = byte_budget(args, decoder, backend, ladder[0])
     batches = []
-    if hessians is None or tuning.wanted or budget is not None:
+    if moments is None or tuning.wanted:
         batches = calibration_batches(
             decoder.folder, args.dataset, args.samples, args.sequence_length, args.seed, args.batch_size
         )
@@ -271,27 +280,23 @@ def quantize_stage(
     }
     if tuning.wanted:
         record["fine_tuning"] = asdict(tuning)
-    if hessians is not None:
-        record["hessians"] = hessians.fingerprint
+    record["token_weights"] = weighting
+    if moments is not None:
+        record["moments"] = moments.fingerprint
     else:
         record["true_sequential"] = args.true_sequential
-        if token_weights != "none":
-            record["token_weights"] = token_weights
     run = RunFolder(output, decoder, stage, model_name(args.model), record, fingerprint(batches))
     if run.done:
         print(f"{output} is finished already with these settings")
         return output
-    if hessians is not None:
-        hessians.check(run.fingerprint["model"], decoder)
     plan = uniform_plan(decoder, ladder[0])
     shapes = matrices(decoder)
     if budget is not None:
-        plan = promote(plan, shapes, backend, ladder, block_influence(run, batches, device, dtype), budget)
+        plan = promote(plan, shapes, backend, ladder, block_influence(run, batches, device, dtype, moments), budget)
     print(describe_plan(plan, shapes, backend, decoder))
     teacher = Teacher(Decoder.open(model_folder(args.model)), batches, device, dtype) if tuning.wanted else None
-    weighting = WEIGHTINGS[token_weights]
     method = Method(backend, plan, settings, args.seed, args.true_sequential, tuning.block, weighting)
-    quantize_blocks(decoder, run, batches, method, device, dtype, hessians, teacher)
+    quantize_blocks(decoder, run, batches, method, device, dtype, moments, teacher)
     if tuning.end_to_end is None:
         run.finish()
     else:

@@ -24,8 +24,8 @@ from casp.calibration import calibration_batches, fingerprint
 from casp.cli import Parser, add_common_arguments, model_folder, positive_int, run_main
 from casp.errors import UserError
 from casp.folder import write_json
-from casp.hessians import block_moments
 from casp.models import Decoder
+from casp.moments.forward import block_moments
 from casp.quantize import Method, quantize_blocks, weighted_error
 from casp.run import RunFolder
 from casp.walk import capture_inputs, walk

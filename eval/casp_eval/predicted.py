@@ -12,7 +12,6 @@ import random
 from pathlib import Path
 
 import torch
-from casp.moments.store import LinearMoments, Moments
 from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm import tqdm
@@ -20,10 +19,11 @@ from tqdm import tqdm
 from casp.backend import Backend, load_backend, rounded
 from casp.calibration import calibration_batches
 from casp.cli import Parser, add_common_arguments, model_folder, pick_device, pick_dtype, positive_int, run_main
-from casp.distill import head_logits
 from casp.factors import quantized_factors
 from casp.folder import write_json
+from casp.head import head_logits
 from casp.models import Decoder
+from casp.moments.store import LinearMoments, Moments
 from casp.plan.allocate import frontier
 from casp.plan.measure import read_costs
 from casp.plan.options import LinearOptions, Option

@@ -1,11 +1,9 @@
 """Quantize and fine-tune: `python -m casp_quip_sharp --model ... --bits 2`."""
 
 import argparse
-from pathlib import Path
 
 from casp.cli import Parser, add_common_arguments, run_main
 from casp.errors import UserError
-from casp.hessians import Hessians, add_weighting_argument
 from casp.stage import FineTuning, add_quantizing_arguments, add_tuning_arguments, quantize_stage
 from casp_quip_sharp.backend import QuipSharp
 from casp_quip_sharp.codebooks import STAGES
@@ -42,14 +40,6 @@ def parser() -> argparse.ArgumentParser:
         help="most rounds of coordinate descent after LDLQ, a count; none follows one that gained little "
         "(default: %(default)s)",
     )
-    flags.add_argument(
-        "--hessians",
-        type=Path,
-        metavar="DIR",
-        help="output of the Hessian stage for this model (default: collect them on the way, each from what the blocks "
-        "quantized before put out)",
-    )
-    add_weighting_argument(flags)
     add_tuning_arguments(flags, block_rate=BLOCK_RATE, end_to_end_rate=END_TO_END_RATE)
     add_quantizing_arguments(flags)
     return flags
@@ -78,17 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     backend.format(args.bits)
     ladder = [backend.format(bits, tuned=tuning.wanted) for bits in STAGES if bits >= args.bits]
     search = {"damping": args.damping, "search_scale": args.scale_search, "sweeps": args.sweeps}
-    hessians = None if args.hessians is None else Hessians(args.hessians)
-    quantize_stage(
-        args,
-        backend,
-        ladder,
-        search,
-        label(args.bits, tuning),
-        tuning=tuning,
-        hessians=hessians,
-        token_weights=args.token_weights,
-    )
+    quantize_stage(args, backend, ladder, search, label(args.bits, tuning), tuning=tuning)
 
 
 if __name__ == "__main__":

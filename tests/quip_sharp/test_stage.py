@@ -2,6 +2,7 @@
 
 import json
 
+import casp.hessians
 import pytest
 import torch
 from casp_quip_sharp import hessians
@@ -10,7 +11,6 @@ from casp_quip_sharp.backend import QuipSharp
 from casp_quip_sharp.linear import QuipSharpLinear
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-import casp.hessians
 import casp.tuning
 from casp.budget import original_bytes
 from casp.checkpoint import resident_bytes, size
