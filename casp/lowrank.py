@@ -129,7 +129,7 @@ this stands for, (out, in))."""
 
 @dataclass(frozen=True)
 class RoundedFactors:
-    """What is stored of both factors, what they stand for, and the input moments that they were rounded under."""
+    """Of both factors what is stored, what that stands for, what was to be rounded, and under which input moment."""
 
     stored_down: dict[str, Tensor]
     stored_up: dict[str, Tensor]
@@ -137,6 +137,7 @@ class RoundedFactors:
     up: Tensor
     moment: Tensor
     inner_moment: Tensor
+    wanted_down: Tensor
     wanted_up: Tensor
 
     def dense(self) -> Tensor:
@@ -159,4 +160,4 @@ def round_factors(
     exact = rounded_down.to(torch.float64)
     inner = exact @ hessian.to(torch.float64) @ exact.T
     stored_up, rounded_up = rounder(wanted.float(), inner.float(), "up")
-    return RoundedFactors(stored_down, stored_up, rounded_down, rounded_up, hessian, inner, wanted)
+    return RoundedFactors(stored_down, stored_up, rounded_down, rounded_up, hessian, inner, down, wanted)
