@@ -25,6 +25,8 @@ class Backend(Protocol):
     """
 
     name: str
+    draft: Mapping[str, Any]
+    """Settings of `quantize` that are quick and near enough to the usual ones to compare formats by."""
 
     def formats(self, out_features: int, in_features: int, *, tuned: bool = False) -> list[Format]:
         """Every format that a matrix of this shape may take, in ascending bytes.
@@ -103,7 +105,7 @@ def load_backend(name: str) -> Backend:
     backend = loaded() if isinstance(loaded, type) else loaded
     if not isinstance(backend, Backend):
         raise UserError(
-            f"backend {name!r} lacks part of the contract (name, formats, bytes, quantize, linear, tunable); "
+            f"backend {name!r} lacks part of the contract (name, draft, formats, bytes, quantize, linear, tunable); "
             "see casp.backend.Backend."
         )
     return backend

@@ -1,6 +1,7 @@
 """GPTQ as a backend of the core: formats, exact bytes, tensors in and out."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class GPTQ:
     """The backend "gptq". A format is {"bits": 2|3|4|8, "group_size": columns that share a scale, -1 for all}."""
 
     name = "gptq"
+    draft = MappingProxyType({"sweeps": 0, "clip_steps": 10})
 
     def format(self, bits: int, group_size: int = 128) -> dict[str, int]:
         """The format of these settings; UserError when there is none."""

@@ -21,8 +21,8 @@ from casp.lowrank import WHITENING_DAMPING, Decomposition, decompose, rank_for, 
 from casp.plan.options import LOW_RANK_ROLES, Option, chosen_formats, layouts, stored_shapes
 from casp.seed import matrix_generator
 
-ANCHORS = (0.125, 0.375, 0.75)
-"""Keep ratios at which factors are really quantized; between them costs are interpolated."""
+ANCHORS = (0.1875, 0.5625)
+"""Keep ratios at which factors are really quantized; for other ranks costs follow a power of the rank."""
 
 
 class LinearMoments(Protocol):
@@ -41,14 +41,14 @@ class LinearMoments(Protocol):
 class Pricing:
     """How options are priced.
 
-    settings: the backend's knobs of the search; weighting: of the tokens in the moment that matrices are rounded and
-    whitened under; damping: of the whitening; rows: most rows of a full-rank matrix that are quantized to price it;
-    low_rank: roles that may become low-rank; tuned: formats that fine-tuning can move; wanted: entries that a format
-    must have.
+    settings: the backend's knobs of the search, its own for a draft where None; weighting: of the tokens in the moment
+    that matrices are rounded and whitened under; damping: of the whitening; rows: most rows of a full-rank matrix that
+    are quantized to price it; low_rank: roles that may become low-rank; tuned: formats that fine-tuning can move;
+    wanted: entries that a format must have.
     """
 
     backend: Backend
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] | None = None
     weighting: str = "attention+gradient"
     damping: float = WHITENING_DAMPING
     rows: int = 128
@@ -57,11 +57,16 @@ class Pricing:
     wanted: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
 
+    @property
+    def search(self) -> Mapping[str, Any]:
+        """The backend's knobs in use."""
+        return self.backend.draft if self.settings is None else self.settings
+
     def record(self) -> dict[str, Any]:
         """What decides the costs, besides the model and its moments: for the fingerprint."""
         return {
             "backend": self.backend.name,
-            **self.settings,
+            "search": dict(self.search),
             "token_weights": self.weighting,
             "damping": self.damping,
             "rows": self.rows,
@@ -78,7 +83,7 @@ class Pricing:
     def rounded(self, weight: Tensor, hessian: Tensor, format: Format, name: str) -> Tensor:
         """What `weight` (out, in) becomes, dense float32."""
         generator = matrix_generator(self.seed, name)
-        return rounded(self.backend, weight.float(), hessian.float(), format, generator, name, self.settings)[1]
+        return rounded(self.backend, weight.float(), hessian.float(), format, generator, name, self.search)[1]
 
 
 def smoothed_hessian(moments: LinearMoments, weighting: str) -> Tensor:
@@ -121,15 +126,15 @@ class FactorCosts:
     up: Mapping[str, Mapping[int, float]]
 
     def at(self, rank: int, formats: Sequence[Format]) -> float | None:
-        """Of both factors at `rank`, interpolated in the logarithms; None for a format not measured."""
+        """Of both factors at `rank`, each on the line through the logarithms; None for a format not measured."""
         total = 0.0
         for measured, format in zip((self.down, self.up), formats, strict=True):
             known = measured.get(key(format))
             if not known:
                 return None
-            ranks = sorted(known)
-            logs = np.log([known[r] for r in ranks])
-            total += float(np.exp(np.interp(np.log(rank), np.log(ranks), logs)))
+            degree = min(1, len(known) - 1)
+            line = np.polyfit(np.log(list(known)), np.log(list(known.values())), degree)
+            total += float(np.exp(np.polyval(line, np.log(rank))))
         return total
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ class QuipSharp:
     """The backend "quip-sharp". A format is {"bits": 1|2|3|4}, with "vectors": "tuned" where these are real."""
 
     name = "quip-sharp"
+    draft = MappingProxyType({"sweeps": 1, "search_scale": False})
 
     def format(self, bits: int, tuned: bool = False) -> dict[str, Any]:
         """The format of this width, its vectors as signs or, to be tuned, real; UserError when there is none."""

@@ -19,6 +19,7 @@ class ToyLinear(QuantizedLinear):
 
 class Toy:
     name = "toy"
+    draft = {}
 
     def formats(self, out_features, in_features, *, tuned=False):
         return [{"bits": bits} for bits in (2, 4, 8)]

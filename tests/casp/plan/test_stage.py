@@ -42,10 +42,8 @@ def planned(tiny_llama, moments, tmp_path_factory):
 
 
 def quantize(stage, model, texts, moments, plan_file, output, *more):
-    stage(
-        ["--model", str(model), "--plan", str(plan_file), "--moments", str(moments), "--output", str(output)]
-        + [*data_flags(texts), *more]
-    )
+    flags = ["--model", str(model), "--plan", str(plan_file), "--moments", str(moments), "--output", str(output)]
+    stage([*flags, *data_flags(texts), *more])
 
 
 def test_plan_keeps_to_its_budget_and_says_what_it_chose(tiny_llama, planned, capsys):
@@ -55,9 +53,8 @@ def test_plan_keeps_to_its_budget_and_says_what_it_chose(tiny_llama, planned, ca
     assert found["bytes"] == sum(entry["bytes"] for entry in found["linears"].values())
     assert found["bits"] == pytest.approx(8 * found["bytes"] / weights)
     assert any(entry["rank"] for entry in found["linears"].values())
-    assert all(
-        entry["rank"] is None for path, entry in found["linears"].items() if not path.endswith(("q_proj", "k_proj"))
-    )
+    others = [entry for path, entry in found["linears"].items() if not path.endswith(("q_proj", "k_proj"))]
+    assert all(entry["rank"] is None for entry in others)
     assert found["predicted"] > 0
 
 
@@ -94,8 +91,13 @@ def test_an_edited_plan_is_obeyed(tiny_llama, texts, moments, planned, tmp_path)
     assert modules[f"{path}.down"]["format"] == {"bits": 4}
 
 
-def remove(entry):
-    del entry["linears"][min(entry["linears"])]
+def remove(plan):
+    del plan["linears"][min(plan["linears"])]
+
+
+def first(**changes):
+    """Changes the entry of the first linear."""
+    return lambda plan: plan["linears"][min(plan["linears"])].update(changes)
 
 
 @pytest.mark.parametrize(
@@ -110,10 +112,10 @@ def remove(entry):
             lambda entry: entry["linears"][min(entry["linears"])].update(rank=4, formats=[{"bits": 2}]),
             "takes two formats",
         ),
-        (lambda entry: entry["linears"][min(entry["linears"])].update(rank=0), "neither null nor a whole number"),
-        (lambda entry: entry["linears"][min(entry["linears"])].update(rank=10**6), "its full rank"),
-        (lambda entry: entry["linears"][min(entry["linears"])].update(rank=None, formats=[{"bits": 9}]), "is refused"),
-        (lambda entry: entry["linears"][min(entry["linears"])].update(rank=None, formats=[{}]), "is refused"),
+        (first(rank=0), "neither null nor a whole number"),
+        (first(rank=10**6), "its full rank"),
+        (first(rank=None, formats=[{"bits": 9}]), "is refused"),
+        (first(rank=None, formats=[{}]), "is refused"),
         (lambda entry: entry["linears"].update({min(entry["linears"]): 3}), "needs an entry 'rank'"),
         (lambda entry: entry.update(linears=[]), "holds no plan"),
     ],
