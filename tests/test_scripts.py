@@ -101,6 +101,8 @@ def test_all_rooms_have_scripts():
         "SVD/scripts/svd_llama.sh",
         "GPTQ/scripts/quantize_llava.sh",
         "GPTQ/scripts/quantize_llama.sh",
+        "quip-sharp/scripts/hessian_offline_llava.sh",
+        "quip-sharp/scripts/hessian_offline_llama.sh",
         "quip-sharp/scripts/hfize_llava.sh",
         "quip-sharp/scripts/hfize_llama.sh",
         "quip-sharp/scripts/quantize_finetune_llava.sh",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_ROWS = 256  # of a panel: enough for a matrix product at full speed, few enough to save half of it
+_ROWS = 512  # of a panel: enough for a matrix product at full speed, few enough to save nearly half of it
 WIDEST_DOUBLE = 16384  # up to this width a sum is kept in float64, 1.1 GB of it; beyond it in float32
 
 

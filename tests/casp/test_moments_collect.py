@@ -222,6 +222,21 @@ def test_the_order_of_batches_in_memory_is_one(tiny_llama, flags, tmp_path, monk
     assert set(seen) == {2 * 24 * 64}
 
 
+def test_half_precision(tiny_llama, tmp_path):
+    """States and gradients pass between blocks in the compute dtype; the sums lose little by it."""
+    decoder = Decoder(tiny_llama)
+    settings = {"token_weights": ["none", "gradient"], "gradients": True}
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        work = WorkFolder(tmp_path / str(dtype), decoder, "moments", "tiny", settings, "calibration")
+        folder = collect(decoder, work, batches_of(decoder), CPU, dtype, ["none", "gradient"], True)
+        found.append(Moments(folder).read(0)["self_attn.v_proj"])
+    for name in ("none", "gradient"):
+        exact, half = (one.hessian(name) for one in found)
+        assert (half - exact).norm() < 0.05 * exact.norm()
+    assert (found[1].gradient_moment - found[0].gradient_moment).norm() < 0.05 * found[0].gradient_moment.norm()
+
+
 def test_forward_only(tiny_llama, flags, tmp_path):
     only = ["--no-gradients", "--token-weights", "none"]
     main(["--model", str(tiny_llama), *flags, "--output", str(tmp_path / "out"), *only])
