@@ -28,11 +28,13 @@ class Backend(Protocol):
     draft: Mapping[str, Any]
     """Settings of `quantize` that are quick and near enough to the usual ones to compare formats by."""
 
-    def formats(self, out_features: int, in_features: int, *, tuned: bool = False) -> list[Format]:
+    def formats(self, out_features: int, in_features: int, *, tuned: bool = False, **words: Any) -> list[Format]:
         """Every format that a matrix of this shape may take, in ascending bytes.
 
-        tuned: those only that fine-tuning can move, which may store more. A plan chooses among them by their bytes and
-        by what `quantize` makes of the matrix; what an entry means is the backend's own.
+        tuned: those only that fine-tuning can move, which may store more; words: the backend's own, which narrow the
+        choice or make another (a backend with an attribute `codebooks` takes one of these as `codebook`). A plan
+        chooses among them by their bytes and by what `quantize` makes of the matrix; what an entry means is the
+        backend's own.
         """
 
     def bytes(self, format: Format, out_features: int, in_features: int) -> int:

@@ -35,9 +35,12 @@ class GPTQ:
         check_format(bits, group_size)
         return {"bits": bits, "group_size": group_size}
 
-    def formats(self, out_features: int, in_features: int, *, tuned: bool = False) -> list[dict[str, int]]:
-        """Every width in groups of `GROUP_SIZES`, in ascending bytes; scales can be tuned in all of them."""
-        found = [self.format(bits, size) for bits in BITS for size in GROUP_SIZES]
+    def formats(
+        self, out_features: int, in_features: int, *, tuned: bool = False, group_size: int | None = None
+    ) -> list[dict[str, int]]:
+        """Every width in groups of `GROUP_SIZES`, or of `group_size`, in ascending bytes; all can be tuned."""
+        sizes = GROUP_SIZES if group_size is None else (group_size,)
+        found = [self.format(bits, size) for bits in BITS for size in sizes]
         return sorted(found, key=lambda format: self.bytes(format, out_features, in_features))
 
     def bytes(self, format: Mapping[str, Any], out_features: int, in_features: int) -> int:

@@ -73,7 +73,8 @@ def add_pricing_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="KEY=VALUE",
         default=[],
-        help="entries that a format must have, in the backend's words, as codebook=trellis (default: all its formats)",
+        help="which formats, in the backend's words: codebook=trellis for quip-sharp, group_size=64 for gptq (default: "
+        "its usual ones)",
     )
     parser.add_argument(
         "--tuned",

@@ -44,7 +44,7 @@ class Pricing:
     settings: the backend's knobs of the search, its own for a draft where None; weighting: of the tokens in the moment
     that matrices are rounded and whitened under; damping: of the whitening; rows: most rows of a full-rank matrix that
     are quantized to price it; low_rank: roles that may become low-rank; tuned: formats that fine-tuning can move;
-    wanted: entries that a format must have.
+    wanted: words of the backend that choose its formats.
     """
 
     backend: Backend

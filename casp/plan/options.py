@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from casp.backend import Backend, Format
+from casp.errors import UserError
 from casp.lowrank import rank_for
 
 KEEP_RATIOS = (0.125, 0.1875, 0.25, 0.3125, 0.375, 0.4375, 0.5, 0.5625, 0.625, 0.6875, 0.75)
@@ -70,9 +71,12 @@ def option_bytes(
 def chosen_formats(
     backend: Backend, out_features: int, in_features: int, tuned: bool, wanted: Mapping[str, object]
 ) -> list[Format]:
-    """The backend's formats of a shape in ascending bytes, those only whose entries are as `wanted` says."""
-    offered = backend.formats(out_features, in_features, tuned=tuned)
-    return [format for format in offered if all(format.get(key) == value for key, value in wanted.items())]
+    """The backend's formats of a shape in ascending bytes, as its words `wanted` ask; UserError for unknown words."""
+    try:
+        return backend.formats(out_features, in_features, tuned=tuned, **wanted)
+    except TypeError as error:
+        words = ", ".join(f"{key}={value}" for key, value in wanted.items())
+        raise UserError(f"--format {words} is not understood by backend {backend.name!r} ({error}).") from error
 
 
 def ranks(out_features: int, in_features: int) -> list[int]:

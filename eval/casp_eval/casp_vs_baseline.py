@@ -64,9 +64,8 @@ class Setting:
 
 
 def codebooks(backend: str) -> list[str | None]:
-    """The codebooks that a backend's formats name; [None] where they name none."""
-    formats = load_backend(backend).formats(1024, 1024)
-    return sorted({format["codebook"] for format in formats if "codebook" in format}) or [None]
+    """The codebooks that a backend offers; [None] where it does not speak of them."""
+    return list(getattr(load_backend(backend), "codebooks", [None]))
 
 
 def reaches(setting: Setting) -> bool:

@@ -2,11 +2,12 @@
 
 import argparse
 
+from casp.backend import Format
 from casp.cli import Parser, add_common_arguments, run_main
 from casp.errors import UserError
 from casp.stage import FineTuning, add_quantizing_arguments, add_tuning_arguments, quantize_stage
 from casp_quip_sharp.backend import QuipSharp
-from casp_quip_sharp.codebooks import STAGES
+from casp_quip_sharp.codebook import FAMILIES, rates
 
 BLOCK_RATE, END_TO_END_RATE = 1e-3, 3e-4  # relative to a tensor's root mean square
 
@@ -19,7 +20,26 @@ def parser() -> argparse.ArgumentParser:
         "layers free buy more bits for the blocks of highest block influence.",
     )
     add_common_arguments(flags, default_model="meta-llama/Llama-2-7b-hf")
-    flags.add_argument("--bits", type=int, default=2, help="bits a weight: 1, 2, 3 or 4 (default: %(default)s)")
+    flags.add_argument(
+        "--bits",
+        type=int,
+        default=2,
+        help="bits a weight: 1 to 4, with the trellis of 256 states also 5 and 6 (default: %(default)s)",
+    )
+    flags.add_argument(
+        "--codebook",
+        choices=FAMILIES,
+        default="trellis",
+        help="what weights are rounded to: trellis = closed walks down the columns, e8p = the lattice E8 of the QuIP# "
+        "paper (default: %(default)s)",
+    )
+    flags.add_argument(
+        "--trellis-states",
+        type=int,
+        default=8,
+        metavar="L",
+        help="the trellis has 2^L states: 8, the one that kernels are made for, 10 or 12 (default: %(default)s)",
+    )
     flags.add_argument(
         "--damping",
         type=float,
@@ -53,10 +73,13 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--sweeps {args.sweeps} is negative; give 0 or more.")
 
 
-def label(bits: int, tuning: FineTuning) -> str:
-    """What the output is filed under: quip-sharp-2bit, and what of it was fine-tuned."""
+def label(format: Format, tuning: FineTuning) -> str:
+    """What the output is filed under: quip-sharp-trellis-2bit, -states10 where not 8, and what was fine-tuned."""
     parts = {"ft": tuning.block, "e2e": tuning.end_to_end}
-    return "-".join([f"quip-sharp-{bits}bit", *(name for name, training in parts.items() if training is not None)])
+    words = ["quip-sharp", format.get("codebook", "e8p"), f"{format['bits']}bit"]
+    if format.get("states", 8) != 8:
+        words.append(f"states{format['states']}")
+    return "-".join([*words, *(name for name, training in parts.items() if training is not None)])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,10 +88,14 @@ def main(argv: list[str] | None = None) -> None:
     check_flags(args)
     tuning = FineTuning.from_flags(args)
     backend = QuipSharp()
-    backend.format(args.bits)
-    ladder = [backend.format(bits, tuned=tuning.wanted) for bits in STAGES if bits >= args.bits]
+    backend.format(args.bits, False, args.codebook, args.trellis_states)
+    ladder = [
+        backend.format(bits, tuning.wanted, args.codebook, args.trellis_states)
+        for bits in rates(args.codebook, args.trellis_states)
+        if bits >= args.bits
+    ]
     search = {"damping": args.damping, "search_scale": args.scale_search, "sweeps": args.sweeps}
-    quantize_stage(args, backend, ladder, search, label(args.bits, tuning), tuning=tuning)
+    quantize_stage(args, backend, ladder, search, label(ladder[0], tuning), tuning=tuning)
 
 
 if __name__ == "__main__":

@@ -37,3 +37,14 @@ def warn_of_plain_pytorch(device_type: str) -> None:
     """Say, once in a process and kind of device, that layers run without kernels."""
     reason = _load()[1] or f"has no kernels for the device {device_type}"
     warnings.warn(f"quiptools {reason}: QuIP# layers run in plain PyTorch, slowly; build it with {BUILD}", stacklevel=2)
+
+
+@cache
+def warn_of_slow_rounding(device_type: str) -> None:
+    """Say, once in a process, that walks through the trellis are looked for without compiled loops."""
+    if device_type == "cpu":
+        warnings.warn(
+            f"quiptools {_load()[1]}: the trellis is searched in plain PyTorch, a hundred times slower; build it with "
+            f"{BUILD}",
+            stacklevel=2,
+        )

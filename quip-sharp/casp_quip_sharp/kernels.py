@@ -42,7 +42,7 @@ def decoded(codes: Tensor, residual_codes: Tensor | None, bits: int) -> Tensor:
     return points.view(len(codes), -1)
 
 
-def _multiply(x: Tensor, points: Tensor, dtype: torch.dtype) -> Tensor:
+def multiply(x: Tensor, points: Tensor, dtype: torch.dtype) -> Tensor:
     """`x points^T` with factors rounded to `dtype`, float32."""
     if dtype == torch.float32:
         return F.linear(x, points)
@@ -61,7 +61,7 @@ class Reference:
 
     def product(self, x: Tensor, codes: Tensor, residual_codes: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
         """See `Implementation`."""
-        return _multiply(x, decoded(codes, residual_codes, bits), dtype)
+        return multiply(x, decoded(codes, residual_codes, bits), dtype)
 
 
 @cache
@@ -111,7 +111,7 @@ class CompiledCPU:
         """See `Implementation`."""
         arguments = _arguments(codes, residual_codes, bits)
         if len(x) > LARGEST_DIRECT_BATCH and _multiplies_natively(dtype):
-            return _multiply(x, operators().decode(*arguments, self.instruction_set), dtype)
+            return multiply(x, operators().decode(*arguments, self.instruction_set), dtype)
         return operators().product(x, *arguments, self.instruction_set)
 
 
@@ -129,7 +129,7 @@ class CompiledCUDA:
         """See `Implementation`."""
         arguments = _arguments(codes, residual_codes, bits)
         if len(x) > LARGEST_DIRECT_BATCH:
-            return _multiply(x, operators().decode(*arguments), dtype)
+            return multiply(x, operators().decode(*arguments), dtype)
         return operators().product(x, *arguments)
 
 

@@ -21,7 +21,7 @@ class Toy:
     name = "toy"
     draft = {}
 
-    def formats(self, out_features, in_features, *, tuned=False):
+    def formats(self, out_features, in_features, *, tuned=False, **words):
         return [{"bits": bits} for bits in (2, 4, 8)]
 
     def bytes(self, format, out_features, in_features):
