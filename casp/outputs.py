@@ -17,6 +17,7 @@ VERSION = 1
 KINDS = {
     "checkpoint": "a compressed checkpoint",
     "moments": "a folder of moments",
+    "costs": "a folder of priced options",
     "export": "an exported checkpoint",
 }
 """Kind of run -> what its folder is, in words."""

@@ -1,8 +1,7 @@
 """Quantizing a decoder with any backend, block by block, as a plan of formats says."""
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,20 +10,17 @@ from torch import Tensor
 from casp.backend import Backend
 from casp.budget import Plan
 from casp.errors import UserError
+from casp.factors import FACTORS, low_rank_module, quantized_factors
 from casp.models import Decoder
 from casp.moments.forward import block_moments, token_weights
-from casp.moments.store import BlockMoments, Moments
+from casp.moments.store import BlockMoments, LinearMoments, Moments
 from casp.notes import warnings_of
+from casp.plan.options import stored_shapes
 from casp.run import RunFolder
+from casp.seed import matrix_generator
 from casp.teacher import Teacher
 from casp.tuning import Training, tunable_tensors, tune_block
 from casp.walk import Visit, capture_inputs, walk
-
-
-def matrix_generator(seed: int, path: str) -> torch.Generator:
-    """The generator of one matrix: it depends on the seed and the path, not on what was done before."""
-    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def weighted_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
@@ -38,7 +34,8 @@ def weighted_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> fl
 class Method:
     """How a decoder is quantized: everything but the model and its data.
 
-    plan: path of every stored matrix -> its format; settings: the backend's knobs of the search; true_sequential: each
+    plan: path of every stored matrix -> its format; ranks: path of every linear that is to become low-rank -> its rank,
+    the formats of its factors standing in the plan; settings: the backend's knobs of the search; true_sequential: each
     group of matrices that share an input sees what the quantized earlier ones of the block produce (one pass over
     the calibration data a group instead of one a block); block_training: fine-tune the block after each group
     (then always sequential), None to leave it; weighting: of the tokens (see `casp.moments.weights`), one of those by
@@ -52,6 +49,7 @@ class Method:
     true_sequential: bool = True
     block_training: Training | None = None
     weighting: str = "none"
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
 
 def _quantize_matrix(
@@ -94,6 +92,37 @@ def _quantize_matrix(
     }
 
 
+def _quantize_factors(
+    visit: Visit, path: str, full_path: str, moments: LinearMoments, method: Method, role: str
+) -> dict[str, dict[str, float]]:
+    """Low rank and both factors quantized, in place; the reports of the linear and of its factors, by role."""
+    old, backend, rank = visit.block.get_submodule(path), method.backend, method.ranks[full_path]
+    formats = [method.plan[f"{full_path}.{which}"] for which in FACTORS]
+    weight, hessian = old.weight.detach().float(), moments.hessian(method.weighting).to(visit.device)
+    gradients = moments.gradient_moment.to(visit.device)
+    made = quantized_factors(
+        weight, hessian, gradients, rank, formats, backend, method.seed, full_path, method.settings
+    )
+    parent, _, leaf = path.rpartition(".")
+    setattr(visit.block.get_submodule(parent), leaf, low_rank_module(old, rank, formats, backend, made))
+    shapes = stored_shapes(rank, *weight.shape)
+    sizes = [backend.bytes(format, *shape) for format, shape in zip(formats, shapes, strict=True)]
+    errors = (
+        weighted_error(made.wanted_down, made.down, made.moment),
+        weighted_error(made.wanted_up, made.up, made.inner_moment),
+    )
+    report = {
+        f"{role}.{which}": {"bits": round(8 * size / (rows * columns), 4), "relative_error": error}
+        for which, size, (rows, columns), error in zip(FACTORS, sizes, shapes, errors, strict=True)
+    }
+    whole = {
+        "rank": rank,
+        "bits": round(8 * sum(sizes) / weight.numel(), 4),
+        "relative_error": weighted_error(weight, made.dense(), hessian),
+    }
+    return {role: whole, **report}
+
+
 def quantize_block(
     visit: Visit,
     decoder: Decoder,
@@ -117,8 +146,11 @@ def quantize_block(
         shared = block_moments(visit, stage, weights) if moments is None else [None] * len(stage)
         for group, seen in zip(stage, shared, strict=True):
             for path in group:
-                hessian = seen if moments is None else moments[path].hessian(method.weighting).to(visit.device)
                 full_path = f"{decoder.blocks[visit.index]}.{path}"
+                if full_path in method.ranks:
+                    linears |= _quantize_factors(visit, path, full_path, moments[path], method, roles[path])
+                    continue
+                hessian = seen if moments is None else moments[path].hessian(method.weighting).to(visit.device)
                 linears[roles[path]] = _quantize_matrix(visit, path, full_path, hessian, method)
         if method.block_training is not None:
             curve = tune_block(visit, targets, method.backend, method.block_training, generator)

@@ -19,15 +19,19 @@ from casp.cli import default_output, model_folder, model_name, pick_device, pick
 from casp.digest import content_hash
 from casp.distill import distill
 from casp.errors import UserError
+from casp.factors import FACTORS
 from casp.files import write_json, write_shard
 from casp.folder import WORK_PREFIX, check_places
 from casp.linear import LowRankLinear, QuantizedLinear
 from casp.models import Decoder
 from casp.moments.find import add_moments_argument, add_token_weights_argument, choose_weighting, find_moments
-from casp.moments.store import Moments
+from casp.moments.store import REMEDY, Moments
 from casp.numbers import real, whole
-from casp.quantize import Method, matrix_generator, measure_block_influence, quantize_blocks
+from casp.plan.file import Plan as RankPlan
+from casp.plan.file import read_plan
+from casp.quantize import Method, measure_block_influence, quantize_blocks
 from casp.run import REPORT_FILE, RunFolder
+from casp.seed import matrix_generator
 from casp.teacher import Teacher
 from casp.tuning import Curve, Training
 from casp.walk import capture_inputs
@@ -63,6 +67,13 @@ def add_quantizing_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="each matrix sees what the quantized earlier ones of its block produce: one pass over the calibration "
         "data per group of matrices instead of one per block (default: on)",
+    )
+    parser.add_argument(
+        "--plan",
+        type=Path,
+        metavar="FILE",
+        help="obey this plan of ranks and formats, made by plan.sh and edited if you like, on --model itself; it needs "
+        "moments collected before (default: one format for all, --bits)",
     )
     add_moments_argument(parser)
     add_token_weights_argument(parser)
@@ -254,6 +265,26 @@ def end_to_end(
     return {name: tensor for name, tensor in learned.items() if not name.startswith(decoder.blocks_path + ".")}, curve
 
 
+def planned(args: argparse.Namespace, decoder: Decoder, backend: Backend, moments: Moments | None) -> RankPlan | None:
+    """The plan that --plan names, checked; None without one. UserError where another flag or the moments forbid it."""
+    if args.plan is None:
+        return None
+    if args.bits_budget is not None or args.target_bytes_of is not None:
+        raise UserError("--plan says how many bytes every linear takes; leave --bits-budget and --target-bytes-of out.")
+    if moments is None or not moments.has_gradients:
+        raise UserError(f"--plan needs moments with gradients of {decoder.folder}; collect them with {REMEDY}.")
+    return read_plan(args.plan, decoder, content_hash(decoder.folder), backend)
+
+
+def stored_formats(plan: RankPlan) -> Plan:
+    """Path of every stored matrix -> its format, of a plan of ranks and formats."""
+    formats: Plan = {}
+    for path, option in plan.linears.items():
+        names = [path] if option.rank is None else [f"{path}.{which}" for which in FACTORS]
+        formats |= dict(zip(names, option.formats, strict=True))
+    return formats
+
+
 def quantize_stage(
     args: argparse.Namespace,
     backend: Backend,
@@ -273,7 +304,7 @@ def quantize_stage(
     `args.model` names; beside: names the folder that will be made of the output afterwards, which is then checked
     before any work. Moments are those that `casp.moments.find` finds.
     """
-    decoder = Decoder.open(stage_input(args.model, "svd", args.from_original))
+    decoder = Decoder.open(stage_input(args.model, "svd", args.from_original or args.plan is not None))
     if holds(decoder, QuantizedLinear):
         raise UserError(f"{decoder.folder} is already quantized; give the original model or the output of stage svd.")
     if check is not None:
@@ -282,10 +313,13 @@ def quantize_stage(
     stage = f"casp-{label}" if low_rank else label
     moments = find_moments(args, decoder, low_rank, args.token_weights)
     weighting = choose_weighting(args.token_weights, moments)
+    obeyed = planned(args, decoder, backend, moments)
+    if obeyed is not None:
+        stage = f"casp-{backend.name}-plan"
     output = args.output or default_output(args.model, stage)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device, decoder.dtype)
-    budget = byte_budget(args, decoder, backend, ladder[0])
+    budget = byte_budget(args, decoder, backend, ladder[0]) if obeyed is None else obeyed.bytes
     batches = []
     if moments is None or tuning.wanted:
         batches = calibration_batches(
@@ -293,7 +327,7 @@ def quantize_stage(
         )
     record = {
         "backend": backend.name,
-        **ladder[0],
+        **(ladder[0] if obeyed is None else {"plan": obeyed.fingerprint()}),
         **settings,
         "byte_budget": budget,
         **calibration_record(args, device, dtype, data=bool(batches)),
@@ -318,13 +352,19 @@ def quantize_stage(
     if run.done:
         print(f"{output} is finished already with these settings")
         return output
-    plan = uniform_plan(decoder, ladder[0])
-    shapes = matrices(decoder)
-    if budget is not None:
-        plan = promote(plan, shapes, backend, ladder, block_influence(run, batches, device, dtype, moments), budget)
-    print(describe_plan(plan, shapes, backend, decoder))
+    ranks: dict[str, int] = {}
+    if obeyed is not None:
+        plan = stored_formats(obeyed)
+        ranks = {path: option.rank for path, option in obeyed.linears.items() if option.rank is not None}
+        print(f"{obeyed.bits:.3f} bits per weight as {args.plan} says, {len(ranks)} linears of low rank")
+    else:
+        plan = uniform_plan(decoder, ladder[0])
+        shapes = matrices(decoder)
+        if budget is not None:
+            plan = promote(plan, shapes, backend, ladder, block_influence(run, batches, device, dtype, moments), budget)
+        print(describe_plan(plan, shapes, backend, decoder))
     teacher = Teacher(Decoder.open(original), batches, device, dtype) if tuning.wanted else None
-    method = Method(backend, plan, settings, args.seed, args.true_sequential, tuning.block, weighting)
+    method = Method(backend, plan, settings, args.seed, args.true_sequential, tuning.block, weighting, ranks)
     quantize_blocks(decoder, run, batches, method, device, dtype, moments, teacher)
     if tuning.end_to_end is None:
         run.finish()

@@ -22,16 +22,16 @@ from casp.cli import (
 )
 from casp.errors import UserError
 from casp.linear import LowRankLinear
+from casp.lowrank import factor, rank_for
 from casp.models import Decoder
 from casp.moments.density import attention_density, density_batches
 from casp.moments.find import add_moments_argument, find_moments
 from casp.moments.store import REMEDY, BlockMoments
 from casp.numbers import real
-from casp.quantize import matrix_generator
 from casp.run import RunFolder
+from casp.seed import matrix_generator
 from casp.stage import base_model, calibration_files
 from casp.walk import Visit
-from casp_svd.decompose import factor, rank_for
 from casp_svd.statistics import Whitening, attention_moments, input_moments
 
 

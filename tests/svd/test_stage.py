@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from casp_svd.__main__ import main
-from casp_svd.decompose import rank_for
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -18,6 +17,7 @@ from casp.checkpoint import size
 from casp.errors import UserError
 from casp.folder import LOG_FILE
 from casp.linear import LowRankLinear
+from casp.lowrank import rank_for
 from casp.models import Decoder
 from casp.moments import __main__ as moments
 from casp.moments.store import Moments

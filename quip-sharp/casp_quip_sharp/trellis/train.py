@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from casp.cli import Parser, run_main
 from casp.errors import UserError
-from casp.folder import write_atomically
+from casp.files import write_atomically
 from casp.kernels import operators
 from casp_quip_sharp.trellis.layout import STRIP
 from casp_quip_sharp.trellis.tables import FILE, UNIT, Table, entry_numbers
