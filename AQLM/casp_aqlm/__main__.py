@@ -1,0 +1,103 @@
+"""Quantize and fine-tune: `python -m casp_aqlm --model ... --scheme 2x8g8`."""
+
+import argparse
+from pathlib import Path
+
+from casp.cli import Parser, add_common_arguments, run_main
+from casp.errors import UserError
+from casp.hessians import Hessians, add_weighting_argument
+from casp.stage import FineTuning, add_quantizing_arguments, add_tuning_arguments, quantize_stage
+from casp_aqlm.backend import AQLM
+from casp_aqlm.scheme import ENTRY_DTYPES, Scheme
+
+BLOCK_RATE, END_TO_END_RATE = 1e-3, 3e-4  # relative to a tensor's root mean square
+LADDER = ("1x8g8", "2x8g8", "3x8g8", "4x8g8")  # what freed bytes lift a block to, in ascending bytes
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    flags = Parser(
+        prog="python -m casp_aqlm",
+        description="Quantize a model's decoder with AQLM and fine-tune it. After stage SVD, the bytes that low-rank "
+        "layers free buy more bits for the blocks of highest block influence.",
+    )
+    add_common_arguments(flags, default_model="meta-llama/Llama-2-7b-hf")
+    flags.add_argument(
+        "--scheme",
+        default="2x8g8",
+        help="MxBgG: M codebooks of 2^B entries over groups of G weights, M B / G bits a weight besides codebooks and "
+        "scales (default: %(default)s)",
+    )
+    flags.add_argument(
+        "--entries",
+        choices=ENTRY_DTYPES,
+        default="float16",
+        help="what codebooks are stored as; float8 halves them, which tells on small matrices (default: %(default)s)",
+    )
+    flags.add_argument(
+        "--damping",
+        type=float,
+        default=0.01,
+        help="added to the Hessian's diagonal, as a share of its mean (default: %(default)s)",
+    )
+    flags.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.01,
+        help="relative gain of a round over codes, codebooks and scales below which no other follows "
+        "(default: %(default)s)",
+    )
+    flags.add_argument("--max-rounds", type=int, default=12, help="the most rounds, a count (default: %(default)s)")
+    flags.add_argument(
+        "--hessians",
+        type=Path,
+        metavar="DIR",
+        help="output of the Hessian stage for this model (default: collect them on the way, each from what the blocks "
+        "quantized before put out)",
+    )
+    add_weighting_argument(flags)
+    add_tuning_arguments(flags, block_rate=BLOCK_RATE, end_to_end_rate=END_TO_END_RATE)
+    add_quantizing_arguments(flags)
+    return flags
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """UserError for numbers outside their range."""
+    if not 0 < args.damping < 1:
+        raise UserError(f"--damping {args.damping:g} is not between 0 and 1; 0.01 is usual.")
+    if not 0 <= args.tolerance < 1:
+        raise UserError(f"--tolerance {args.tolerance:g} is not between 0 and 1; 0.01 is usual.")
+    if args.max_rounds < 0:
+        raise UserError(f"--max-rounds {args.max_rounds} is negative; give 0 or more.")
+
+
+def label(scheme: Scheme, tuning: FineTuning) -> str:
+    """What the output is filed under: aqlm-2x8g8, and what of it was fine-tuned."""
+    parts = {"ft": tuning.block, "e2e": tuning.end_to_end}
+    return "-".join([f"aqlm-{scheme}", *(name for name, training in parts.items() if training is not None)])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Quantize one model."""
+    args = parser().parse_args(argv)
+    check_flags(args)
+    tuning = FineTuning.from_flags(args)
+    backend, scheme = AQLM(), Scheme.parse(args.scheme, args.entries)
+    above = [Scheme.parse(text, args.entries) for text in LADDER]
+    ladder = [scheme.format, *(rung.format for rung in above if rung.bits > scheme.bits)]
+    search = {"damping": args.damping, "tolerance": args.tolerance, "max_rounds": args.max_rounds}
+    hessians = None if args.hessians is None else Hessians(args.hessians)
+    quantize_stage(
+        args,
+        backend,
+        ladder,
+        search,
+        label(scheme, tuning),
+        tuning=tuning,
+        hessians=hessians,
+        token_weights=args.token_weights,
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
