@@ -8,6 +8,7 @@ from casp.errors import UserError
 from casp.hessians import Hessians, add_weighting_argument
 from casp.stage import FineTuning, add_quantizing_arguments, add_tuning_arguments, quantize_stage
 from casp_aqlm.backend import AQLM
+from casp_aqlm.export import check_exportable, export_aqlm
 from casp_aqlm.scheme import ENTRY_DTYPES, Scheme
 
 BLOCK_RATE, END_TO_END_RATE = 1e-3, 3e-4  # relative to a tensor's root mean square
@@ -58,6 +59,11 @@ def parser() -> argparse.ArgumentParser:
     add_weighting_argument(flags)
     add_tuning_arguments(flags, block_rate=BLOCK_RATE, end_to_end_rate=END_TO_END_RATE)
     add_quantizing_arguments(flags)
+    flags.add_argument(
+        "--export",
+        choices=["aqlm"],
+        help="aqlm: write a plain AQLM checkpoint besides, OUTPUT-aqlm, that transformers loads with the package aqlm",
+    )
     return flags
 
 
@@ -69,6 +75,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--tolerance {args.tolerance:g} is not between 0 and 1; 0.01 is usual.")
     if args.max_rounds < 0:
         raise UserError(f"--max-rounds {args.max_rounds} is negative; give 0 or more.")
+    if args.export and (args.bits_budget is not None or args.target_bytes_of is not None):
+        raise UserError("--export writes one scheme for all layers; leave it or the byte budget out.")
 
 
 def label(scheme: Scheme, tuning: FineTuning) -> str:
@@ -87,16 +95,19 @@ def main(argv: list[str] | None = None) -> None:
     ladder = [scheme.format, *(rung.format for rung in above if rung.bits > scheme.bits)]
     search = {"damping": args.damping, "tolerance": args.tolerance, "max_rounds": args.max_rounds}
     hessians = None if args.hessians is None else Hessians(args.hessians)
-    quantize_stage(
+    output = quantize_stage(
         args,
         backend,
         ladder,
         search,
         label(scheme, tuning),
+        check_exportable if args.export else None,
         tuning=tuning,
         hessians=hessians,
         token_weights=args.token_weights,
     )
+    if args.export:
+        print(f"wrote {export_aqlm(output, output.with_name(output.name + '-aqlm'))} for the package aqlm")
 
 
 if __name__ == "__main__":

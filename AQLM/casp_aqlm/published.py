@@ -118,5 +118,7 @@ def published_aqlm(
         record()
         order = torch.randperm(state.codes.shape[1], generator=generator).tolist()
         state.codes = search_codes(weight, state.codes, codebooks.detach(), scales.detach(), hessian, order)
+    else:
+        record()
     state.codebooks, state.scales = codebooks.detach(), scales.detach()
     return state

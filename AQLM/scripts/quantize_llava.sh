@@ -6,7 +6,7 @@
 # Some uses:
 #   bash AQLM/scripts/quantize_llava.sh --model demo-llava --entries float8   the built-in model; small codebooks
 #   bash AQLM/scripts/quantize_llava.sh --scheme 4x8g8 --hessians DIR       4 bits, with the output of hfize_llava.sh
-#   bash AQLM/scripts/quantize_llava.sh --ft-epochs 0                       quantize only
+#   bash AQLM/scripts/quantize_llava.sh --ft-epochs 0 --export aqlm         not fine-tuned; also for the package aqlm
 # After SVD/scripts/svd_llava.sh it takes that stage's output and spends the bytes which the low-rank W_q and W_k freed
 # on more bits where block influence is highest (CASP-AQLM); --from-original quantizes the model itself.
 set -euo pipefail
