@@ -31,7 +31,8 @@ model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="float32")  # on a CP
 ```
 
 On a CPU set NUMBA_NUM_THREADS=1: the kernel of aqlm 1.1.7 lets its threads add to the same sums, and with more than one
-it returns other numbers at every call. It also reorders the codes at a layer's first call: save such a model before it is used, or not at all.
+it returns other numbers at every call. It also reorders the codes at a layer's first call: save such a model before it
+is used, or not at all.
 """
 
 
