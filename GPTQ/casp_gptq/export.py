@@ -8,21 +8,15 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from torch import Tensor
 
 from casp.budget import matrices
-from casp.digest import companions
 from casp.errors import UserError
-from casp.files import write_atomically, write_json, write_shard
-from casp.folder import WorkFolder
+from casp.export import export_checkpoint, uniform_format
 from casp.models import Decoder
-from casp.run import REPORT_FILE
-from casp.shards import INDEX
-from casp.stage import base_model
 from casp_gptq.packing import RUN
 
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # those that gptqmodel's kernels take
-_WRITTEN = {"config.json", INDEX, "README.md", REPORT_FILE}  # made here, or of no use there
 
 CARD = """# GPTQ checkpoint
 
@@ -41,19 +35,7 @@ def common_format(modules: dict[str, dict], shapes: dict[str, tuple[int, int, in
 
     modules: path -> entry of the quantization_config; shapes: path -> (block, out_features, in_features).
     """
-    for path, entry in modules.items():
-        if "rank" in entry:
-            raise UserError(
-                f"{path} is a low-rank layer, which a plain GPTQ checkpoint cannot hold; leave out --export or start "
-                "from the original model (--from-original)."
-            )
-    formats = {json.dumps(entry["format"], sort_keys=True) for entry in modules.values()}
-    if len(formats) != 1:
-        raise UserError(
-            "a plain GPTQ checkpoint has one bit width for all layers, this model has several; leave out --export or "
-            "the byte budget."
-        )
-    format = json.loads(formats.pop())
+    format = uniform_format(modules, "GPTQ")
     if format["group_size"] not in GROUP_SIZES:
         raise UserError(
             f"gptqmodel reads groups of {', '.join(map(str, GROUP_SIZES))} columns, not of {format['group_size']}; "
@@ -80,12 +62,6 @@ def check_exportable(decoder: Decoder, format: dict[str, int]) -> None:
     common_format({**(decoder.compression or {}).get("modules", {}), **modules}, shapes)
 
 
-class ExportFolder(WorkFolder):
-    """The work of an export, on a finished checkpoint."""
-
-    kind = "export"
-
-
 def export_folder(output: Path) -> Path:
     """Where the export of `output` goes: OUTPUT-gptqmodel, beside it."""
     return output.with_name(output.name + "-gptqmodel")
@@ -98,31 +74,10 @@ def export_gptq(folder: Path, output: Path, symmetric: bool) -> Path:
     was quantized with; kernels that need symmetric zeros go by it.
     """
     decoder = Decoder.open(folder)
-    config = json.loads((folder / "config.json").read_text())
-    modules, shapes = config["quantization_config"]["modules"], matrices(decoder)
-    format = common_format(modules, {path: shapes[path] for path in modules})
-    work = ExportFolder(output, decoder, "gptq-export", base_model(folder, str(folder)), {"symmetric": symmetric}, "")
-    if work.done:
-        return output
-
-    weight_map, total = {}, 0
-    for shard in sorted({entry.shard for entry in decoder.shards.entries.values()}):
-        tensors = load_file(shard)
-        for path, (_, _, columns) in shapes.items():
-            if f"{path}.qweight" in tensors:
-                width = columns if format["group_size"] == -1 else format["group_size"]
-                tensors[f"{path}.g_idx"] = (torch.arange(columns) // width).to(torch.int32)
-        write_shard(work.result / shard.name, tensors)
-        weight_map |= dict.fromkeys(tensors, shard.name)
-        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(work.result / INDEX, index)
-    copied = [file for file in companions(folder) if file.name not in _WRITTEN]
-    for file in copied:
-        write_atomically(work.result / file.name, file.read_bytes())
-    card = CARD.format(**format, grid="symmetric" if symmetric else "asymmetric")
-    write_atomically(work.result / "README.md", card.encode())
-    config["quantization_config"] = {
+    modules = json.loads((folder / "config.json").read_text())["quantization_config"]["modules"]
+    shapes = {path: shape for path, shape in matrices(decoder).items() if path in modules}
+    format = common_format(modules, shapes)
+    config = {
         "quant_method": "gptq",
         "checkpoint_format": "gptq_v2",
         **format,
@@ -133,5 +88,13 @@ def export_gptq(folder: Path, output: Path, symmetric: bool) -> Path:
         "pack_dtype": "int32",
         "block_name_to_quantize": decoder.blocks_path,
     }
-    write_json(work.result / "config.json", config)
-    return work.close({*_WRITTEN, *weight_map.values(), *(file.name for file in copied)} - {REPORT_FILE})
+
+    def rewrite(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        for path, (_, _, columns) in shapes.items():
+            if f"{path}.qweight" in tensors:
+                width = columns if format["group_size"] == -1 else format["group_size"]
+                tensors[f"{path}.g_idx"] = (torch.arange(columns) // width).to(torch.int32)
+        return tensors
+
+    card = CARD.format(**format, grid="symmetric" if symmetric else "asymmetric")
+    return export_checkpoint(folder, output, "gptq", rewrite, config, card)

@@ -33,7 +33,7 @@ class QuipSharp:
         return format
 
     def formats(
-        self, out_features: int, in_features: int, *, tuned: bool = False, codebook: str = "e8p", states: int = 8
+        self, out_features: int, in_features: int, *, tuned: bool = False, codebook: str = "trellis", states: int = 8
     ) -> list[dict[str, Any]]:
         """One format a width, in ascending bytes; tuned: with real vectors; codebook, states: as in `format`."""
         return [self.format(bits, tuned, codebook, states) for bits in sorted(rates(codebook, states))]
