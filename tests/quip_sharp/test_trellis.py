@@ -6,7 +6,6 @@ from dataclasses import asdict
 import pytest
 import torch
 from casp_quip_sharp.codebook import codebook_of
-from casp_quip_sharp.compiled import operators
 from casp_quip_sharp.trellis.codebook import Trellis
 from casp_quip_sharp.trellis.columns import (
     descend_columns,
@@ -20,6 +19,8 @@ from casp_quip_sharp.trellis.train import Effort, find_masks, finish
 from casp_quip_sharp.trellis.walks import nearest_walks, walk_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from casp.kernels import operators
 
 needs_kernels = pytest.mark.skipif(operators() is None, reason="needs quiptools")
 BOUNDS = {(8, 1): 0.285, (8, 2): 0.0755, (8, 3): 0.0205, (8, 4): 0.0066, (12, 2): 0.0712}
