@@ -21,7 +21,13 @@ from casp.errors import UserError
 from casp.folder import WORK_PREFIX, write_json, write_shard
 from casp.linear import LowRankLinear, QuantizedLinear
 from casp.models import Decoder
-from casp.moments.find import add_moments_argument, add_token_weights_argument, choose_weighting, find_moments
+from casp.moments.find import (
+    ON_THE_WAY,
+    add_moments_argument,
+    add_token_weights_argument,
+    choose_weighting,
+    find_moments,
+)
 from casp.moments.store import Moments
 from casp.quantize import Method, matrix_generator, measure_block_influence, quantize_blocks
 from casp.run import REPORT_FILE, RunFolder
@@ -35,8 +41,8 @@ END_TO_END_STATE = f"{WORK_PREFIX}end-to-end-state.safetensors"
 INFLUENCE_SAMPLES = 32  # block influence is a mean over tokens: a few samples settle the order of the blocks
 
 
-def add_quantizing_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of every quantizing stage, besides the common ones."""
+def add_quantizing_arguments(parser: argparse.ArgumentParser, on_the_way: str = ON_THE_WAY) -> None:
+    """Flags of every quantizing stage, besides the common ones; on_the_way: see `quantize_stage`."""
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
         "--bits-budget",
@@ -61,7 +67,7 @@ def add_quantizing_arguments(parser: argparse.ArgumentParser) -> None:
         "data per group of matrices instead of one per block (default: on)",
     )
     add_moments_argument(parser)
-    add_token_weights_argument(parser)
+    add_token_weights_argument(parser, on_the_way)
 
 
 def add_tuning_arguments(parser: argparse.ArgumentParser, block_rate: float, end_to_end_rate: float) -> None:
@@ -243,6 +249,7 @@ def quantize_stage(
     label: str,
     check: Callable[[Decoder, Format], None] | None = None,
     tuning: FineTuning = FineTuning(),
+    on_the_way: str = ON_THE_WAY,
 ) -> Path:
     """Run a quantizing stage as its flags say; returns the checkpoint's folder.
 
@@ -250,7 +257,8 @@ def quantize_stage(
     backend's knobs of the search, passed to `quantize`; label: what the output is filed under
     (runs/<model>/<label>, with "casp-" before it for a model with low-rank layers); check: raises UserError
     for a model and format that the stage cannot serve, before anything is computed; tuning: towards the model that
-    `args.model` names. Moments are those that `casp.moments.find` finds.
+    `args.model` names; on_the_way: the token weights where none are asked for and second moments are collected while
+    quantizing. Moments collected before are those that `casp.moments.find` finds.
     """
     decoder = Decoder.open(stage_input(args.model, "svd", args.from_original))
     if holds(decoder, QuantizedLinear):
@@ -260,7 +268,7 @@ def quantize_stage(
     low_rank = holds(decoder, LowRankLinear)
     stage = f"casp-{label}" if low_rank else label
     moments = find_moments(args, decoder, low_rank, args.token_weights)
-    weighting = choose_weighting(args.token_weights, moments)
+    weighting = choose_weighting(args.token_weights, moments, on_the_way)
     output = args.output or default_output(args.model, stage)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device, decoder.dtype)

@@ -9,6 +9,8 @@ from casp_gptq.backend import GPTQ
 from casp_gptq.export import check_exportable, export_gptq
 from casp_gptq.grid import BITS
 
+ON_THE_WAY = "none"  # token weights without moments collected before; others have not been measured with GPTQ
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -57,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         default=2,
         help="rounds of refinement after GPTQ's own pass, a count; 0: plain GPTQ (default: %(default)s)",
     )
-    add_quantizing_arguments(flags)
+    add_quantizing_arguments(flags, ON_THE_WAY)
     flags.add_argument(
         "--export",
         choices=["gptq"],
@@ -92,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
         "sweeps": args.sweeps,
     }
     check = check_exportable if args.export else None
-    output = quantize_stage(args, backend, ladder, search, f"gptq-{args.bits}bit", check)
+    output = quantize_stage(args, backend, ladder, search, f"gptq-{args.bits}bit", check, on_the_way=ON_THE_WAY)
     if args.export:
         plain = output.with_name(output.name + "-gptqmodel")
         print(f"wrote {export_gptq(output, plain, args.symmetric)} for gptqmodel")
