@@ -3,8 +3,8 @@
 `inputs-00000.safetensors`, from the forward pass, holds for each group of linears that share an input and each
 weighting ("none", "attention") that was asked for the upper triangle of the second moment of that input, row after
 row, float32, 2 in (in + 1) bytes, named `GROUP/WEIGHTING` after the group's first path. `gradients-00000.safetensors`,
-from the backward pass, holds for each linear `PATH/outputs`, the triangle of G = E[g g^T] over E|g|^2, 2 out (out + 1) bytes, and
-for each weighting by gradient `PATH/WEIGHTING`, 2 in (in + 1) bytes: these differ between linears that share an input.
+from the backward pass, holds for each linear `PATH/outputs`, the triangle of E[g g^T] / E|g|^2, 2 out (out + 1) bytes,
+and for each weighting by gradient `PATH/WEIGHTING`, 2 in (in + 1) bytes: these differ between linears that share an input.
 Paths are relative to the block; what else is known of a block stands as JSON in the headers, the digest of every tensor
 among it.
 
@@ -103,9 +103,9 @@ class LinearMoments:
     """What is known of one linear; moments are read when they are asked for.
 
     path: relative to the block; group: the first path of those that share its input; energy: E|g|^2 over tokens, g the
-    gradient of the summed loss at the linear's output, outliers bounded, None without a backward pass; tokens: how many the means are
-    over; losses: how many of them have a loss: ``1/2 tokens / losses tr(G D H D^T)`` is the predicted damage of an
-    error D in nats a loss. digests: of the tensors that the block's files hold.
+    gradient of the summed loss at the linear's output, outliers bounded, None without a backward pass; tokens: how many
+    the means are over; losses: how many of them have a loss: ``1/2 tokens / losses tr(G D H D^T)`` is the predicted
+    damage of an error D in nats a loss. digests: of the tensors that the block's files hold.
     """
 
     folder: Path
