@@ -36,12 +36,13 @@ def round_columns_reference(
     wanted, target: (rows, width), with and without the feedback of the blocks that are done; feedback: within the
     block, (width, width); values: of the states.
     """
-    error, symbols = torch.zeros_like(target), torch.empty(target.shape, dtype=torch.uint8, device=target.device)
+    error, points = torch.zeros_like(target), torch.empty_like(target)
+    symbols = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
     for j in range(target.shape[1] - 1, -1, -1):
         column = wanted[:, j] + error[:, j + 1 :] @ feedback[j + 1 :, j]
-        symbols[:, j], points = nearest_column(column, values, bits)
-        error[:, j] = target[:, j] - points
-    return symbols, target - error
+        symbols[:, j], points[:, j] = nearest_column(column, values, bits)
+        error[:, j] = target[:, j] - points[:, j]
+    return symbols, points
 
 
 def descend_columns_reference(

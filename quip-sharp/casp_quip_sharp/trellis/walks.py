@@ -1,7 +1,8 @@
 """Closed walks through the trellis: what they stand for, and the nearest one, in plain PyTorch.
 
 The search is Viterbi's, tail-biting as in arXiv 2406.11235, section 3.3: the sequence is solved once around its own
-beginning, with free ends; the bits that this walk carries over the beginning then bind both ends of a second search. This is the reference of the compiled search in quiptools, and what runs on other devices.
+beginning, with free ends; the bits that this walk carries over the beginning then bind both ends of a second search.
+This is the reference of the compiled search in quiptools, and what runs on other devices.
 """
 
 import torch
