@@ -9,7 +9,7 @@ from casp.errors import UserError
 from casp.hessians import Hessians, add_weighting_argument
 from casp.stage import FineTuning, add_quantizing_arguments, add_tuning_arguments, quantize_stage
 from casp_quip_sharp.backend import QuipSharp
-from casp_quip_sharp.codebook import FAMILIES, rates
+from casp_quip_sharp.codebook import FAMILIES, codebook_of, rates
 
 BLOCK_RATE, END_TO_END_RATE = 1e-3, 3e-4  # relative to a tensor's root mean square
 
@@ -58,9 +58,8 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--sweeps",
         type=int,
-        default=4,
         help="most rounds of coordinate descent after LDLQ, a count; none follows one that gained little "
-        "(default: %(default)s)",
+        "(default: 4 with e8p, 1 with the trellis)",
     )
     flags.add_argument(
         "--hessians",
@@ -79,7 +78,7 @@ def check_flags(args: argparse.Namespace) -> None:
     """UserError for numbers outside their range."""
     if not 0 < args.damping < 1:
         raise UserError(f"--damping {args.damping:g} is not between 0 and 1; 0.01 is usual.")
-    if args.sweeps < 0:
+    if args.sweeps is not None and args.sweeps < 0:
         raise UserError(f"--sweeps {args.sweeps} is negative; give 0 or more.")
 
 
@@ -104,7 +103,8 @@ def main(argv: list[str] | None = None) -> None:
         for bits in rates(args.codebook, args.trellis_states)
         if bits >= args.bits
     ]
-    search = {"damping": args.damping, "search_scale": args.scale_search, "sweeps": args.sweeps}
+    sweeps = codebook_of(ladder[0]).effort.sweeps if args.sweeps is None else args.sweeps
+    search = {"damping": args.damping, "search_scale": args.scale_search, "sweeps": sweeps}
     hessians = None if args.hessians is None else Hessians(args.hessians)
     quantize_stage(
         args,
