@@ -4,7 +4,8 @@
 weighting ("none", "attention") that was asked for the upper triangle of the second moment of that input, row after
 row, float32, 2 in (in + 1) bytes, named `GROUP/WEIGHTING` after the group's first path. `gradients-00000.safetensors`,
 from the backward pass, holds for each linear `PATH/outputs`, the triangle of E[g g^T] / E|g|^2, 2 out (out + 1) bytes,
-and for each weighting by gradient `PATH/WEIGHTING`, 2 in (in + 1) bytes: these differ between linears that share an input.
+and for each weighting by gradient `PATH/WEIGHTING`, 2 in (in + 1) bytes: these differ between linears that share an
+input.
 Paths are relative to the block; what else is known of a block stands as JSON in the headers, the digest of every tensor
 among it.
 

@@ -74,9 +74,9 @@ def tempered(gradient: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of each sequence at a mean square of 1, its heaviest tokens bounded, and what that square was.
 
     gradient: (batch, tokens, out); tokens: (batch, tokens) bool, False for padding. Returns (batch, tokens, out)
-    float32 and (batch,). The gradient at a token that all others attend to is hundreds of times that of any other, and so is
-    that of some whole sequences: neither says what an error costs, which for such a token is far from small. A token's
-    square counts up to 40 times that of the sequence's mean norm.
+    float32 and (batch,). The gradient at a token that all others attend to is hundreds of times that of any other, and
+    so is that of some whole sequences: there the expansion to second order predicts a multiple of what an error costs.
+    A token's square counts up to 40 times that of the sequence's mean norm.
     """
     gradient = gradient.float() * tokens[..., None]
     tiny, size = torch.finfo(torch.float32).tiny, gradient.square().sum(-1)
