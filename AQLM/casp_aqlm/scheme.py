@@ -30,10 +30,10 @@ class Scheme:
     @classmethod
     def parse(cls, text: str, entries: str = "float16") -> "Scheme":
         """The scheme that `text` writes as MxBgG; UserError when it writes none, or one out of range."""
-        match = re.fullmatch(r"(\d+)x(\d+)g(\d+)", text)
+        match = re.fullmatch(r"([0-9]{1,4})x([0-9]{1,4})g([0-9]{1,4})", text)
         if match is None:
             raise UserError(
-                f"scheme {text!r} is not of the form MxBgG (M codebooks, B bits a code, groups of G weights); "
+                f"scheme {text[:40]!r} is not of the form MxBgG (M codebooks, B bits a code, groups of G weights); "
                 f"examples: {_EXAMPLES}."
             )
         scheme = cls(*map(int, match.groups()), entries)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
 import shutil
 import subprocess
@@ -29,6 +28,7 @@ from casp.files import write_json
 from casp.models import Decoder
 from casp.plan.file import shapes
 from casp.plan.options import chosen_formats
+from casp.reading.documents import read_json
 from casp_eval import data
 from casp_eval.compare import Evaluation, Figures, Subject
 from casp_eval.loading import is_multimodal
@@ -262,7 +262,7 @@ def main(arguments: list[str] | None = None) -> None:
             write_json(file, row(setting, folder, examiner))
             if not args.keep:
                 shutil.rmtree(folder)
-        rows.append(json.loads(file.read_text()))
+        rows.append(read_json(file, "the row"))
         write_report(args.output, rows)
     print((args.output / "report.md").read_text())
 

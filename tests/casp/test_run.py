@@ -20,7 +20,8 @@ from casp.files import write_shard
 from casp.folder import LOG_FILE, WORK_PREFIX
 from casp.models import Decoder
 from casp.quantize import Method, quantize_blocks
-from casp.run import RunFolder, merge_reports
+from casp.report import merge_reports
+from casp.run import RunFolder
 from casp.stage import base_model
 
 CPU = torch.device("cpu")
@@ -52,7 +53,7 @@ def test_output_is_complete_or_absent(tiny_llama, tmp_path, toy_site):
     assert not output.with_name("out.partial").exists()
     names = set(contents(output))
     assert {"config.json", "model.safetensors.index.json", "README.md", "casp_report.json", "tokenizer.json"} <= names
-    assert not [name for name in names if name.endswith(".tmp") or name.startswith("block-") or name == "lock"]
+    assert not [name for name in names if ".casp-tmp" in name or name.startswith("block-") or name == "lock"]
     before = contents(output)
     toy_stage(tiny_llama, output)
     assert contents(output) == before
@@ -208,7 +209,7 @@ def test_a_full_disk_leaves_no_half_written_file(tiny_llama, tmp_path, toy_site,
     with pytest.raises(OSError, match="No space left"):
         toy_stage(tiny_llama, output)
     assert not output.exists()
-    assert not list(output.with_name("out.partial").rglob("*.tmp*"))
+    assert not list(output.with_name("out.partial").rglob("*.casp-tmp*"))
     monkeypatch.undo()
     toy_stage(tiny_llama, output)
     toy_stage(tiny_llama, tmp_path / "whole")
