@@ -37,6 +37,11 @@ def _flaw(report: dict[str, Any]) -> str | None:
         for stage in stages
     ):
         return "stages is no list of stages and settings"
+    for settings in (stage["settings"] for stage in stages):
+        if not _number_or_none(settings.get("keep_ratio")) or not isinstance(settings.get("fine_tuning", {}), dict):
+            return "a stage's keep_ratio is no number, or its fine_tuning no object"
+    if not _is_curve(report.get("end_to_end", [])):
+        return "end_to_end is no curve of losses"
     if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
         return "blocks is no list of objects"
     for number, block in enumerate(blocks):
@@ -47,11 +52,27 @@ def _flaw(report: dict[str, Any]) -> str | None:
             return f"the attention density of block {number} is no number"
         if not _number_or_none(block.get("block_influence")):
             return f"the influence of block {number} is no number"
+        tunings = block.get("tuning", [])
+        if not isinstance(tunings, list) or not all(
+            isinstance(one, dict) and one.get("curve") and _is_curve(one["curve"]) for one in tunings
+        ):
+            return f"the fine-tuning of block {number} has no curves"
     return None
 
 
+def _is_curve(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(entry, dict) and _number_or_none(entry.get("training")) and _is_number(entry.get("validation"))
+        for entry in value
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return value is not None and _number_or_none(value)
+
+
 def _number_or_none(value: Any) -> bool:
-    # Finite and of any size that an influence or a share can have.
+    # Of any size that an influence, a share or a loss can have; NaN is in no range.
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e6)
 
 

@@ -51,7 +51,10 @@ class Scheme:
     @classmethod
     def of(cls, format: Mapping[str, Any]) -> "Scheme":
         """The scheme of a format, {"scheme": "2x8g8", "entries": "float16"|"float8", ...}."""
-        return cls.parse(format["scheme"], format["entries"])
+        scheme = cls.parse(format["scheme"], format["entries"])
+        if format.get("bits", scheme.bits) != scheme.bits:
+            raise UserError(f"scheme {scheme} has {scheme.bits:g} bits a weight, not {str(format['bits'])[:40]}.")
+        return scheme
 
     def __str__(self) -> str:
         return f"{self.codebooks}x{self.code_bits}g{self.group}"
