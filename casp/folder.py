@@ -12,7 +12,8 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -186,13 +187,19 @@ class WorkFolder:
         """The remedy for work that is damaged."""
         return f"move {self.folder} away and run the same command again: it begins anew"
 
-    def read_shard(self, file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Tensors and metadata of a safetensors file that this run wrote; UserError where it is damaged."""
+    @contextmanager
+    def reading(self, file: Path) -> Iterator[None]:
+        """Inside the block, what is wrong with `file`, which this run wrote, is told with the remedy for that."""
         try:
-            _, metadata = read_header_with_metadata(file)
-            return load_file(file), metadata
+            yield
         except (UserError, SafetensorError, OSError) as error:
             raise UserError(f"{file}, work of this run, is damaged ({in_brief(error)}); {self.anew}.") from error
+
+    def read_shard(self, file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and metadata of a safetensors file that this run wrote; UserError where it is damaged."""
+        with self.reading(file):
+            _, metadata = read_header_with_metadata(file)
+            return load_file(file), metadata
 
     def log(self, line: str) -> None:
         """Append a line with the time of day to the run's log."""

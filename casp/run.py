@@ -185,9 +185,10 @@ class RunFolder(WorkFolder):
         weight_map, total = {}, 0
         for index in range(shards):
             shard = self._shard(index)
-            for name, entry in read_header(shard).items():
-                weight_map[name] = shard.name
-                total += entry.bytes
+            with self.reading(shard):
+                stored = read_header(shard)
+            weight_map |= dict.fromkeys(stored, shard.name)
+            total += sum(entry.bytes for entry in stored.values())
         write_json(
             self.result / INDEX,
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},

@@ -88,7 +88,7 @@ def read_plan(file: Path, decoder: Decoder, model: str, backend: Backend) -> Pla
     unknown, for ranks above the full one and for formats that the backend does not have.
     """
     found = _json(file)
-    if found.get("version") != VERSION:
+    if type(found.get("version")) is not int or found["version"] != VERSION:
         raise UserError(
             f"{file} has plan version {str(found.get('version'))[:40]}, this casp reads {VERSION}; make it anew."
         )
@@ -153,16 +153,17 @@ def _check_format(where: str, format: Mapping[str, Any], shape: tuple[int, int],
     """UserError unless `backend` stores a matrix of `shape` (out, in) in `format`, as far as it can be known now."""
     shown, reason = in_brief(ValueError(json.dumps(format))), None
     offered = [one for tuned in (False, True) for one in backend.formats(*shape, tuned=tuned)]
-    unknown = sorted(format.keys() - {key for one in offered for key in one})
-    if unknown:
-        reason = f"{backend.name} has no word {unknown[0]!r}"
-    elif any(isinstance(value, bool) for value in format.values()):
-        reason = "true and false are no values of a format"
+    kinds: dict[str, set[type]] = {}
+    for one in offered:
+        for key, value in one.items():
+            kinds.setdefault(key, set()).update({type(value), int} if isinstance(value, float) else {type(value)})
+    odd = next((key for key, value in format.items() if type(value) not in kinds.get(key, ())), None)
+    if odd is not None:
+        reason = f"{backend.name} has no such {odd[:40]!r}"
     else:
         try:
             backend.linear(*shape, False, format, device="meta")
-            if type(backend.bytes(format, *shape)) is not int:
-                reason = "a number in it is not whole"
+            backend.bytes(format, *shape)
         except UserError as error:
             reason = str(error).rstrip(".")
         except Exception:  # of whatever a backend's arithmetic makes of other types

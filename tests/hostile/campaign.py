@@ -43,6 +43,7 @@ MODULES = {
     "moments": "casp.moments.__main__",
     "aqlm": "casp_aqlm.__main__",
     "plan": "casp.plan.__main__",
+    "priced": "casp.plan.__main__",
     "compress": "casp.compress",
     "obey": "casp_gptq.__main__",
     "obey quip": "casp_quip_sharp.__main__",

@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "svd": (*SIZES, "--model", "{model}", "--dataset", "{text}"),
     "aqlm": (*SIZES, "--model", "{model}", "--dataset", "{text}", "--ft-epochs", "0", "--max-rounds", "1"),
     "plan": (*PRICED, "--model", "{model}", "--device", "cpu", "--output", "{dir}/out"),
+    "priced": (*PRICED, "--model", "{base}", "--moments", "{model}", "--device", "cpu", "--output", "{dir}/out"),
     "compress": (*SIZES, *PRICED, "--model", "{model}", "--dataset", "{text}", "--dry-run"),
     "obey": (*SIZES, *OBEYED, "--clip-search", "0", "--sweeps", "0"),
     "obey quip": (*SIZES, *OBEYED, "--ft-epochs", "0", "--sweeps", "0"),
@@ -757,11 +758,11 @@ def data_cases() -> Iterator[Case]:
 def hessian_cases() -> Iterator[Case]:
     """Folders of moments that are damaged, incomplete or of another kind."""
 
-    def rewritten(change: Callable[[dict, dict], Any]) -> Damage:
+    def rewritten(change: Callable[[dict, dict], Any], kind: str = "inputs") -> Damage:
         def damage(folder: Path) -> None:
             from safetensors import safe_open
 
-            for file in sorted(folder.glob("inputs-*.safetensors")):
+            for file in sorted(folder.glob(f"{kind}-*.safetensors")):
                 with safe_open(file, "pt") as f:
                     metadata = dict(f.metadata())
                 tensors = load_file(file)
@@ -819,6 +820,17 @@ def hessian_cases() -> Iterator[Case]:
     yield Case(
         "hessians", "a block is cut", "given", "hessians", lambda f: os.truncate(f / "inputs-00001.safetensors", 5000)
     )
+    for label in ("zeros", "NaN", "infinite", "negative", "cropped", "float64", "no groups", "groups are deep"):
+        yield Case("hessians", f"gradients: {label}", "priced", "hessians", rewritten(changes[label], "gradients"))
+    for label, value in BAD_VALUES.items():
+        for key in ("token_weights", "gradients"):
+            change = edited("casp_run.json", put(f"fingerprint.settings.{key}", value))
+            fine = key == "gradients" and label == "true"
+            yield Case("hessians", f"{key}={label}", "priced", "hessians", change, refuse=not fine)
+    for name in ("gradients-00001.safetensors", "inputs-00002.safetensors"):
+        yield Case("hessians", f"{name} is missing", "priced", "hessians", lambda f, name=name: (f / name).unlink())
+        cut = lambda f, name=name: os.truncate(f / name, 5000)  # noqa: E731
+        yield Case("hessians", f"{name} is cut", "priced", "hessians", cut)
     yield Case("hessians", "a finished checkpoint", "given", "gptq", nothing)
     yield Case(
         "hessians", "of another model", "given", "hessians", edited("casp_run.json", put("fingerprint.model", "0"))
