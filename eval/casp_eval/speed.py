@@ -48,7 +48,7 @@ class Name(NamedTuple):
 DENSE, DENSE_FLOAT32 = Name("torch", "none", "dense", 16), Name("torch", "none", "dense", 32)
 
 
-LEAST_WEIGHTS, MOST_WEIGHTS = 1 << 16, 1 << 28
+LEAST_WEIGHTS, MOST_WEIGHTS, MOST_FEATURES = 1 << 16, 1 << 28, 1 << 18
 """Weights of a layer: of smaller ones it takes thousands to fill a cache, a larger one fills the memory."""
 
 
@@ -60,6 +60,8 @@ def shape(text: str) -> tuple[int, int]:
     out_features, in_features = int(found[1]), int(found[2])
     if not LEAST_WEIGHTS <= out_features * in_features <= MOST_WEIGHTS:
         raise argparse.ArgumentTypeError(f"{text} is not a layer of {LEAST_WEIGHTS} to {MOST_WEIGHTS} weights")
+    if max(out_features, in_features) > MOST_FEATURES:
+        raise argparse.ArgumentTypeError(f"{text} has a side of more than {MOST_FEATURES}, which no layer has")
     return out_features, in_features
 
 
