@@ -283,6 +283,9 @@ def _step(axis: Axes, values: list[float], index: int, label: str, linestyle: st
     axis.plot(values, drawstyle="steps-mid", label=label, **style)
 
 
+_LARGEST = 1e12  # of a perplexity on an axis: that of a damaged model has three hundred digits
+
+
 def _log_bits(side: Any, axis: Axes, values: list[float]) -> None:
     """A log2 scale for bits with a tick at every whole format inside the range."""
     low, high = min(values) / 1.25, max(values) * 1.25
@@ -298,8 +301,9 @@ def _log_bits(side: Any, axis: Axes, values: list[float]) -> None:
 
 
 def _log_quality(axis: Axes, values: list[float]) -> None:
-    """A log scale with plain numbers: 1-2-5 steps within three decades, powers of ten beyond."""
-    low, high = min(values) / 1.3, max(values) * 1.3
+    """A log scale with plain numbers: 1-2-5 steps within three decades, powers of ten beyond; it ends at 10^12."""
+    low, high = (min(value, _LARGEST) for value in (min(values) / 1.3, max(values)))
+    high = max(1.3 * high, 2 * low)
     axis.set_yscale("log")
     axis.set_ylim(low, high)
     steps = (1, 2, 5) if high / low < 1000 else (1,)
