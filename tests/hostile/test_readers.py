@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -261,7 +262,9 @@ def test_search_is_safe_for_anything():
 @pytest.mark.parametrize("module", ["casp_gptq", "casp_eval.chat"])
 def test_ctrl_c_while_libraries_load(module):
     command = [sys.executable, "-X", "importtime", "-m", module, "--help"]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    # A shell's background jobs ignore the signal, and children inherit that.
+    listen = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     seen = []
     for line in child.stderr:
         seen.append(line)
