@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
+from casp.calibration import mixture
 from casp.calibration.sources import Chat, find, first_line
 from casp.errors import UserError
 
@@ -29,9 +30,10 @@ def calibration_batches(
 ) -> list[dict[str, Tensor]]:
     """Batches of `samples` sequences for the checkpoint in `folder`, on the CPU.
 
-    `dataset` is rp, c4, wikitext2 or ptb (hub); a local .txt or .jsonl file; or demo, demo-text or demo-images
-    (built in; demo is demo-images for a multimodal model and demo-text for a text model). The rows of a
-    .jsonl are all {"text"} or all {"image", "question", "answer"}, image paths relative to the file.
+    `dataset` is rp, c4, wikitext2 or ptb (hub); a local .txt or .jsonl file; a built-in set (`sources.BUILT_IN`);
+    or a mixture of these, "NAME:SHARE,NAME:SHARE" (`mixture.shares`). A mixture of chats and text gives batches of
+    chats and batches of text, evenly spread. The rows of a .jsonl are all {"text"} or all {"image", "question",
+    "answer"}, image paths relative to the file.
     """
     sizes = {"samples": samples, "sequence length": sequence_length, "batch size": batch_size}
     for name, value in sizes.items():
@@ -47,18 +49,25 @@ def calibration_batches(
             f" {folder}: lower --sequence-length"
         )
     rng = random.Random(seed)
-    found = find(dataset, multimodal, samples, rng)
-    if isinstance(found, list):
-        if not multimodal:
-            raise UserError(f"{dataset} has images, but {folder} is a text model: use a text set")
-        return _chat_batches(found, folder, batch_size, positions, rng)
-    tokenizer = _load(AutoTokenizer, folder)
-    if isinstance(found, str):
-        windows = _windows_of_text(found, dataset, tokenizer, samples, sequence_length, rng)
-    else:
-        windows = _windows_of_documents(found, dataset, tokenizer, samples, sequence_length, rng)
-    parts = torch.stack(windows).split(batch_size)
-    return [{"input_ids": ids.clone(), "attention_mask": torch.ones_like(ids)} for ids in parts]
+    chats: list[Chat] = []
+    windows: list[Tensor] = []
+    parts = mixture.counts(mixture.shares(dataset, multimodal), samples)
+    for name, count in parts.items():
+        found = find(name, count, rng)
+        if isinstance(found, list):
+            if not multimodal:
+                raise UserError(f"{name} has images, but {folder} is a text model: use a text set")
+            chats += found
+            continue
+        tokenizer = _load(AutoTokenizer, folder)
+        cut = _windows_of_text if isinstance(found, str) else _windows_of_documents
+        windows += cut(found, name, tokenizer, count, sequence_length, rng)
+    if len(parts) > 1:
+        rng.shuffle(windows)
+    texts = [torch.stack(windows[start : start + batch_size]) for start in range(0, len(windows), batch_size)]
+    text_batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in texts]
+    chat_batches = _chat_batches(chats, folder, batch_size, positions, rng) if chats else []
+    return mixture.interleaved(chat_batches, text_batches)
 
 
 def fingerprint(batches: list[dict[str, Tensor]]) -> str:

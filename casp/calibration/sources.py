@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from casp.demo import scenes, text
 from casp.errors import UserError
 
 if TYPE_CHECKING:
     import datasets
 
-BUILT_IN = ("demo", "demo-text", "demo-images")
+#: Built-in texts of one register each; "demo" and "demo-text" are mixtures (mixture.py).
+BUILT_IN_TEXTS = {f"demo-{register}": split for register, split in text.CALIBRATION.items()}
+BUILT_IN = ("demo", "demo-text", "demo-images", *BUILT_IN_TEXTS)
 
 #: Rows that are held in memory to shuffle a streamed set.
 SHUFFLE_BUFFER = 1000
@@ -106,17 +109,11 @@ HUB = {
 }
 
 
-def find(dataset: str, multimodal: bool, samples: int, rng: random.Random) -> str | Iterator[str] | list[Chat]:
-    """What a data set's name stands for: one text, documents in a random order, or `samples` chats."""
-    if dataset == "demo":
-        dataset = "demo-images" if multimodal else "demo-text"
-    if dataset == "demo-text":
-        from casp.demo import text
-
-        return text.load("calibration")
+def find(dataset: str, samples: int, rng: random.Random) -> str | Iterator[str] | list[Chat]:
+    """What one set's name stands for: one text, documents in a random order, or `samples` chats."""
+    if dataset in BUILT_IN_TEXTS:
+        return text.load(BUILT_IN_TEXTS[dataset])
     if dataset == "demo-images":
-        from casp.demo import scenes
-
         # The split has no end: draw from enough of it that another seed draws other pictures.
         questions = (scenes.question("calibration", i) for i in rng.sample(range(8 * samples), samples))
         return [Chat(q.image, q.question, q.answer, f"picture {q.scene} of demo-images") for q in questions]

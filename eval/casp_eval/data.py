@@ -11,9 +11,10 @@ from typing import Any
 
 from PIL import Image
 
+from casp.demo import text
 from casp.errors import UserError
 
-TEXTS = ("validation", "test", "moby")
+TEXTS = (*text.VALIDATION.values(), *text.TEST)
 SCENES = ("validation", "test", "test-unseen")
 HUB_TEXTS: dict[str, tuple[dict[str, Any], str, str, int | None]] = {
     # name: (arguments of datasets.load_dataset, column, what joins the documents, how many documents).
@@ -36,8 +37,6 @@ HUB_TEXTS: dict[str, tuple[dict[str, Any], str, str, int | None]] = {
 def load_text(name: str) -> str:
     """The text called `name`: a built-in split, a hub data set, or the path of a .txt file (UTF-8)."""
     if name in TEXTS:
-        from casp.demo import text
-
         return text.load(name)
     if name in HUB_TEXTS:
         return _hub_text(name)
