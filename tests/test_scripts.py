@@ -17,6 +17,7 @@ SCRIPTS = sorted(path.relative_to(ROOT) for path in ROOT.glob("*/scripts/*.sh"))
 #: What a script needs besides its defaults, with a model that does not exist.
 MISSPELT = "/nowhere/lama"
 NEEDS = {
+    "calibration_mix.sh": ["--model", MISSPELT, "--work", "out", "--output", "out.json", "demo-text@1"],
     "compare.sh": [MISSPELT, "--output", "out"],
     "lm_eval.sh": ["--model", MISSPELT, "--tasks", "any"],
     "lmms_eval.sh": ["--model", MISSPELT, "--tasks", "any"],

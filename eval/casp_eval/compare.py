@@ -32,6 +32,9 @@ from casp_eval.perplexity import text_perplexity
 PROTOCOL = 1
 """Raise it when what a figure means changes: kept figures of an older protocol are then measured again."""
 
+UNCALIBRATED = "encyclopaedia"
+"""The test text of a register that no built-in calibration set holds: what calibration did not see."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -147,13 +150,17 @@ class Evaluation:
     def _bar(self, what: str) -> str:
         return f"{self.subject.label or self.subject.given}: {what}"
 
-    def row(self, text: str, items: list[data.Item], fingerprint: str) -> report.Row:
-        """The row of report.json, with the interval, the kinds and where the checkpoint lies besides."""
+    def row(self, texts: dict[str, str], items: list[data.Item], fingerprint: str) -> report.Row:
+        """The row of report.json, with the interval, the kinds and where the checkpoint lies besides.
+
+        texts: by name; the first is the one that plots and tables call the text.
+        """
         folder, subject = self.subject.folder, self.subject
         stages = report.stage_report(folder)
         stored = size(folder)
         asked = is_multimodal(self.config)
-        text_figure = self.text(text)
+        text_figures = {name: self.text(text) for name, text in texts.items()}
+        text_figure, *_ = text_figures.values()
         answer_figure = self.answer_perplexity(items, fingerprint) if asked else None
         right = self.accuracy(items, fingerprint) if asked else None
         self.opened = None
@@ -164,6 +171,7 @@ class Evaluation:
             "bpw": stored.bpw,
             "bytes": stored.bytes,
             "perplexity_text": text_figure["perplexity"],
+            "perplexity_texts": {name: figure["perplexity"] for name, figure in text_figures.items()},
             "perplexity_image_text": answer_figure["perplexity"] if answer_figure else None,
             "accuracy": right["accuracy"] if right else None,
             "questions": right["questions"] if right else None,
@@ -210,11 +218,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--split",
         default="test",
         choices=data.SCENES,
-        help="built-in questions, and the built-in text of that name (test for test-unseen) (default: %(default)s)",
+        help="built-in questions, and the built-in texts of that split: for test and test-unseen, test and "
+        f"{UNCALIBRATED}, a register that calibration has nothing of (default: %(default)s)",
     )
     parser.add_argument(
         "--text",
-        help=f"another text than the split's: {', '.join((*data.TEXTS, *data.HUB_TEXTS))} or a .txt file",
+        action="append",
+        metavar="TEXT",
+        help="a text to score, several times for several, instead of the split's: "
+        f"{', '.join((*data.TEXTS, *data.HUB_TEXTS))} or a .txt file; the first is the one that plots show",
     )
     parser.add_argument(
         "--questions-file", help="a .jsonl of image, question, answer, kind, instead of the built-in questions"
@@ -234,8 +246,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_intermixed_args(arguments)
     subjects = [Subject.parse(text) for text in options.checkpoints]
-    text_name = options.text or ("test" if options.split == "test-unseen" else options.split)
-    text = data.load_text(text_name)
+    names = options.text or ([options.split] if options.split == "validation" else ["test", UNCALIBRATED])
+    texts = {name: data.load_text(name) for name in names}
     questions_name = options.questions_file or options.split
     evaluations = [Evaluation(subject, Figures(options.output / "figures"), options) for subject in subjects]
     items: list[data.Item] = []
@@ -246,9 +258,9 @@ def main(arguments: list[str] | None = None) -> None:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{options.output} cannot be made ({error.strerror}): choose another --output") from error
-    rows = [evaluation.row(text, items, fingerprint) for evaluation in evaluations]
+    rows = [evaluation.row(texts, items, fingerprint) for evaluation in evaluations]
     settings = {
-        "text": text_name,
+        "texts": ", ".join(texts),
         "windows": f"{options.windows or 'all'} of {options.sequence_length} tokens",
         "questions": f"{questions_name}, {len(items)} asked, at most {options.max_new_tokens} tokens an answer",
         "dtype": ", ".join(sorted({row["dtype"] for row in rows})),
