@@ -50,9 +50,10 @@ class AttentionCall:
             mask = torch.ones(tokens, tokens, dtype=torch.bool, device=logits.device).tril()
         else:
             mask = mask[:, head if mask.shape[1] > 1 else 0, :, :tokens]
+        visible = mask if mask.dtype == torch.bool else mask > float("-inf")
         logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask.float()
-        # A row of padding attends to nothing; its softmax would be NaN.
-        return torch.nan_to_num(torch.softmax(logits, dim=-1))
+        # A row of padding attends to nothing; its softmax would be NaN. Any other NaN is the model's, and stays.
+        return torch.softmax(logits, dim=-1).masked_fill(~visible.any(-1, keepdim=True), 0.0)
 
 
 def _attention(

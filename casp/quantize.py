@@ -10,8 +10,10 @@ from torch import Tensor
 
 from casp.backend import Backend
 from casp.budget import Plan
+from casp.errors import UserError
 from casp.hessians import Hessians, Weighting, block_moments, token_weights
 from casp.models import Decoder
+from casp.notes import warnings_of
 from casp.run import RunFolder
 from casp.teacher import Teacher
 from casp.tuning import Training, tunable_tensors, tune_block
@@ -56,12 +58,13 @@ def _quantize_matrix(
     full_path: str,
     hessian: Tensor,
     method: Method,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     old, backend = visit.block.get_submodule(path), method.backend
     format = method.plan[full_path]
     weight = old.weight.detach().float()
     generator = matrix_generator(method.seed, full_path)
-    tensors = backend.quantize(weight, hessian, format, generator, name=full_path, **method.settings)
+    with warnings_of("casp.moments") as notes:
+        tensors = backend.quantize(weight, hessian, format, generator, name=full_path, **method.settings)
     new = backend.linear(
         old.out_features,
         old.in_features,
@@ -70,6 +73,12 @@ def _quantize_matrix(
         dtype=old.weight.dtype,
         device=visit.device,
     )
+    spoilt = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if spoilt:
+        raise UserError(
+            f"{full_path}: its {spoilt[0]} would hold NaN or infinity, its weights are too large for the format; check "
+            "the checkpoint."
+        )
     if old.bias is not None:
         tensors = {**tensors, "bias": old.bias.detach()}
     new.load_state_dict(tensors)
@@ -79,6 +88,7 @@ def _quantize_matrix(
     return {
         "bits": round(bits, 4),
         "relative_error": weighted_error(weight, new.dequantize().float(), hessian),
+        **({"notes": notes} if notes else {}),
     }
 
 
@@ -99,7 +109,7 @@ def quantize_block(
     one_by_one = method.true_sequential or method.block_training is not None
     weights = None if hessians else token_weights(visit, method.weighting)
     generator = matrix_generator(method.seed, f"{decoder.blocks[visit.index]} tuning")
-    linears: dict[str, dict[str, float]] = {}
+    linears: dict[str, dict[str, Any]] = {}
     tuning = []
     for stage in [[group] for group in groups] if one_by_one else [groups]:
         if hessians is None:

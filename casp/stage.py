@@ -22,6 +22,7 @@ from casp.folder import WORK_PREFIX, write_json, write_shard
 from casp.hessians import WEIGHTINGS, Hessians
 from casp.linear import LowRankLinear, QuantizedLinear
 from casp.models import Decoder
+from casp.numbers import real, whole
 from casp.quantize import Method, matrix_generator, measure_block_influence, quantize_blocks
 from casp.run import REPORT_FILE, RunFolder
 from casp.teacher import Teacher
@@ -31,6 +32,7 @@ from casp.walk import capture_inputs
 INFLUENCE_FILE = f"{WORK_PREFIX}influence.json"
 END_TO_END_FILE = f"{WORK_PREFIX}end-to-end.safetensors"
 END_TO_END_STATE = f"{WORK_PREFIX}end-to-end-state.safetensors"
+MOST_EPOCHS, MOST_RATE = 10_000, 1.0  # a rate of 1 moves every number by its own size in a step
 INFLUENCE_SAMPLES = 32  # block influence is a mean over tokens: a few samples settle the order of the blocks
 
 
@@ -39,7 +41,7 @@ def add_quantizing_arguments(parser: argparse.ArgumentParser) -> None:
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
         "--bits-budget",
-        type=float,
+        type=real(0, 64),
         metavar="BPW",
         help="bits per original weight, all overheads counted, that must not be exceeded; what --bits leaves goes to "
         "more bits (default: for a model with low-rank layers, what --bits would take without them)",
@@ -65,22 +67,26 @@ def add_tuning_arguments(parser: argparse.ArgumentParser, block_rate: float, end
     """Flags of a stage whose backend can be fine-tuned; the rates are the defaults."""
     parser.add_argument(
         "--ft-epochs",
-        type=int,
+        type=whole(0, MOST_EPOCHS),
         default=2,
         help="passes over the calibration data in each of the two fine-tunings, in the blocks and end to end; 0: none "
         "of them (default: %(default)s)",
     )
-    parser.add_argument("--block-epochs", type=int, help="the same within the blocks alone (default: --ft-epochs)")
-    parser.add_argument("--e2e-epochs", type=int, help="the same end to end alone (default: --ft-epochs)")
+    parser.add_argument(
+        "--block-epochs", type=whole(0, MOST_EPOCHS), help="the same within the blocks alone (default: --ft-epochs)"
+    )
+    parser.add_argument(
+        "--e2e-epochs", type=whole(0, MOST_EPOCHS), help="the same end to end alone (default: --ft-epochs)"
+    )
     parser.add_argument(
         "--block-lr",
-        type=float,
+        type=real(0, MOST_RATE),
         default=block_rate,
         help="learning rate within the blocks, relative to each tensor's root mean square (default: %(default)s)",
     )
     parser.add_argument(
         "--e2e-lr",
-        type=float,
+        type=real(0, MOST_RATE),
         default=end_to_end_rate,
         help="learning rate end to end, relative in the same way (default: %(default)s)",
     )
@@ -103,17 +109,12 @@ class FineTuning:
 
     @classmethod
     def from_flags(cls, args: argparse.Namespace) -> "FineTuning":
-        """What the flags of `add_tuning_arguments` ask for; UserError for a negative count or rate."""
+        """What the flags of `add_tuning_arguments` ask for."""
         parts = []
         for part in ("block", "e2e"):
             epochs, rate = getattr(args, f"{part}_epochs"), getattr(args, f"{part}_lr")
-            flag = f"--{part}-epochs"
             if epochs is None:
-                epochs, flag = args.ft_epochs, "--ft-epochs"
-            if epochs < 0:
-                raise UserError(f"{flag} {epochs} is negative; give 0 for no fine-tuning, or more.")
-            if not 0 < rate < float("inf"):
-                raise UserError(f"--{part}-lr {rate:g} is not a positive number; the default is a good start.")
+                epochs = args.ft_epochs
             parts.append(Training(epochs, rate) if epochs else None)
         return cls(*parts, checkpointing=args.gradient_checkpointing)
 

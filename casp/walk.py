@@ -5,6 +5,7 @@
 make the inputs of the next.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from casp.attention import AttentionCall, observe_attention
-from casp.errors import UserError
+from casp.errors import UserError, told_as
 from casp.heap import return_freed_memory
 from casp.models import Decoder
 
@@ -49,6 +50,15 @@ def moved(value: Any, device: torch.device) -> Any:
 def first_output(output: Any) -> Tensor:
     """The hidden states that a block returns, alone or first of a tuple."""
     return output[0] if isinstance(output, tuple) else output
+
+
+def require_finite(hidden: Tensor, tokens: Tensor, name: str) -> None:
+    """UserError where `hidden` (batch, tokens, hidden), what `name` put out, is not finite at one of `tokens`, bool."""
+    if not torch.isfinite(hidden[tokens]).all():
+        raise UserError(
+            f"{name} puts out NaN or infinity; check the model's weights and the calibration data, or run in a wider "
+            "--dtype."
+        )
 
 
 class _Recorder:
@@ -98,14 +108,20 @@ def capture_inputs(
                 key: value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
                 for key, value in batch.items()
             }
-            model.base_model(**given, use_cache=False)
+            with told_as(
+                f"the model in {decoder.folder} cannot take its calibration batches",
+                "its config, processor and weights do not belong together, download it again",
+            ):
+                model.base_model(**given, use_cache=False)
             ids = batch["input_ids"]
             mask = batch.get("attention_mask")
+            tokens = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+            require_finite(recorder.hidden.cpu(), tokens, f"what comes before the blocks of {decoder.folder}")
             recorded.append(
                 BatchInputs(
                     hidden=recorder.hidden.cpu(),
                     kwargs=[moved(kwargs, torch.device("cpu")) for kwargs in recorder.kwargs],
-                    tokens=torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool(),
+                    tokens=tokens,
                     images=ids == (-1 if decoder.image_token_id is None else decoder.image_token_id),
                 )
             )
@@ -182,6 +198,7 @@ class Visit:
             if output is not None:
                 output(here.hidden, left, here)
             if advance:
+                require_finite(left, here.tokens, f"block {self.index}")
                 batch.hidden = left.cpu()
 
     def input_groups(self, paths: list[str]) -> list[list[str]]:
@@ -219,6 +236,10 @@ class Visit:
             count += int(batch.tokens.sum())
 
         self.replay(output=add)
+        if not math.isfinite(total):
+            raise UserError(
+                f"block {self.index} puts out NaN or infinity; check its weights, or run in a wider --dtype."
+            )
         return 1 - total / count
 
 

@@ -23,6 +23,7 @@ from casp.cli import (
 from casp.errors import UserError
 from casp.linear import LowRankLinear
 from casp.models import Decoder
+from casp.numbers import real
 from casp.quantize import matrix_generator
 from casp.run import RunFolder
 from casp.walk import Visit
@@ -45,13 +46,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--keep-ratio",
-        type=float,
+        type=real(0, 1),
         default=0.25,
         help="share of the weights of W_q and W_k to keep, in (0, 1] (default: %(default)s, the paper's)",
     )
     parser.add_argument(
         "--damping",
-        type=float,
+        type=real(0, 1000, least_too=True),
         default=0.01,
         help="added to the diagonal of each second moment, in units of its mean (default: %(default)s)",
     )
@@ -133,9 +134,6 @@ def compress_block(
 def main(arguments: list[str] | None = None) -> None:
     """Run the stage: block by block, each fed what the compressed blocks before it produce."""
     args = parse(arguments)
-    rank_for(args.keep_ratio, 1, 1)  # a bad ratio is told before anything is fetched
-    if not 0 <= args.damping < float("inf"):
-        raise UserError(f"--damping {args.damping:g} is negative or not finite; give a number such as 0.01")
     device = pick_device(args.device)
     decoder = Decoder.open(model_folder(args.model))
     dtype = pick_dtype(args.dtype, device, decoder.dtype)

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
 from casp.calibration import mixture
-from casp.calibration.sources import Chat, find, first_line
-from casp.errors import UserError
+from casp.calibration.sources import Chat, find
+from casp.errors import UserError, told_as
+from casp.reading.config import open_config
+from casp.reading.pretrained import check_ids, open_processor, open_tokenizer
 
 __all__ = ["calibration_batches", "fingerprint"]
 
@@ -40,7 +41,7 @@ def calibration_batches(
         if value < 1:
             raise UserError(f"{name} must be at least 1, not {value}")
     folder = Path(folder)
-    config = AutoConfig.from_pretrained(folder)
+    config = open_config(folder)
     multimodal = getattr(config, "vision_config", None) is not None
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and sequence_length > positions:
@@ -59,7 +60,7 @@ def calibration_batches(
                 raise UserError(f"{name} has images, but {folder} is a text model: use a text set")
             chats += found
             continue
-        tokenizer = _load(AutoTokenizer, folder)
+        tokenizer = open_tokenizer(folder)
         cut = _windows_of_text if isinstance(found, str) else _windows_of_documents
         windows += cut(found, name, tokenizer, count, sequence_length, rng)
     if len(parts) > 1:
@@ -67,7 +68,10 @@ def calibration_batches(
     texts = [torch.stack(windows[start : start + batch_size]) for start in range(0, len(windows), batch_size)]
     text_batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in texts]
     chat_batches = _chat_batches(chats, folder, batch_size, positions, rng) if chats else []
-    return mixture.interleaved(chat_batches, text_batches)
+    batches = mixture.interleaved(chat_batches, text_batches)
+    for batch in batches:
+        check_ids(batch["input_ids"], config, folder)
+    return batches
 
 
 def fingerprint(batches: list[dict[str, Tensor]]) -> str:
@@ -129,9 +133,7 @@ def _chat_batches(
     chats: list[Chat], folder: Path, batch_size: int, positions: int | None, rng: random.Random
 ) -> list[dict[str, Tensor]]:
     """Chats of like length together, so that little is padding; the batches in random order."""
-    processor = _load(AutoProcessor, folder)
-    if not hasattr(processor, "image_processor"):
-        raise UserError(f"{folder} has no image processor: copy the original model's processor files there")
+    processor = open_processor(folder)
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
 
@@ -149,11 +151,10 @@ def _chat_batches(
     # size) and lets an error name its row, at the price of preparing each picture twice.
     lengths: dict[int, int] = {}
     for number, chat in enumerate(chats):
-        try:
+        with told_as(
+            f"the processor of {folder} cannot take {chat.source}", "use the original model's processor files"
+        ):
             lengths[number] = render([chat])["input_ids"].shape[1]
-        except Exception as error:  # the template and the processor are the checkpoint's: anything may come
-            reason = first_line(error)
-            raise UserError(f"the processor of {folder} cannot take {chat.source}: {reason}") from error
         if positions is not None and lengths[number] > positions:
             raise UserError(
                 f"{chat.source} makes {lengths[number]} tokens, more than the model's {positions} positions:"
@@ -164,15 +165,3 @@ def _chat_batches(
     batches = [render([chats[i] for i in order[start : start + batch_size]]) for start in starts]
     rng.shuffle(batches)
     return batches
-
-
-def _load(kind: type[AutoTokenizer] | type[AutoProcessor], folder: Path) -> Any:
-    """The tokenizer or the processor of a checkpoint."""
-    try:
-        return kind.from_pretrained(folder)
-    except (OSError, ValueError, ImportError) as error:
-        what = "tokenizer" if kind is AutoTokenizer else "processor"
-        reason = first_line(error)
-        raise UserError(
-            f"cannot load the {what} of {folder} ({reason}): copy the original model's files there"
-        ) from error

@@ -24,8 +24,9 @@ from casp.checkpoint import size
 from casp.cli import Parser, add_device_arguments, model_folder, model_name, pick_device, pick_dtype, run_main
 from casp.errors import UserError
 from casp.folder import write_atomically, write_json
+from casp.reading.config import open_config, quantization_of
 from casp_eval import data, plots, questions, report
-from casp_eval.loading import Checkpoint, compression_of, is_multimodal, open_checkpoint, read_config
+from casp_eval.loading import Checkpoint, is_multimodal, open_checkpoint
 from casp_eval.options import add_batch_argument, add_question_arguments, add_text_arguments
 from casp_eval.perplexity import text_perplexity
 
@@ -95,7 +96,7 @@ class Evaluation:
 
     def __init__(self, subject: Subject, figures: Figures, options: argparse.Namespace) -> None:
         self.subject, self.figures, self.options = subject, figures, options
-        self.config = read_config(subject.folder)
+        self.config = open_config(subject.folder)
         refuse_foreign(subject.folder, self.config)
         self.opened: Checkpoint | None = None
         device = pick_device(options.device)
@@ -187,7 +188,7 @@ class Evaluation:
 
 def refuse_foreign(folder: Path, config: Any) -> None:
     """UserError for a checkpoint that something else than CASP quantized: what it stores cannot be counted alike."""
-    method = compression_of(config).get("quant_method", "casp")
+    method = quantization_of(config).get("quant_method", "casp")
     if method != "casp":
         raise UserError(
             f"{folder} is stored in the format of {method}, whose bits per weight compare.sh does not count; give the "

@@ -9,8 +9,8 @@ from typing import Any
 from casp.card import RESULTS_BEGIN, RESULTS_END
 from casp.errors import UserError
 from casp.folder import write_atomically
+from casp.reading.config import quantization_of
 from casp.run import REPORT_FILE
-from casp_eval.loading import compression_of
 
 Row = dict[str, Any]
 
@@ -41,7 +41,7 @@ def method_name(config: Any, report: dict[str, Any] | None) -> str:
     From the quantization_config that CASP wrote into the model's configuration; `report` gives the keep ratio when
     it has one.
     """
-    compression = compression_of(config)
+    compression = quantization_of(config)
     if not compression:
         name = str(config.dtype or "float32").removeprefix("torch.")
         return DENSE.get(name, name)

@@ -23,9 +23,10 @@ from casp_quip_sharp.linear import QuipSharpLinear, padded
 from torch import Tensor
 from torch.nn import functional as F
 
-from casp.cli import Parser, pick_device, positive_int, run_main
+from casp.cli import Parser, pick_device, run_main
 from casp.errors import UserError
 from casp.folder import write_json
+from casp.numbers import whole
 from casp_eval import ggml
 
 COLUMNS = ("backend", "what", "bits", "shape", "batch")
@@ -45,12 +46,19 @@ class Name(NamedTuple):
 DENSE, DENSE_FLOAT32 = Name("torch", "dense", 16), Name("torch", "dense", 32)
 
 
+LEAST_WEIGHTS, MOST_WEIGHTS = 1 << 16, 1 << 28
+"""Weights of a layer: of smaller ones it takes thousands to fill a cache, a larger one fills the memory."""
+
+
 def shape(text: str) -> tuple[int, int]:
     """Argparse type: OUTxIN, outputs and inputs of a layer."""
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    found = re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", text)
     if found is None:
-        raise argparse.ArgumentTypeError(f"{text} is not OUTxIN, say 4096x11008")
-    return int(found[1]), int(found[2])
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not OUTxIN, say 4096x11008")
+    out_features, in_features = int(found[1]), int(found[2])
+    if not LEAST_WEIGHTS <= out_features * in_features <= MOST_WEIGHTS:
+        raise argparse.ArgumentTypeError(f"{text} is not a layer of {LEAST_WEIGHTS} to {MOST_WEIGHTS} weights")
+    return out_features, in_features
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_argument(
         "--batches",
-        type=positive_int,
+        type=whole(1, 1 << 14),
         nargs="+",
         default=[1, 4, 16, 1024],
         help="vectors multiplied at once, counts (default: 1 4 16 1024)",
@@ -81,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_argument(
         "--repeats",
-        type=positive_int,
+        type=whole(1, 10_000),
         default=25,
         help=f"rounds that a median is taken of, a count; a fifth for {LONG} vectors or more (default: %(default)s)",
     )

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from casp.cli import Parser, add_common_arguments, run_main
-from casp.errors import UserError
 from casp.hessians import Hessians, add_weighting_argument
+from casp.numbers import real, whole
 from casp.stage import FineTuning, add_quantizing_arguments, add_tuning_arguments, quantize_stage
 from casp_quip_sharp.backend import QuipSharp
 from casp_quip_sharp.codebooks import STAGES
@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--bits", type=int, default=2, help="bits a weight: 1, 2, 3 or 4 (default: %(default)s)")
     flags.add_argument(
         "--damping",
-        type=float,
+        type=real(0, 1),
         default=0.01,
         help="added to the Hessian's diagonal, as a share of its mean (default: %(default)s)",
     )
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_argument(
         "--sweeps",
-        type=int,
+        type=whole(0, 1000),
         default=4,
         help="most rounds of coordinate descent after LDLQ, a count; none follows one that gained little "
         "(default: %(default)s)",
@@ -55,14 +55,6 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def check_flags(args: argparse.Namespace) -> None:
-    """UserError for numbers outside their range."""
-    if not 0 < args.damping < 1:
-        raise UserError(f"--damping {args.damping:g} is not between 0 and 1; 0.01 is usual.")
-    if args.sweeps < 0:
-        raise UserError(f"--sweeps {args.sweeps} is negative; give 0 or more.")
-
-
 def label(bits: int, tuning: FineTuning) -> str:
     """What the output is filed under: quip-sharp-2bit, and what of it was fine-tuned."""
     parts = {"ft": tuning.block, "e2e": tuning.end_to_end}
@@ -72,7 +64,6 @@ def label(bits: int, tuning: FineTuning) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Quantize one model."""
     args = parser().parse_args(argv)
-    check_flags(args)
     tuning = FineTuning.from_flags(args)
     backend = QuipSharp()
     backend.format(args.bits)

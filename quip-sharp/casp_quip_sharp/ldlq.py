@@ -6,6 +6,7 @@ and D block-diagonal, `tr(E H E^T)` of an error E = W - W^ is the sum over the g
 `W_k + sum_{j>k} E_j A_jk`; the codebook's nearest point to it is taken, and N_k is what that rounding leaves.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,13 +34,14 @@ class Factors:
 
 def block_ldl(hessian: Tensor, damping: float, name: str = "weight") -> Factors:
     """Factor `hessian` + damping * mean(diagonal); n must be a multiple of 8. UserError as `damped_cholesky`."""
-    lower, _ = damped_cholesky(hessian, damping, name)
+    lower, used = damped_cholesky(hessian, damping, name)
     groups = len(lower) // GROUP
     corners = torch.stack([lower[i : i + GROUP, i : i + GROUP] for i in range(0, len(lower), GROUP)])
     inverse = torch.linalg.solve_triangular(corners, torch.eye(GROUP).to(corners).expand_as(corners), upper=False)
     feedback = torch.einsum("igj,gjk->igk", lower.view(len(lower), groups, GROUP), inverse).reshape(lower.shape)
     diagonal = corners @ corners.transpose(1, 2)
-    damped = ((hessian + hessian.T) / 2).float()
+    # Without a factor of its own the Hessian counts by its diagonal alone, in the sweeps as in the feedback.
+    damped = ((hessian + hessian.T) / 2).float() if used < math.inf else torch.zeros_like(lower, dtype=torch.float32)
     damped.diagonal().copy_(lower.square().sum(1))  # damping has moved nothing else; cheaper than the whole product
     return Factors(damped, feedback.float(), diagonal.float())
 

@@ -1,5 +1,6 @@
 """One weight matrix from floats to QuIP#'s tensors: scales, incoherence, LDLQ, sweeps."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -154,6 +155,8 @@ def quantize_matrix(
     padded_weight, padded_hessian = F.pad(weight, (0, extra)), F.pad(hessian, (0, extra, 0, extra))
     bases = [Basis.of(padded_weight, padded_hessian, out_vector, vector, damping, name) for vector in in_vectors]
     usual = gaussian_scale(bases[0].weight, bits)
+    if not math.isfinite(usual) or not all(torch.isfinite(basis.weight).all() for basis in bases):
+        raise UserError(f"{name}: its weights are too large, up to {weight.abs().max():.1e}; check the checkpoint.")
     if usual and search_scale:
         chosen, rounded = round_best(rank_scales(bases, bits), bits, sweeps)
     else:

@@ -144,7 +144,7 @@ def damage_vision_only(folder: Path) -> None:
         (damage_header, "damaged header"),
         (damage_empty, "truncated or not a safetensors file"),
         (damage_remove, "missing"),
-        (damage_index, "not a safetensors index"),
+        (damage_index, "index.* is not valid JSON"),
         (damage_pickled, "convert the checkpoint to safetensors"),
         (damage_config, "no-such-model"),
         (damage_json, r"config\.json"),
