@@ -13,9 +13,9 @@ from torch import Tensor
 
 from casp.backend import Backend, Format
 from casp.budget import Plan, matrices, original_bytes, plan_bytes, promote, uniform_plan
-from casp.calibration import calibration_batches, fingerprint
 from casp.checkpoint import size
 from casp.cli import default_output, model_folder, model_name, pick_device, pick_dtype, stage_input
+from casp.data import calibration_batches, fingerprint
 from casp.distill import distill
 from casp.errors import UserError
 from casp.folder import WORK_PREFIX, write_json, write_shard

@@ -10,7 +10,6 @@ import argparse
 import torch
 from torch import nn
 
-from casp.calibration import calibration_batches, fingerprint
 from casp.cli import (
     Parser,
     add_common_arguments,
@@ -20,6 +19,7 @@ from casp.cli import (
     pick_dtype,
     run_main,
 )
+from casp.data import calibration_batches, fingerprint
 from casp.errors import UserError
 from casp.linear import LowRankLinear
 from casp.models import Decoder

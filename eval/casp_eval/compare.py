@@ -22,10 +22,12 @@ import torch
 
 from casp.checkpoint import size
 from casp.cli import Parser, add_device_arguments, model_folder, model_name, pick_device, pick_dtype, run_main
+from casp.data import sources
+from casp.data.chats import Chat, chats_fingerprint
 from casp.errors import UserError
 from casp.folder import write_atomically, write_json
 from casp.reading.config import open_config, quantization_of
-from casp_eval import data, plots, questions, report
+from casp_eval import plots, questions, report
 from casp_eval.loading import Checkpoint, is_multimodal, open_checkpoint
 from casp_eval.options import add_batch_argument, add_question_arguments, add_text_arguments
 from casp_eval.perplexity import text_perplexity
@@ -117,7 +119,7 @@ class Evaluation:
         key = {
             **self.key,
             "figure": "text",
-            "data": data.text_fingerprint(text),
+            "data": hashlib.sha256(text.encode()).hexdigest(),
             "windows": options.windows,
             "sequence_length": options.sequence_length,
         }
@@ -128,7 +130,7 @@ class Evaluation:
             ),
         )
 
-    def answer_perplexity(self, items: list[data.Item], fingerprint: str) -> dict[str, Any]:
+    def answer_perplexity(self, items: list[Chat], fingerprint: str) -> dict[str, Any]:
         key = {**self.key, "figure": "answers", "data": fingerprint}
         return self.figures.get(
             key,
@@ -137,7 +139,7 @@ class Evaluation:
             ),
         )
 
-    def accuracy(self, items: list[data.Item], fingerprint: str) -> dict[str, Any]:
+    def accuracy(self, items: list[Chat], fingerprint: str) -> dict[str, Any]:
         length = self.options.max_new_tokens
         key = {**self.key, "figure": "accuracy", "data": fingerprint, "max_new_tokens": length}
 
@@ -151,7 +153,7 @@ class Evaluation:
     def _bar(self, what: str) -> str:
         return f"{self.subject.label or self.subject.given}: {what}"
 
-    def row(self, texts: dict[str, str], items: list[data.Item], fingerprint: str) -> report.Row:
+    def row(self, texts: dict[str, str], items: list[Chat], fingerprint: str) -> report.Row:
         """The row of report.json, with the interval, the kinds and where the checkpoint lies besides.
 
         texts: by name; the first is the one that plots and tables call the text.
@@ -218,7 +220,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--split",
         default="test",
-        choices=data.SCENES,
+        choices=sources.EVALUATION_SCENES,
         help="built-in questions, and the built-in texts of that split: for test and test-unseen, test and "
         f"{UNCALIBRATED}, a register that calibration has nothing of (default: %(default)s)",
     )
@@ -227,7 +229,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         metavar="TEXT",
         help="a text to score, several times for several, instead of the split's: "
-        f"{', '.join((*data.TEXTS, *data.HUB_TEXTS))} or a .txt file; the first is the one that plots show",
+        f"{', '.join(sources.EVALUATION_TEXTS)} or a .txt or .jsonl file; the first is the one that plots show",
     )
     parser.add_argument(
         "--questions-file", help="a .jsonl of image, question, answer, kind, instead of the built-in questions"
@@ -248,13 +250,13 @@ def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_intermixed_args(arguments)
     subjects = [Subject.parse(text) for text in options.checkpoints]
     names = options.text or ([options.split] if options.split == "validation" else ["test", UNCALIBRATED])
-    texts = {name: data.load_text(name) for name in names}
+    texts = {name: sources.evaluation_text(name) for name in names}
     questions_name = options.questions_file or options.split
     evaluations = [Evaluation(subject, Figures(options.output / "figures"), options) for subject in subjects]
-    items: list[data.Item] = []
+    items: list[Chat] = []
     if any(is_multimodal(evaluation.config) for evaluation in evaluations):
-        items = data.load_questions(questions_name, options.questions, options.seed)
-    fingerprint = data.questions_fingerprint(items)
+        items = sources.evaluation_chats(questions_name, options.questions, options.seed)
+    fingerprint = chats_fingerprint(items)
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

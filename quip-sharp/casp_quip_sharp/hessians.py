@@ -2,7 +2,6 @@
 
 import argparse
 
-from casp.calibration import calibration_batches, fingerprint
 from casp.cli import (
     Parser,
     add_common_arguments,
@@ -13,6 +12,7 @@ from casp.cli import (
     run_main,
     stage_input,
 )
+from casp.data import calibration_batches, fingerprint
 from casp.errors import UserError
 from casp.folder import WorkFolder
 from casp.hessians import WEIGHTINGS, add_weighting_argument, collect

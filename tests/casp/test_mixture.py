@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from casp.calibration import calibration_batches, mixture
+from casp.data import calibration_batches, mixture
 from casp.demo import text
 from casp.errors import UserError
 

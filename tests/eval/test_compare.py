@@ -90,7 +90,7 @@ def test_several_texts_are_scored_each_on_its_own(tiny_llama, arguments, tmp_pat
 def test_figures_are_those_of_the_single_scripts(tiny_llava, arguments, pictures):
     row = run([tiny_llava], arguments)[0]
     checkpoint = open_checkpoint(str(tiny_llava), "cpu", "float32")
-    items = compare.data.load_questions(str(pictures), 0, 0)
+    items = compare.sources.evaluation_chats(str(pictures), 0, 0)
     expected = questions.accuracy(items, questions.answers(checkpoint, items, 2, 3))
     assert (row["accuracy"], row["kinds"]) == (expected["accuracy"], expected["kinds"])
     perplexity = questions.answer_perplexity(checkpoint, items, 2)["perplexity"]
