@@ -4,9 +4,9 @@ import argparse
 import errno
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from huggingface_hub import snapshot_download
@@ -25,7 +25,22 @@ DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tikto
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence, like all others; --help shows defaults as written."""
+    """An argument parser whose errors are one sentence, like all others; --help shows defaults as written.
+
+    A bad value is a UserError, as all bad input is; flags that are unknown or missing end the process at once.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(exit_on_error=False, **settings)
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse's, with bad values told as UserError."""
+        try:
+            return super().parse_known_args(args, namespace)
+        except argparse.ArgumentError as error:
+            raise UserError(f"{error.argument_name} {error.message} (see --help).") from error
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong with the flags and exit with 2."""

@@ -21,9 +21,16 @@ def _open(kind: type, what: str, folder: Path) -> Any:
         return kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
+def _check_length(tokenizer: Any, folder: Path) -> None:
+    if type(getattr(tokenizer, "model_max_length", 0)) not in (int, float):
+        raise UserError(f"tokenizer_config.json in {folder} gives no number as model_max_length; correct it.")
+
+
 def open_tokenizer(folder: Path) -> Any:
     """The tokenizer of the model in `folder`."""
-    return _open(AutoTokenizer, "tokenizer", Path(folder))
+    tokenizer = _open(AutoTokenizer, "tokenizer", Path(folder))
+    _check_length(tokenizer, folder)
+    return tokenizer
 
 
 def open_processor(folder: Path) -> Any:
@@ -34,6 +41,7 @@ def open_processor(folder: Path) -> Any:
             raise UserError(
                 f"{folder} has no {part.replace('_', ' ')}: copy the original model's processor files there"
             )
+    _check_length(processor.tokenizer, folder)
     return processor
 
 
