@@ -16,13 +16,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from casp.cli import Parser, model_folder, run_main
+from casp.cli import Parser, add_device_arguments, model_folder, run_main
 from casp.demo import text
 from casp.errors import UserError
 from casp.folder import write_atomically, write_json
+from casp.numbers import whole
+from casp.reading.config import open_config
 from casp_eval import compare, report
-from casp_eval.loading import is_multimodal, read_config
-from casp_eval.options import at_least
+from casp_eval.loading import is_multimodal
 
 SPLITS = {"validation": tuple(text.VALIDATION.values()), "test": text.TEST}
 
@@ -37,8 +38,9 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--split", default="validation", choices=SPLITS, help="what is scored (default: %(default)s)")
     flags.add_argument("--work", type=Path, required=True, help="folder for the checkpoints and the kept figures")
     flags.add_argument("--output", type=Path, required=True, help="JSON file to write; a table goes beside it as .md")
-    flags.add_argument("--windows", type=at_least(1), default=16, help="windows of each text (default: %(default)s)")
-    flags.add_argument("--questions", type=at_least(1), default=300, help="questions asked (default: %(default)s)")
+    flags.add_argument("--windows", type=whole(1), default=16, help="windows of each text (default: %(default)s)")
+    flags.add_argument("--questions", type=whole(1), default=300, help="questions asked (default: %(default)s)")
+    add_device_arguments(flags)
     return flags
 
 
@@ -106,6 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     scored = args.work / f"compared-{args.split}"
     texts = [word for name in SPLITS[args.split] for word in ("--text", name)]
     sizes = ["--windows", str(args.windows), "--questions", str(args.questions)]
+    sizes += ["--device", args.device, "--dtype", args.dtype]
     compare.main([*map(str, [original, *folders]), "--output", str(scored), "--split", args.split, *texts, *sizes])
     first, *rows = json.loads((scored / "report.json").read_text(encoding="utf-8"))
     results = [
@@ -122,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
     command = shlex.join(
         ["bash", "eval/scripts/calibration_mix.sh", *(sys.argv[1:] if arguments is None else arguments)]
     )
-    multimodal = is_multimodal(read_config(original))
+    multimodal = is_multimodal(open_config(original))
     write_json(
         args.output,
         {
