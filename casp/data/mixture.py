@@ -1,9 +1,9 @@
 """Calibration data mixed from several sets by shares, "NAME:SHARE,NAME:SHARE": what the built-in default is made of.
 
-What a model is calibrated on decides what it keeps: at 2 bits, calibrated on speeches alone, `demo-llama` lost 0.85 nats
-on later speeches, 1.2 on a novel and 2.2 on technical prose; calibrated on chats about pictures alone, `demo-llava` lost
-plain text. eval/scripts/calibration_mix.sh compares sets. The shares here are even over registers, and four chats to a
-text, without a search.
+What a model is calibrated on decides what it keeps: at 2 bits, calibrated on speeches alone, `demo-llama` lost 0.85
+nats on later speeches, 1.2 on a novel and 2.2 on technical prose; calibrated on chats about pictures alone,
+`demo-llava` lost plain text. eval/scripts/calibration_mix.sh compares sets. The shares here are even over registers,
+and four chats to a text, without a search.
 """
 
 from __future__ import annotations
