@@ -12,22 +12,26 @@ from torch import Tensor
 from tqdm import tqdm
 
 from casp.card import model_card
-from casp.folder import RUN_FILE, WORK_PREFIX, WorkFolder, write_atomically, write_json, write_shard
+from casp.digest import companions
+from casp.files import write_atomically, write_json, write_shard
+from casp.folder import WORK_PREFIX, WorkFolder
 from casp.models import Decoder
 from casp.shards import INDEX
 from casp.swap import describe_modules, swap_modules
 from casp.walk import Visit, capture_inputs, walk
 
 REPORT_FILE = "casp_report.json"
-COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+_WRITTEN = ("config.json", INDEX, REPORT_FILE, "README.md")  # what `finish` makes itself besides the shards
 
 
 class RunFolder(WorkFolder):
     """The work of a stage whose outcome is a checkpoint."""
 
+    kind = "checkpoint"
+
     def _shard(self, index: int) -> Path:
         total = len(self.decoder.blocks) + 1
-        return self.folder / f"model-{index + 1:05d}-of-{total:05d}.safetensors"
+        return self.result / f"model-{index + 1:05d}-of-{total:05d}.safetensors"
 
     def _block_report(self, index: int) -> Path:
         return self.folder / f"{WORK_PREFIX}block-{index:05d}.json"
@@ -57,6 +61,7 @@ class RunFolder(WorkFolder):
             else:
                 tensors[prefix + name] = tensor.to(decoder.dtype)
         tensors.update(decoder.shards.load(untouched))
+        self.check_sources()
         write_json(self._block_report(visit.index), {"modules": modules, "report": report})
         write_shard(self._shard(visit.index), tensors)
 
@@ -143,9 +148,9 @@ class RunFolder(WorkFolder):
         tensors = {stored: decoder.shards.read_stored(stored) for stored in sorted(rest)}
         write_shard(self._shard(depth), {**tensors, **changed})
         self._write_index(depth + 1)
-        for file in sorted(decoder.folder.iterdir()):
-            if file.suffix in COPIED and file.name not in ("config.json", INDEX, RUN_FILE, REPORT_FILE):
-                write_atomically(self.folder / file.name, file.read_bytes())
+        copied = [file for file in companions(decoder.folder) if file.name not in _WRITTEN]
+        for file in copied:
+            write_atomically(self.result / file.name, file.read_bytes())
         config = json.loads((decoder.folder / "config.json").read_text())
         config["quantization_config"] = {
             "quant_method": "casp",
@@ -159,11 +164,12 @@ class RunFolder(WorkFolder):
             {"stage": self.stage, "base_model": self.base_model, "settings": self.settings, "blocks": blocks}
             | dict(details or {}),
         )
-        write_json(self.folder / REPORT_FILE, report)
-        stored = sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
-        write_atomically(self.folder / "README.md", model_card(report, config["quantization_config"], stored).encode())
-        write_json(self.folder / "config.json", config)
-        return self.close()
+        write_json(self.result / REPORT_FILE, report)
+        stored = sum(file.stat().st_size for file in self.result.glob("*.safetensors"))
+        write_atomically(self.result / "README.md", model_card(report, config["quantization_config"], stored).encode())
+        write_json(self.result / "config.json", config)
+        shards = [self._shard(index).name for index in range(depth + 1)]
+        return self.close({*_WRITTEN, *shards, *(file.name for file in copied)})
 
     def _write_index(self, shards: int) -> None:
         weight_map, total = {}, 0
@@ -176,7 +182,7 @@ class RunFolder(WorkFolder):
                     weight_map[name] = shard.name
                     total += entry["data_offsets"][1] - entry["data_offsets"][0]
         write_json(
-            self.folder / INDEX,
+            self.result / INDEX,
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
         )
 

@@ -5,8 +5,6 @@ Checkpoints on the hub often carry the names of an older release of transformers
 """
 
 import copy
-import hashlib
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,7 +26,6 @@ from casp.reading.header import DTYPES, WEIGHTS, Entry, read_header
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MOST_INDEX_BYTES = 32 << 20
-SAMPLES, SAMPLE_BYTES = 16, 1 << 16
 
 
 def shard_names(folder: Path) -> list[str]:
@@ -63,25 +60,6 @@ def read_entries(folder: Path) -> dict[str, Entry]:
             )
         entries |= read_header(folder / name)
     return entries
-
-
-def content_hash(folder: Path) -> str:
-    """A hash that changes when the weights or the config of a checkpoint change.
-
-    Headers and config are hashed whole, the data of every shard at 16 places of 64 KiB: reading 140 GB
-    before each resumed run would cost more than the run saves.
-    """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    shards = sorted({entry.shard for entry in read_entries(folder).values()})
-    for shard in shards:
-        size = shard.stat().st_size
-        digest.update(f"{shard.name}:{size}".encode())
-        with shard.open("rb") as file:
-            digest.update(file.read(8 + int.from_bytes(file.read(8), "little")))
-            for k in range(SAMPLES):
-                file.seek(max(0, (size - SAMPLE_BYTES) * k // (SAMPLES - 1)), os.SEEK_SET)
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 @dataclass

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from casp.backend import Backend
 from casp.errors import UserError
-from casp.folder import write_shard
+from casp.files import write_shard
 from casp.linear import QuantizedLinear
 from casp.walk import BatchInputs, Visit, first_output, moved
 

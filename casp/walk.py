@@ -5,20 +5,19 @@
 make the inputs of the next.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from casp.attention import AttentionCall, observe_attention
 from casp.errors import UserError, told_as
 from casp.heap import return_freed_memory
 from casp.models import Decoder
+from casp.moments.influence import BlockInfluence
 
 
 @dataclass
@@ -145,7 +144,6 @@ class Visit:
     linears: Mapping[str, str]
     inputs: list[BatchInputs]
     device: torch.device
-    influence: list[float] = field(default_factory=list)
 
     @torch.no_grad()
     def replay(
@@ -202,45 +200,40 @@ class Visit:
                 batch.hidden = left.cpu()
 
     def input_groups(self, paths: list[str]) -> list[list[str]]:
-        """`paths` (relative to the block) grouped by the input they share, in the order of computation.
-
-        Modules of one group see one and the same tensor, so one second moment serves them all.
-        """
-        order: list[tuple[Tensor, list[str]]] = []
-
-        def see(path: str, x: Tensor) -> None:
-            for tensor, group in order:
-                if tensor is x:
-                    group.append(path)
-                    return
-            order.append((x, [path]))
-
-        self.replay({path: lambda x, _, path=path: see(path, x) for path in paths}, first=1)
-        unseen = set(paths) - {path for _, group in order for path in group}
-        if unseen:
-            raise UserError(f"block {self.index} never runs {sorted(unseen)[0]}; such blocks are not supported.")
-        return [group for _, group in order]
+        """`paths` (relative to the block) grouped by the input they share, see `shared_inputs`."""
+        entered: dict[str, Tensor] = {}
+        self.replay({path: lambda x, _, path=path: entered.setdefault(path, x) for path in paths}, first=1)
+        return shared_inputs(entered, paths, self.index)
 
     def advance(self) -> None:
         """Replace the cached inputs by the outputs of the block as it is now."""
         self.replay(advance=True)
 
     def block_influence(self) -> float:
-        """`1 - E[cos(x_l, x_{l+1})]` over the tokens, of the block as it is now (ShortGPT, arXiv 2403.03853)."""
-        total, count = 0.0, 0
+        """The block influence of the block as it is now, over the cached inputs."""
+        influence = BlockInfluence()
+        self.replay(output=lambda entered, left, batch: influence.add(entered, left, batch.tokens))
+        return influence.value(self.index)
 
-        def add(entered: Tensor, left: Tensor, batch: BatchInputs) -> None:
-            nonlocal total, count
-            cosine = F.cosine_similarity(entered.float(), left.float(), dim=-1)
-            total += cosine[batch.tokens].double().sum().item()
-            count += int(batch.tokens.sum())
 
-        self.replay(output=add)
-        if not math.isfinite(total):
-            raise UserError(
-                f"block {self.index} puts out NaN or infinity; check its weights, or run in a wider --dtype."
-            )
-        return 1 - total / count
+def shared_inputs(entered: Mapping[str, Tensor], paths: Iterable[str], index: int) -> list[list[str]]:
+    """`paths` of block `index` grouped by the input they share, in the order of computation.
+
+    entered: path -> its input, in the order in which the modules ran. Modules of one group see one and the same
+    tensor, so one second moment serves them all. UserError where a path never ran.
+    """
+    order: list[tuple[Tensor, list[str]]] = []
+    for path, x in entered.items():
+        for tensor, group in order:
+            if tensor is x:
+                group.append(path)
+                break
+        else:
+            order.append((x, [path]))
+    unseen = sorted(set(paths) - entered.keys())
+    if unseen:
+        raise UserError(f"block {index} never runs {unseen[0]}; such blocks are not supported.")
+    return [group for _, group in order]
 
 
 def walk(

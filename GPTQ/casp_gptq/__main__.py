@@ -7,7 +7,7 @@ from casp.errors import UserError
 from casp.numbers import real, whole
 from casp.stage import add_quantizing_arguments, quantize_stage
 from casp_gptq.backend import GPTQ
-from casp_gptq.export import check_exportable, export_gptq
+from casp_gptq.export import check_exportable, export_folder, export_gptq
 from casp_gptq.grid import BITS
 
 
@@ -93,11 +93,10 @@ def main(argv: list[str] | None = None) -> None:
         "clip_steps": args.clip_search,
         "sweeps": args.sweeps,
     }
-    check = check_exportable if args.export else None
-    output = quantize_stage(args, backend, ladder, search, f"gptq-{args.bits}bit", check)
+    check, beside = (check_exportable, export_folder) if args.export else (None, None)
+    output = quantize_stage(args, backend, ladder, search, f"gptq-{args.bits}bit", check, beside=beside)
     if args.export:
-        plain = output.with_name(output.name + "-gptqmodel")
-        print(f"wrote {export_gptq(output, plain, args.symmetric)} for gptqmodel")
+        print(f"wrote {export_gptq(output, export_folder(output), args.symmetric)} for gptqmodel")
 
 
 if __name__ == "__main__":

@@ -23,10 +23,11 @@ from casp.budget import uniform_plan
 from casp.cli import Parser, add_common_arguments, model_folder, run_main
 from casp.data import calibration_batches, fingerprint
 from casp.errors import UserError
-from casp.folder import write_json
-from casp.hessians import block_moments
+from casp.files import write_json
 from casp.models import Decoder
+from casp.moments.forward import block_moments
 from casp.numbers import count
+from casp.outputs import check_file
 from casp.quantize import Method, quantize_blocks, weighted_error
 from casp.run import RunFolder
 from casp.walk import capture_inputs, walk
@@ -167,6 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = flags.parse_args(argv)
     source = model_folder(args.model)
+    check_file(args.output, [{"matrix_by_matrix", "settings", "versions"}], [source])
     if importlib.util.find_spec("gptqmodel") is None:
         raise UserError("gptqmodel is not installed; install the extra: pip install -r requirements-gptqmodel.txt.")
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")

@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import torch
 from casp_eval.perplexity import text_windows
-from casp_svd.decompose import factor, rank_for
 from casp_svd.statistics import tracked_outputs
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,6 +22,7 @@ from casp.attention import AttentionCall
 from casp.cli import Parser, add_common_arguments, model_folder, pick_device, run_main
 from casp.data import calibration_batches
 from casp.data.sources import evaluation_text
+from casp.lowrank import factor, rank_for
 from casp.models import Decoder
 from casp.moments import SecondMoment
 from casp.numbers import count

@@ -1,9 +1,9 @@
-"""Calibration data mixed from several sets by shares, "NAME:SHARE,NAME:SHARE": what the built-in default is made of.
+"""Calibration data mixed from several sets by shares, "NAME:SHARE,NAME:SHARE", and the built-in names for sets.
 
 What a model is calibrated on decides what it keeps: at 2 bits, calibrated on speeches alone, `demo-llama` lost 0.85
 nats on later speeches, 1.2 on a novel and 2.2 on technical prose; calibrated on chats about pictures alone,
-`demo-llava` lost plain text. eval/scripts/calibration_mix.sh compares sets. The shares here are even over registers,
-and four chats to a text, without a search.
+`demo-llava` lost plain text. The shares of the built-in mixtures are even over registers, and four chats to a text,
+without a search: they are not the default before eval/scripts/calibration_mix.sh has compared them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,15 @@ from casp.errors import UserError
 
 T = TypeVar("T")
 
-TEXT = "demo-speeches:1,demo-fiction:1,demo-dialogue:1,demo-technical:1,demo-code:1"
-CHATS_AND_TEXT = "demo-images:4,demo-text:1"
+REGISTERS = "demo-speeches:1,demo-fiction:1,demo-dialogue:1,demo-technical:1,demo-code:1"
+CHATS_AND_TEXT = "demo-images:4,demo-registers:1"
+#: What built-in names stand for: (for a text model, for a multimodal one).
+STANDS_FOR = {
+    "demo": ("demo-speeches", "demo-images"),
+    "demo-text": ("demo-speeches", "demo-speeches"),
+    "demo-registers": (REGISTERS, REGISTERS),
+    "demo-mixed": (REGISTERS, CHATS_AND_TEXT),
+}
 
 _PART = r"[^:,]+:\d+(?:\.\d+)?"
 _MIXTURE = re.compile(rf"{_PART}(?:,{_PART})*")
@@ -27,12 +34,10 @@ _MIXTURE = re.compile(rf"{_PART}(?:,{_PART})*")
 def shares(dataset: str, multimodal: bool) -> dict[str, Fraction]:
     """The sets that a data set's name stands for, each with its share; the shares sum to 1.
 
-    "demo" is chats and text for a multimodal model and "demo-text" for a text model. A name without shares is one set.
+    A name that is neither in STANDS_FOR nor has shares is one set.
     """
-    if dataset == "demo":
-        dataset = CHATS_AND_TEXT if multimodal else "demo-text"
-    if dataset == "demo-text":
-        dataset = TEXT
+    if dataset in STANDS_FOR:
+        dataset = STANDS_FOR[dataset][multimodal]
     if not _MIXTURE.fullmatch(dataset):
         return {dataset: Fraction(1)}
     weights: dict[str, Fraction] = {}

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from casp.data import hub
 from casp.data.chats import Chat, read_samples
-from casp.data.mixture import counts
+from casp.data.mixture import STANDS_FOR, counts, shares
 from casp.demo import scenes, text
 from casp.errors import UserError
 from casp.reading.texts import read_prose
 
-#: Built-in texts of one register each; "demo" and "demo-text" are mixtures (mixture.py).
+#: Built-in texts of one register each.
 BUILT_IN_TEXTS = {f"demo-{register}": split for register, split in text.CALIBRATION.items()}
-BUILT_IN = ("demo", "demo-text", "demo-images", *BUILT_IN_TEXTS)
+BUILT_IN = (*STANDS_FOR, "demo-images", *BUILT_IN_TEXTS)
 EVALUATION_TEXTS = (*text.VALIDATION.values(), *text.TEST, *hub.TEST)
 EVALUATION_SCENES = ("validation", "test", "test-unseen")
 
@@ -58,6 +58,17 @@ def draw(dataset: str, samples: int, rng: random.Random) -> Drawn:
         raise UserError(f"{path} has only {len(chats)} chats for {wanted} samples: lower --samples or add rows")
     chosen = [chat.opened() for chat in rng.sample(chats, wanted)]
     return Drawn("\n\n".join(texts), parts.get("text", 0), chosen)
+
+
+def files(dataset: str) -> list[Path]:
+    """The local files among the sets that a data set's name, or a mixture, stands for."""
+    return [_path(name) for name in shares(dataset, multimodal=True) if _path(name).is_file()]
+
+
+def share_of_chats(dataset: str) -> float:
+    """About how much of a multimodal model's data is chats, by its name alone: a .jsonl is not read, but counted so."""
+    parts = shares(dataset, multimodal=True).items()
+    return float(sum(share for name, share in parts if name == "demo-images" or name.endswith(".jsonl")))
 
 
 def evaluation_text(name: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 from casp.cli import Parser, add_device_arguments, model_folder, run_main
 from casp.demo import text
 from casp.errors import UserError
-from casp.folder import write_atomically, write_json
+from casp.files import write_atomically, write_json
 from casp.numbers import whole
 from casp.reading.config import open_config
 from casp_eval import compare, report
@@ -49,9 +49,9 @@ def checkpoint(model: str, dataset: str, samples: int, work: Path) -> Path:
     folder = work / f"{dataset.replace('/', '_').replace(':', '-').replace(',', '-')}-{samples}"
     data = ["--model", model, "--dataset", dataset, "--samples", str(samples)]
     stages = {
-        folder / "hessians": ["casp_quip_sharp.hessians", *data],
+        folder / "moments": ["casp.moments", *data, "--from-original"],
         folder / "quip-sharp-2bit": [
-            *("casp_quip_sharp", *data, "--from-original", "--hessians", str(folder / "hessians")),
+            *("casp_quip_sharp", *data, "--from-original", "--moments", str(folder / "moments")),
             *("--bits", "2", "--ft-epochs", "0"),
         ],
     }
@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
     for candidate in args.candidates:
         dataset, _, samples = candidate.rpartition("@")
         if not dataset or not samples.isdigit():
-            raise UserError(f"{candidate} is not DATASET@SAMPLES: write for example demo-text@32")
+            raise UserError(f"{candidate} is not DATASET@SAMPLES: write for example demo-mixed@32")
         candidates.append((dataset, int(samples)))
     original = model_folder(args.model)
     folders = [checkpoint(args.model, dataset, samples, args.work) for dataset, samples in candidates]

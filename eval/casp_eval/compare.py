@@ -24,13 +24,17 @@ from casp.checkpoint import size
 from casp.cli import Parser, add_device_arguments, model_folder, model_name, pick_device, pick_dtype, run_main
 from casp.data import sources
 from casp.data.chats import Chat, chats_fingerprint
+from casp.digest import file_digest
 from casp.errors import UserError
-from casp.folder import write_atomically, write_json
+from casp.files import write_atomically, write_json
+from casp.outputs import check_report
 from casp.reading.config import open_config, quantization_of
 from casp_eval import plots, questions, report
 from casp_eval.loading import Checkpoint, is_multimodal, open_checkpoint
 from casp_eval.options import add_batch_argument, add_question_arguments, add_text_arguments
 from casp_eval.perplexity import text_perplexity
+
+REPORT_FILES = ("report.json", "report.md", *(f"{name}.png" for name in plots.FIGURES))
 
 PROTOCOL = 1
 """Raise it when what a figure means changes: kept figures of an older protocol are then measured again."""
@@ -88,8 +92,7 @@ def content_fingerprint(folder: Path) -> str:
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name != "README.md" and not path.name.startswith((".", "casp_")):
             digest.update(f"{path.name}\n".encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(bytes.fromhex(file_digest(path)))
     return digest.hexdigest()
 
 
@@ -249,6 +252,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_intermixed_args(arguments)
     subjects = [Subject.parse(text) for text in options.checkpoints]
+    named = [*(options.text or []), options.questions_file]
+    files = [Path(name) for name in named if name and Path(name).is_file()]
+    inputs = [*(subject.folder for subject in subjects), *files]
+    check_report(options.output, REPORT_FILES, inputs, "report.json", {"model", "method", "bpw"})
     names = options.text or ([options.split] if options.split == "validation" else ["test", UNCALIBRATED])
     texts = {name: sources.evaluation_text(name) for name in names}
     questions_name = options.questions_file or options.split

@@ -156,6 +156,9 @@ def open_checkpoint(model: str, device: str, dtype: str) -> Checkpoint:
             f"{folder} lacks {len(names)} tensors (first: {names[0]}), which would be evaluated as random numbers: "
             f"{remedy}"
         )
+    for name, tensor in loaded.state_dict().items():
+        if tensor.is_floating_point() and tensor.itemsize > 1 and not torch.isfinite(tensor).all():
+            raise UserError(f"{name} in {folder} holds NaN or infinity: {remedy}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked out wherever it stands
     loaded = loaded.to(place).eval()

@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from casp.cli import Parser, run_main
 from casp.demo.models import build
-from casp.folder import write_json
+from casp.files import write_json
 from casp.models import Decoder
 from casp.numbers import count
+from casp.outputs import check_file
 from casp.reading.config import open_config
 from casp.reading.pretrained import open_tokenizer
 
@@ -112,6 +113,7 @@ def measure(config: PretrainedConfig, tokenizer_from: Path, samples: int, sequen
 def main() -> None:
     """Measure both models and the libraries alone."""
     args = parser().parse_args()
+    check_file(args.output, [{"libraries_bytes", "checkpoint_ratio", "peak_ratio"}])
     small = build("demo-llama")
     configs = {"demo-llama's shape": open_config(small), "ten times": open_config(small)}
     configs["ten times"].update(TEN_TIMES)

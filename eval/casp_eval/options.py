@@ -9,8 +9,9 @@ from typing import Any
 
 from casp.demo import NAMES
 from casp.errors import UserError
-from casp.folder import write_atomically
+from casp.files import write_atomically
 from casp.numbers import seed, whole
+from casp.outputs import check_file
 
 MOST_NEW_TOKENS = 1 << 16
 
@@ -59,6 +60,14 @@ def add_batch_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=whole(1), default=8, help="windows or questions at a time (default: %(default)s)"
     )
+
+
+def check_output(options: argparse.Namespace) -> None:
+    """UserError, before anything is measured, where --output is an input or not a file of such figures."""
+    if options.output is not None:
+        given = (options.model, getattr(options, "dataset", None), getattr(options, "include_path", None))
+        inputs = [Path(name) for name in given if name and Path(name).exists()]
+        check_file(options.output, [{"model", "dataset", "perplexity"}, {"model", "results"}], inputs)
 
 
 def write_figure(figure: dict[str, Any], output: Path | None) -> None:

@@ -25,6 +25,7 @@ from casp_eval.options import (
     add_model_argument,
     add_output_argument,
     add_text_arguments,
+    check_output,
     write_figure,
 )
 from casp_eval.scoring import token_losses
@@ -100,6 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_text_arguments(parser)
     add_batch_argument(parser)
     options = parser.parse_args(arguments)
+    check_output(options)
     text = evaluation_text(options.dataset)
     checkpoint = open_checkpoint(options.model, options.device, options.dtype)
     figure = text_perplexity(

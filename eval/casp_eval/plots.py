@@ -36,6 +36,10 @@ STYLE = {
 }
 
 
+FIGURES = ("quality_vs_bpw", "bits_and_ranks", "attention_density", "fine_tuning")
+"""Names of the files that `draw` makes."""
+
+
 @dataclass
 class BlockDetails:
     """What is known of each block of a checkpoint; NaN where it is not.
@@ -101,14 +105,9 @@ def _number(value: float | None) -> float:
 
 def draw(rows: list[Row], details: list[BlockDetails], folder: Path) -> list[Path]:
     """Draw every figure that the data allow into `folder`; the paths of the PNG files, in reading order."""
-    figures = {
-        "quality_vs_bpw": quality(rows),
-        "bits_and_ranks": bits_and_ranks(rows, details),
-        "attention_density": attention_density(rows, details),
-        "fine_tuning": fine_tuning(rows, details),
-    }
+    drawn = (quality(rows), bits_and_ranks(rows, details), attention_density(rows, details), fine_tuning(rows, details))
     paths = []
-    for name, figure in figures.items():
+    for name, figure in zip(FIGURES, drawn, strict=True):
         path = folder / f"{name}.png"
         if figure is None:
             path.unlink(missing_ok=True)  # left by an earlier comparison of other checkpoints

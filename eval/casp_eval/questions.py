@@ -26,6 +26,7 @@ from casp_eval.options import (
     add_model_argument,
     add_output_argument,
     add_question_arguments,
+    check_output,
     write_figure,
 )
 from casp_eval.perplexity import perplexity
@@ -149,6 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_question_arguments(parser, "--dataset")
     add_batch_argument(parser)
     options = parser.parse_args(arguments)
+    check_output(options)
     items = evaluation_chats(options.dataset, options.questions, options.seed)
     folder = model_folder(options.model)
     require_images(folder, open_config(folder))

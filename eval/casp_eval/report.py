@@ -8,7 +8,7 @@ from typing import Any
 
 from casp.card import RESULTS_BEGIN, RESULTS_END
 from casp.errors import UserError
-from casp.folder import write_atomically
+from casp.files import write_atomically
 from casp.reading.config import quantization_of
 from casp.run import REPORT_FILE
 

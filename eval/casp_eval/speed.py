@@ -17,33 +17,35 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from casp_quip_sharp.compiled import operators
-from casp_quip_sharp.kernels import implementations, product
-from casp_quip_sharp.linear import QuipSharpLinear, padded
+from casp_quip_sharp.codebook import FAMILIES
+from casp_quip_sharp.linear import QuipSharpLinear
 from torch import Tensor
 from torch.nn import functional as F
 
 from casp.cli import Parser, pick_device, run_main
 from casp.errors import UserError
-from casp.folder import write_json
+from casp.files import write_json
+from casp.kernels import implementations, operators, run
 from casp.numbers import whole
+from casp.outputs import check_file
 from casp_eval import ggml
 
-COLUMNS = ("backend", "what", "bits", "shape", "batch")
+COLUMNS = ("backend", "codebook", "what", "bits", "shape", "batch")
 TIMES = ("seconds", "dense_seconds", "dense_float32_seconds")
 LONG = 64  # vectors from which on a fifth of the rounds is enough
 Contender = Callable[[], Tensor]
 
 
 class Name(NamedTuple):
-    """Who runs: quip-sharp, torch or llama.cpp; what it computes (see the file's "what"); bits a weight."""
+    """Who runs: quip-sharp, torch or llama.cpp; codebook; what it computes (see the file's "what"); bits a weight."""
 
     backend: str
+    codebook: str
     what: str
     bits: float
 
 
-DENSE, DENSE_FLOAT32 = Name("torch", "dense", 16), Name("torch", "dense", 32)
+DENSE, DENSE_FLOAT32 = Name("torch", "none", "dense", 16), Name("torch", "none", "dense", 32)
 
 
 LEAST_WEIGHTS, MOST_WEIGHTS = 1 << 16, 1 << 28
@@ -88,6 +90,13 @@ def parser() -> argparse.ArgumentParser:
         help="bits per weight (default: 1 2 3 4)",
     )
     flags.add_argument(
+        "--codebooks",
+        nargs="+",
+        choices=FAMILIES,
+        default=list(FAMILIES),
+        help=f"of QuIP#'s layers (default: {' '.join(FAMILIES)})",
+    )
+    flags.add_argument(
         "--repeats",
         type=whole(1, 10_000),
         default=25,
@@ -122,9 +131,11 @@ def device_name(device: torch.device) -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def random_layer(bits: int, out_features: int, in_features: int, device: torch.device) -> QuipSharpLinear:
+def random_layer(
+    codebook: str, bits: int, out_features: int, in_features: int, device: torch.device
+) -> QuipSharpLinear:
     """A layer of random codes and signs."""
-    layer = QuipSharpLinear(out_features, in_features, False, {"bits": bits})
+    layer = QuipSharpLinear(out_features, in_features, False, {"codebook": codebook, "bits": bits})
     for buffer in layer.buffers():
         if buffer.dtype == torch.uint8:
             buffer.random_(0, 256)
@@ -136,6 +147,7 @@ def random_layer(bits: int, out_features: int, in_features: int, device: torch.d
 
 
 def contenders(
+    codebooks: list[str],
     bits: list[int],
     out_features: int,
     in_features: int,
@@ -145,7 +157,7 @@ def contenders(
 ) -> tuple[dict[Name, Contender], int]:
     """Functions that run each once, with weights of its own; and the bytes of all weights."""
     x = torch.randn(batch, in_features, device=device)
-    half, rotated = x.to(torch.bfloat16), torch.randn(batch, padded(in_features), device=device)
+    half = x.to(torch.bfloat16)
     weight = torch.randn(out_features, in_features, device=device)
     dense = weight.to(torch.bfloat16)
     found: dict[Name, Contender] = {
@@ -153,17 +165,21 @@ def contenders(
         DENSE_FLOAT32: lambda: F.linear(x, weight),
     }
     size = weight.nbytes + dense.nbytes
-    for width in bits:
-        layers = [random_layer(width, out_features, in_features, device) for _ in range(2)]
-        size += sum(buffer.nbytes for layer in layers for buffer in layer.buffers())
-        codes, residual_codes = layers[0].codes, getattr(layers[0], "residual_codes", None)
-        arguments = (rotated, codes, residual_codes, width, torch.bfloat16)
-        found[Name("quip-sharp", "kernel", width)] = lambda arguments=arguments: product(*arguments)
-        found[Name("quip-sharp", "layer", width)] = lambda layer=layers[1]: layer(half)
+    for codebook in codebooks:
+        for width in bits:
+            layers = [random_layer(codebook, width, out_features, in_features, device) for _ in range(2)]
+            size += sum(buffer.nbytes for layer in layers for buffer in layer.buffers())
+            first = layers[0]
+            kernel = first.codebook.product(first._buffers, out_features, first.columns, torch.bfloat16)
+            rotated = torch.randn(batch, first.columns, device=device)
+            found[Name("quip-sharp", codebook, "kernel", width)] = lambda kernel=kernel, x=rotated: run(kernel, x)
+            found[Name("quip-sharp", codebook, "layer", width)] = lambda layer=layers[1]: layer(half)
     if library is not None and device.type == "cpu" and in_features % ggml.BLOCK == 0:
         blocks = ggml.random_blocks(out_features, in_features)
         size += blocks.nbytes
-        found[Name("llama.cpp", "layer", 8 * ggml.BLOCK_BYTES / ggml.BLOCK)] = ggml.Product(library, blocks, x)
+        found[Name("llama.cpp", "IQ2_XXS", "layer", 8 * ggml.BLOCK_BYTES / ggml.BLOCK)] = ggml.Product(
+            library, blocks, x
+        )
     return found, size
 
 
@@ -179,6 +195,7 @@ def seconds_of(run: Contender, device: torch.device) -> float:
 
 
 def measure(
+    codebooks: list[str],
     bits: list[int],
     out_features: int,
     in_features: int,
@@ -188,7 +205,7 @@ def measure(
     library: ggml.Library | None = None,
 ) -> list[dict[str, object]]:
     """The rows of one shape and batch."""
-    arguments = (bits, out_features, in_features, batch, device, library)
+    arguments = (codebooks, bits, out_features, in_features, batch, device, library)
     first, size = contenders(*arguments)
     copies = -(-2 * last_cache_bytes(device) // size)
     sets = [first, *(contenders(*arguments)[0] for _ in range(copies - 1))]
@@ -238,13 +255,17 @@ def print_table(rows: list[dict[str, object]]) -> None:
 def main() -> None:
     """Measure every shape and batch and write speed.json."""
     args = parser().parse_args()
+    check_file(args.output / "speed.json", [{"device", "implementation", "rows"}])
     device = pick_device(args.device)
     library = None if args.ggml is None else ggml.Library(args.ggml)
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {args.output} cannot be made ({error.strerror}); choose another folder.") from error
-    chosen = next(one.name for one in implementations() if one.can(torch.zeros(1, 8, device=device)))
+    sample = random_layer(args.codebooks[0], 2, 8, 8, device)
+    kernel = sample.codebook.product(sample._buffers, 8, sample.columns, torch.float32)
+    vector = torch.zeros(1, 8, device=device)
+    chosen = next(one.name for one in implementations() if one.can(kernel, vector))
     result = {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -263,7 +284,7 @@ def main() -> None:
     print_headings()
     for out_features, in_features in args.shapes:
         for batch in args.batches:
-            rows = measure(args.bits, out_features, in_features, batch, device, args.repeats, library)
+            rows = measure(args.codebooks, args.bits, out_features, in_features, batch, device, args.repeats, library)
             print_table(rows)
             result["rows"] += rows
             write_json(args.output / "speed.json", result)

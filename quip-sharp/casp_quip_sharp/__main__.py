@@ -1,14 +1,13 @@
 """Quantize and fine-tune: `python -m casp_quip_sharp --model ... --bits 2`."""
 
 import argparse
-from pathlib import Path
 
+from casp.backend import Format
 from casp.cli import Parser, add_common_arguments, run_main
-from casp.hessians import Hessians, add_weighting_argument
 from casp.numbers import real, whole
 from casp.stage import FineTuning, add_quantizing_arguments, add_tuning_arguments, quantize_stage
 from casp_quip_sharp.backend import QuipSharp
-from casp_quip_sharp.codebooks import STAGES
+from casp_quip_sharp.codebook import FAMILIES, rates
 
 BLOCK_RATE, END_TO_END_RATE = 1e-3, 3e-4  # relative to a tensor's root mean square
 
@@ -21,7 +20,26 @@ def parser() -> argparse.ArgumentParser:
         "layers free buy more bits for the blocks of highest block influence.",
     )
     add_common_arguments(flags, default_model="meta-llama/Llama-2-7b-hf")
-    flags.add_argument("--bits", type=int, default=2, help="bits a weight: 1, 2, 3 or 4 (default: %(default)s)")
+    flags.add_argument(
+        "--bits",
+        type=int,
+        default=2,
+        help="bits a weight: 1 to 4, with the trellis of 256 states also 5 and 6 (default: %(default)s)",
+    )
+    flags.add_argument(
+        "--codebook",
+        choices=FAMILIES,
+        default="trellis",
+        help="what weights are rounded to: trellis = closed walks down the columns, e8p = the lattice E8 of the QuIP# "
+        "paper (default: %(default)s)",
+    )
+    flags.add_argument(
+        "--trellis-states",
+        type=int,
+        default=8,
+        metavar="L",
+        help="the trellis has 2^L states: 8, the one that kernels are made for, 10 or 12 (default: %(default)s)",
+    )
     flags.add_argument(
         "--damping",
         type=real(0, 1),
@@ -42,23 +60,18 @@ def parser() -> argparse.ArgumentParser:
         help="most rounds of coordinate descent after LDLQ, a count; none follows one that gained little "
         "(default: %(default)s)",
     )
-    flags.add_argument(
-        "--hessians",
-        type=Path,
-        metavar="DIR",
-        help="output of the Hessian stage for this model (default: collect them on the way, each from what the blocks "
-        "quantized before put out)",
-    )
-    add_weighting_argument(flags)
     add_tuning_arguments(flags, block_rate=BLOCK_RATE, end_to_end_rate=END_TO_END_RATE)
     add_quantizing_arguments(flags)
     return flags
 
 
-def label(bits: int, tuning: FineTuning) -> str:
-    """What the output is filed under: quip-sharp-2bit, and what of it was fine-tuned."""
+def label(format: Format, tuning: FineTuning) -> str:
+    """What the output is filed under: quip-sharp-trellis-2bit, -states10 where not 8, and what was fine-tuned."""
     parts = {"ft": tuning.block, "e2e": tuning.end_to_end}
-    return "-".join([f"quip-sharp-{bits}bit", *(name for name, training in parts.items() if training is not None)])
+    words = ["quip-sharp", format.get("codebook", "e8p"), f"{format['bits']}bit"]
+    if format.get("states", 8) != 8:
+        words.append(f"states{format['states']}")
+    return "-".join([*words, *(name for name, training in parts.items() if training is not None)])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -66,20 +79,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     tuning = FineTuning.from_flags(args)
     backend = QuipSharp()
-    backend.format(args.bits)
-    ladder = [backend.format(bits, tuned=tuning.wanted) for bits in STAGES if bits >= args.bits]
+    backend.format(args.bits, False, args.codebook, args.trellis_states)
+    ladder = [
+        backend.format(bits, tuning.wanted, args.codebook, args.trellis_states)
+        for bits in rates(args.codebook, args.trellis_states)
+        if bits >= args.bits
+    ]
     search = {"damping": args.damping, "search_scale": args.scale_search, "sweeps": args.sweeps}
-    hessians = None if args.hessians is None else Hessians(args.hessians)
-    quantize_stage(
-        args,
-        backend,
-        ladder,
-        search,
-        label(args.bits, tuning),
-        tuning=tuning,
-        hessians=hessians,
-        token_weights=args.token_weights,
-    )
+    quantize_stage(args, backend, ladder, search, label(ladder[0], tuning), tuning=tuning)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The inner loops of LDLQ and of its sweeps as compiled loops over rows, for CPUs.
 
-`casp_quip_sharp.ldlq` holds the same in PyTorch. There each group of 8 columns costs some twenty calls on small
+`casp_quip_sharp.search` holds the same in PyTorch. There each group of 8 columns costs some twenty calls on small
 tensors; here one call does all groups of a block, and the rows, which are independent, are shared out among torch's
 threads.
 """
@@ -62,7 +62,7 @@ def _stored(codes: np.ndarray, bits: int) -> list[Tensor]:
 
 
 def round_block_compiled(wanted: Tensor, target: Tensor, feedback: Tensor, bits: int) -> tuple[list[Tensor], Tensor]:
-    """As `casp_quip_sharp.ldlq.round_block`, on the CPU."""
+    """As `round_block_reference`, on the CPU."""
     stages = _stages(bits)
     rows, width = wanted.shape
     moving, goal, factor = (x.numpy() for x in (wanted.clone(), target.contiguous(), feedback.contiguous()))
@@ -74,7 +74,7 @@ def round_block_compiled(wanted: Tensor, target: Tensor, feedback: Tensor, bits:
 def descend_block_compiled(
     gradient: Tensor, hessian: Tensor, inverse: Tensor, codes: list[Tensor], points: Tensor, bits: int
 ) -> tuple[list[Tensor], Tensor]:
-    """As `casp_quip_sharp.ldlq.descend_block`, on the CPU."""
+    """As `descend_block_reference`, on the CPU."""
     stages = _stages(bits)
     pull, curvature, solve = (x.numpy() for x in (gradient.clone(), hessian.contiguous(), inverse.contiguous()))
     mine = np.stack([code.numpy().astype(np.uint16) for code in codes], -1)

@@ -8,34 +8,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from casp.errors import UserError
+from casp.kernels import run
 from casp.linear import QuantizedLinear
-from casp_quip_sharp.codebooks import GROUP, STAGES
+from casp_quip_sharp.codebook import Codebook, codebook_of
 from casp_quip_sharp.incoherence import original_weight, packed_signs, rotate, rotate_back, unpack_signs
-from casp_quip_sharp.kernels import decoded, product
+from casp_quip_sharp.kernels import Layer, multiply_codes
 
-CODE_NAMES = ("codes", "residual_codes")
 SIGNS, TUNED = "signs", "tuned"  # how a format stores the vectors of both sides
 
 
-def padded(in_features: int) -> int:
-    """Columns after padding with zeros to whole groups of 8."""
-    return -(-in_features // GROUP) * GROUP
+def padded(in_features: int, codebook: Codebook) -> int:
+    """Columns after padding with zeros to whole groups of the codebook."""
+    return -(-in_features // codebook.group) * codebook.group
 
 
 def tensor_shapes(
     format: Mapping[str, Any], out_features: int, in_features: int
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name -> (shape, dtype) of every tensor that a layer of this format stores, bias aside; UserError for others."""
-    bits, vectors = format["bits"], format.get("vectors", SIGNS)
-    if bits not in STAGES:
-        raise UserError(f"--bits {bits} is not a format of quip-sharp; use {', '.join(map(str, STAGES))}.")
+    codebook, vectors = codebook_of(format), format.get("vectors", SIGNS)
     if vectors not in (SIGNS, TUNED):
         raise UserError(f"quip-sharp stores no vectors of kind {vectors!r}; use {SIGNS!r} or {TUNED!r}.")
-    columns = padded(in_features)
-    codes = {
-        name: ((out_features, columns // GROUP), stage.dtype)
-        for name, stage in zip(CODE_NAMES, STAGES[bits], strict=False)
-    }
+    columns = padded(in_features, codebook)
     if vectors == TUNED:
         sides = {"out_vector": ((out_features,), torch.bfloat16), "in_vector": ((columns,), torch.bfloat16)}
     else:
@@ -44,17 +38,17 @@ def tensor_shapes(
             "in_signs": ((packed_signs(columns),), torch.uint8),
             "scale": ((), torch.float32),
         }
-    return {**codes, **sides}
+    return {**codebook.shapes(out_features, columns), **sides}
 
 
 class QuipSharpLinear(QuantizedLinear):
     """`y = U^T W~ V x + b`: x rotated, multiplied by the decoded codes, rotated back.
 
-    format: {"bits": 1|2|3|4, "vectors": "signs" (the default)|"tuned"}. Buffers, see `tensor_shapes`: codes int16
-    (out, in / 8) (uint8 at 1 bit), at 3 and 4 bits residual_codes (uint8, int16) of the same shape. With signs:
-    out_signs and in_signs, packed bits, and scale, a float32 with eight significant bits, so that bfloat16 and float16
-    hold it exactly. Tuned: out_vector (out,) and in_vector (in,) bfloat16, the scale within out_vector. in is rounded
-    up to a multiple of 8 by columns of zeros.
+    format: {"bits": ..., "codebook": "e8p" (the default)|"trellis", "states" of the latter, "vectors": "signs" (the
+    default)|"tuned"}. Buffers, see `tensor_shapes`: the codebook's codes; with signs out_signs and in_signs, packed
+    bits, and scale, a float32 with eight significant bits, so that bfloat16 and float16 hold it exactly; tuned:
+    out_vector (out,) and in_vector (in,) bfloat16, the scale within out_vector. in is rounded up to whole groups of the
+    codebook by columns of zeros.
     """
 
     def __init__(
@@ -67,7 +61,8 @@ class QuipSharpLinear(QuantizedLinear):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(out_features, in_features, bias, format, dtype, device)
-        self.bits = int(format["bits"])
+        self.codebook = codebook_of(format)
+        self.columns = padded(in_features, self.codebook)
         self.is_tuned = format.get("vectors", SIGNS) == TUNED
         for name, (shape, stored) in tensor_shapes(format, out_features, in_features).items():
             self.register_buffer(name, torch.empty(shape, dtype=stored, device=device))
@@ -77,26 +72,37 @@ class QuipSharpLinear(QuantizedLinear):
         if self.is_tuned:
             return self.out_vector.float(), self.in_vector.float()
         out_signs = unpack_signs(self.out_signs, self.out_features)
-        return out_signs * self.scale.float(), unpack_signs(self.in_signs, padded(self.in_features))
+        return out_signs * self.scale.float(), unpack_signs(self.in_signs, self.columns)
 
     def points(self) -> Tensor:
         """What the codes stand for, in units of the scale: (out, padded in) float32."""
-        return decoded(*self._codes(), self.bits)
-
-    def _codes(self) -> tuple[Tensor, Tensor | None]:
-        return self.codes, self.residual_codes if len(STAGES[self.bits]) > 1 else None
+        return self.codebook.points(self._buffers, self.out_features, self.columns)
 
     def dequantize(self) -> Tensor:
         """The dense (out_features, in_features) weight, float32."""
         return original_weight(self.points(), *self.vectors())[:, : self.in_features]
+
+    def _layer(self, dtype: torch.dtype) -> Layer:
+        operator, matrix = self.codebook.layer(self._buffers)
+        if self.is_tuned:
+            sides = self.in_vector, self.out_vector, None
+        else:
+            sides = self.in_signs, self.out_signs, self.scale
+        sizes = self.columns, self.out_features
+        return Layer(operator, matrix, *sides, self.bias, *sizes, dtype, self._plain, self.dequantize)
+
+    def _plain(self, x: Tensor) -> Tensor:
+        """The layer by parts, each by what is fastest on its device; differentiable in tuned vectors too."""
+        out_vector, in_vector = self.vectors()
+        extra = self.columns - self.in_features
+        rotated = rotate(F.pad(x.float(), (0, extra)) if extra else x.float(), in_vector)
+        product = self.codebook.product(self._buffers, self.out_features, self.columns, x.dtype)
+        y = rotate_back(multiply_codes(rotated, product, self.out_features), out_vector)
+        return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) to (..., out_features) of x's dtype; factors are rounded to no less than that.
 
         Differentiable in x and in tuned vectors.
         """
-        out_vector, in_vector = self.vectors()
-        extra = padded(self.in_features) - self.in_features
-        rotated = rotate(F.pad(x.float(), (0, extra)) if extra else x.float(), in_vector)
-        y = rotate_back(product(rotated, *self._codes(), self.bits, x.dtype), out_vector)
-        return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
+        return run(self._layer(x.dtype), x)

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from casp.errors import UserError
-from casp_quip_sharp.codebooks import GAUSSIAN_SCALE
+from casp_quip_sharp.codebook import Codebook
 from casp_quip_sharp.incoherence import incoherent_hessian, incoherent_weight, random_signs, unpack_signs
 from casp_quip_sharp.ldlq import Factors, Rounded, block_ldl, descend, ldlq
-from casp_quip_sharp.linear import CODE_NAMES, padded
+from casp_quip_sharp.linear import padded
 from casp_quip_sharp.rescale import POWERS, column_scales
 
 _SAMPLED_ROWS = 48  # rows on which scales are compared; after the rotation all rows are alike
@@ -28,9 +28,9 @@ def storable(scale: float) -> float:
     return torch.tensor(scale).to(torch.bfloat16).item()
 
 
-def gaussian_scale(weight: Tensor, bits: int) -> float:
+def gaussian_scale(weight: Tensor, codebook: Codebook) -> float:
     """The scale that is best for Gaussian entries without feedback; 0 for a matrix of zeros."""
-    return storable(weight.square().mean().sqrt().item() * GAUSSIAN_SCALE[bits])
+    return storable(weight.square().mean().sqrt().item() * codebook.gaussian_scale)
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,17 @@ class Basis:
 
     @classmethod
     def of(
-        cls, weight: Tensor, hessian: Tensor, out_vector: Tensor, in_vector: Tensor, damping: float, name: str
+        cls,
+        weight: Tensor,
+        hessian: Tensor,
+        out_vector: Tensor,
+        in_vector: Tensor,
+        damping: float,
+        group: int,
+        name: str,
     ) -> Self:
         """Rotate `weight` float32 and `hessian` float64; what is divided out of a column returns in `in_vector`."""
-        factors = block_ldl(incoherent_hessian(hessian, in_vector.double()), damping, name)
+        factors = block_ldl(incoherent_hessian(hessian, in_vector.double()), damping, group, name)
         return cls(incoherent_weight(weight, out_vector, 1 / in_vector), factors, in_vector)
 
 
@@ -59,26 +66,26 @@ class Candidate:
     scale: float
 
 
-def round_matrix(target: Tensor, factors: Factors, bits: int, sweeps: int) -> tuple[Rounded, Tensor]:
+def round_matrix(target: Tensor, factors: Factors, codebook: Codebook, sweeps: int) -> tuple[Rounded, Tensor]:
     """LDLQ and at most `sweeps` sweeps of coordinate descent over `target` (out, in) in units of the codebook.
 
     A sweep takes away about a tenth of what the one before it took: where that is next to nothing, none follows.
     Returns the points and the weighted loss `e H e^T` of each row, (out,).
     """
-    rounded = ldlq(target, factors, bits)
+    rounded = ldlq(target, factors, codebook)
     error = target - rounded.points
     gradient = error @ factors.hessian
     losses = (gradient * error).sum(1)
     for _ in range(sweeps):
         before = losses
-        rounded, gradient = descend(gradient, factors, rounded, bits)
+        rounded, gradient = descend(gradient, factors, rounded, codebook)
         losses = (gradient * (target - rounded.points)).sum(1)
         if losses.sum() > (1 - _WORTH) * before.sum():
             break
     return rounded, losses
 
 
-def rank_scales(bases: Sequence[Basis], bits: int) -> list[Candidate]:
+def rank_scales(bases: Sequence[Basis], codebook: Codebook) -> list[Candidate]:
     """Bases and scales in the order of the loss after LDLQ and a sweep, on a sample of the rows.
 
     The loss is that of each basis' damped Hessian, as in the rounding itself.
@@ -86,15 +93,15 @@ def rank_scales(bases: Sequence[Basis], bits: int) -> list[Candidate]:
     found = []
     for basis in bases:
         sample = basis.weight[:: max(len(basis.weight) // _SAMPLED_ROWS, 1)]
-        scales = [storable(gaussian_scale(basis.weight, bits) * factor) for factor in _SCALE_FACTORS]
+        scales = [storable(gaussian_scale(basis.weight, codebook) * factor) for factor in _SCALE_FACTORS]
         scale = torch.tensor(scales).repeat_interleave(len(sample))[:, None].to(sample)
-        _, losses = round_matrix(sample.repeat(len(scales), 1) / scale, basis.factors, bits, sweeps=1)
+        _, losses = round_matrix(sample.repeat(len(scales), 1) / scale, basis.factors, codebook, sweeps=1)
         means = losses.view(len(scales), -1).mean(1).tolist()
         found += [Candidate(scale**2 * mean, basis, scale) for scale, mean in zip(scales, means, strict=True)]
     return sorted(found, key=lambda candidate: candidate.loss)
 
 
-def round_best(ranked: Sequence[Candidate], bits: int, sweeps: int) -> tuple[Candidate, Rounded]:
+def round_best(ranked: Sequence[Candidate], codebook: Codebook, sweeps: int) -> tuple[Candidate, Rounded]:
     """Round with the first of `ranked`; with the next ones where a few rows that the sample missed went astray.
 
     Under a nearly singular Hessian feedback can grow beyond the codebook's reach, which costs such a row a hundred
@@ -103,7 +110,7 @@ def round_best(ranked: Sequence[Candidate], bits: int, sweeps: int) -> tuple[Can
     tried = []
     for candidate, runner_up in zip_longest(ranked[:_TRIALS], ranked[1:_TRIALS]):
         basis, scale = candidate.basis, candidate.scale
-        rounded, losses = round_matrix(basis.weight / scale, basis.factors, bits, sweeps)
+        rounded, losses = round_matrix(basis.weight / scale, basis.factors, codebook, sweeps)
         tried.append((scale**2 * losses.mean().item(), candidate, rounded))
         if runner_up is None or tried[-1][0] <= _SURPRISE * runner_up.loss:
             break
@@ -114,7 +121,7 @@ def round_best(ranked: Sequence[Candidate], bits: int, sweeps: int) -> tuple[Can
 def quantize_matrix(
     weight: Tensor,
     hessian: Tensor,
-    bits: int,
+    codebook: Codebook,
     generator: torch.Generator | None = None,
     *,
     tuned: bool = False,
@@ -125,7 +132,7 @@ def quantize_matrix(
 ) -> dict[str, Tensor]:
     """Quantize `weight` (out, in) under `hessian` = E[x x^T] (in, in), minimising `tr(E H E^T)`.
 
-    bits: 1, 2, 3 or 4; generator: draws the signs. tuned: return real vectors, which fine-tuning can move, in the place
+    generator: draws the signs. tuned: return real vectors, which fine-tuning can move, in the place
     of signs. damping: share of the mean diagonal added to the diagonal of `hessian`. search_scale: compare scales,
     with real vectors also those of the columns, under the weighted loss instead of taking the Gaussian's. sweeps: most
     rounds of coordinate descent after LDLQ. name: the layer, for messages.
@@ -141,7 +148,7 @@ def quantize_matrix(
             f"{name}: a Hessian of shape {tuple(hessian.shape)} does not fit a weight of {columns} columns; "
             "take both from the same layer."
         )
-    device, extra = weight.device, padded(columns) - columns
+    device, extra = weight.device, padded(columns, codebook) - columns
     out_signs = random_signs(rows, generator).to(device)
     in_signs = random_signs(columns + extra, generator).to(device)
     out_vector, in_vector = unpack_signs(out_signs, rows), unpack_signs(in_signs, columns + extra)
@@ -153,16 +160,19 @@ def quantize_matrix(
         ]
         in_vectors = [vector.to(torch.bfloat16).float() for vector in in_vectors]
     padded_weight, padded_hessian = F.pad(weight, (0, extra)), F.pad(hessian, (0, extra, 0, extra))
-    bases = [Basis.of(padded_weight, padded_hessian, out_vector, vector, damping, name) for vector in in_vectors]
-    usual = gaussian_scale(bases[0].weight, bits)
+    bases = [
+        Basis.of(padded_weight, padded_hessian, out_vector, vector, damping, codebook.group, name)
+        for vector in in_vectors
+    ]
+    usual = gaussian_scale(bases[0].weight, codebook)
     if not math.isfinite(usual) or not all(torch.isfinite(basis.weight).all() for basis in bases):
         raise UserError(f"{name}: its weights are too large, up to {weight.abs().max():.1e}; check the checkpoint.")
     if usual and search_scale:
-        chosen, rounded = round_best(rank_scales(bases, bits), bits, sweeps)
+        chosen, rounded = round_best(rank_scales(bases, codebook), codebook, sweeps)
     else:
         chosen = Candidate(0.0, bases[0], usual)
-        rounded, _ = round_matrix(bases[0].weight / (usual or 1.0), bases[0].factors, bits, sweeps)
-    codes = dict(zip(CODE_NAMES, rounded.codes, strict=False))
+        rounded, _ = round_matrix(bases[0].weight / (usual or 1.0), bases[0].factors, codebook, sweeps)
+    codes = codebook.stored(rounded.codes)
     if tuned:
         return {
             **codes,

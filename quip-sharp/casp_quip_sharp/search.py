@@ -111,3 +111,40 @@ def quantize_vectors(vectors: Tensor, bits: int) -> tuple[list[Tensor], Tensor]:
         codes.append(found)
         points = points + decode(found, stage)
     return codes, points
+
+
+def round_block_reference(wanted: Tensor, target: Tensor, feedback: Tensor, bits: int) -> tuple[list[Tensor], Tensor]:
+    """Codes (rows, width / 8) of every stage and points (rows, width) of a block of columns, last group first.
+
+    wanted, target: (rows, width), with and without the feedback of the blocks that are done; feedback: A within the
+    block, (width, width).
+    """
+    width = target.shape[1]
+    error, codes = torch.zeros_like(target), []
+    for first in range(width - GROUP, -1, -GROUP):
+        last = first + GROUP
+        found, points = quantize_vectors(wanted[:, first:last] + error[:, last:] @ feedback[last:, first:last], bits)
+        error[:, first:last] = target[:, first:last] - points
+        codes.append(found)
+    return [torch.stack(stage[::-1], 1) for stage in zip(*codes, strict=True)], target - error
+
+
+def descend_block_reference(
+    gradient: Tensor, hessian: Tensor, inverse: Tensor, codes: list[Tensor], points: Tensor, bits: int
+) -> tuple[list[Tensor], Tensor]:
+    """New codes of a block of columns and how far its points move, (rows, width); last group first.
+
+    gradient: E H of the block, (rows, width); hessian: (width, width); inverse: of its groups of 8, (width / 8, 8, 8);
+    codes and points: as they are, not changed.
+    """
+    codes, moves = [stage.clone() for stage in codes], torch.zeros_like(points)
+    for first in range(points.shape[1] - GROUP, -1, -GROUP):
+        last, k = first + GROUP, first // GROUP
+        pull = gradient[:, first:last] - moves[:, last:] @ hessian[last:, first:last]
+        found, candidate = quantize_vectors(points[:, first:last] + pull @ inverse[k], bits)
+        move = candidate - points[:, first:last]
+        better = (move * (2 * pull - move @ hessian[first:last, first:last])).sum(1) > 0
+        moves[:, first:last] = move * better[:, None]
+        for stage, code in zip(codes, found, strict=True):
+            stage[:, k] = torch.where(better, code, stage[:, k])
+    return codes, moves

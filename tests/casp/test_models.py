@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CLIPConfig, GPT2Config, GPT2LMHeadModel
 
 from casp.cli import model_folder, pick_device, stage_input
+from casp.digest import content_hash
 from casp.errors import UserError
 from casp.models import Decoder
-from casp.shards import INDEX, content_hash
+from casp.shards import INDEX
 
 CPU = torch.device("cpu")
 

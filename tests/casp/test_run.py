@@ -4,20 +4,24 @@ import errno
 import json
 import multiprocessing
 import os
+import shutil
 import signal
+import stat
 from pathlib import Path
 
 import pytest
 import torch
 
-import casp.folder
+import casp.files
 from casp.backend import load_backend
 from casp.budget import uniform_plan
 from casp.errors import UserError
-from casp.folder import LOG_FILE
+from casp.files import write_shard
+from casp.folder import LOG_FILE, WORK_PREFIX
 from casp.models import Decoder
 from casp.quantize import Method, quantize_blocks
 from casp.run import RunFolder, merge_reports
+from casp.stage import base_model
 
 CPU = torch.device("cpu")
 BATCHES = [{"input_ids": torch.arange(4, 36).reshape(2, 16)}]
@@ -54,6 +58,41 @@ def test_output_is_complete_or_absent(tiny_llama, tmp_path, toy_site):
     assert contents(output) == before
 
 
+def test_files_can_be_read_as_the_umask_says_and_the_card_counts_what_is_there(tiny_llama, tmp_path, toy_site):
+    output = tmp_path / "out"
+    run = toy_run(tiny_llama, output)
+    write_shard(run.folder / f"{WORK_PREFIX}learned.safetensors", {"x": torch.zeros(100_000)})
+    run.release()
+    old = os.umask(0o027)
+    try:
+        toy_stage(tiny_llama, output)
+    finally:
+        os.umask(old)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in output.iterdir()} == {0o640}
+    stored = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    assert f"; {stored / 1e6:.1f} MB of safetensors" in (output / "README.md").read_text()
+
+
+def test_weights_that_change_while_they_are_read_are_not_kept(tiny_llama, tmp_path, toy_site):
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    run = toy_run(model, tmp_path / "out")
+    shard = sorted(model.glob("*.safetensors"))[0]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    plan = uniform_plan(run.decoder, {"bits": 4})
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match="was changed while the run read it"):
+        quantize_blocks(run.decoder, run, BATCHES, Method(load_backend("toy"), plan, {}), CPU, torch.float32)
+    assert not list(run.result.iterdir())
+
+
+def test_the_card_names_the_model_that_everything_derives_from(tiny_llama, tmp_path):
+    assert base_model(tiny_llama, str(tiny_llama)) == "tiny-llama"
+    assert base_model(tiny_llama, "llava-hf/llava-1.5-7b-hf") == "llava-hf/llava-1.5-7b-hf"
+    (tmp_path / "casp_report.json").write_text('{"base_model": "llava-hf/llava-1.5-7b-hf"}')
+    assert base_model(tmp_path, str(tmp_path)) == "llava-hf/llava-1.5-7b-hf"
+
+
 def test_other_settings_are_refused_with_what_differs(tiny_llama, tiny_qwen2, tmp_path, toy_site):
     output = tmp_path / "out"
     toy_stage(tiny_llama, output)
@@ -72,14 +111,12 @@ def test_a_begun_run_with_other_settings_is_refused(tiny_llama, tmp_path, toy_si
     run = toy_run(tiny_llama, output)
     with pytest.raises(UserError, match="another process"):
         toy_run(tiny_llama, output)
-    run._lock.close()
+    run.release()
     with pytest.raises(UserError, match="bits 4 -> 2"):
         toy_run(tiny_llama, output, bits=2)
 
 
 def test_changed_weights_are_noticed(tiny_llama, tmp_path, toy_site):
-    import shutil
-
     copy = tmp_path / "model"
     shutil.copytree(tiny_llama, copy)
     output = tmp_path / "out"
@@ -99,7 +136,7 @@ def _dies(folder: Path, output: Path, site: str, kind: str, call: int) -> None:
     sys.path.insert(0, site)
     torch.set_num_threads(1)
     count = 0
-    real = getattr(os, kind) if hasattr(os, kind) else getattr(casp.folder, kind)
+    real = getattr(os, kind) if hasattr(os, kind) else getattr(casp.files, kind)
 
     def deadly(*args, **kwargs):
         nonlocal count
@@ -110,7 +147,7 @@ def _dies(folder: Path, output: Path, site: str, kind: str, call: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args, **kwargs)
 
-    setattr(os if hasattr(os, kind) else casp.folder, kind, deadly)
+    setattr(os if hasattr(os, kind) else casp.files, kind, deadly)
     toy_stage(folder, output)
 
 
@@ -157,7 +194,7 @@ def test_killed_again_and_again_the_run_still_ends_with_the_same_bytes(tiny_llam
 @pytest.mark.parametrize("call", [1, 3, 4])
 def test_a_full_disk_leaves_no_half_written_file(tiny_llama, tmp_path, toy_site, monkeypatch, call):
     output = tmp_path / "out"
-    real, count = casp.folder.save_file, 0
+    real, count = casp.files.save_file, 0
 
     def full(tensors, path, metadata):
         nonlocal count
@@ -167,11 +204,11 @@ def test_a_full_disk_leaves_no_half_written_file(tiny_llama, tmp_path, toy_site,
             raise OSError(errno.ENOSPC, "No space left on device")
         real(tensors, path, metadata)
 
-    monkeypatch.setattr(casp.folder, "save_file", full)
+    monkeypatch.setattr(casp.files, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         toy_stage(tiny_llama, output)
     assert not output.exists()
-    assert not list(output.with_name("out.partial").glob("*.tmp"))
+    assert not list(output.with_name("out.partial").rglob("*.tmp*"))
     monkeypatch.undo()
     toy_stage(tiny_llama, output)
     toy_stage(tiny_llama, tmp_path / "whole")

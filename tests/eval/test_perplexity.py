@@ -173,3 +173,14 @@ def test_script_with_every_option(run_script, tiny_llama, tmp_path):
 def test_bad_input_is_one_sentence_and_status_2(refused, tiny_llama, changes, message):
     options = {"--model": str(tiny_llama), "--dataset": "test", **changes}
     assert message in refused(main, *[word for pair in options.items() for word in pair])
+
+
+def test_an_input_is_no_output(refused, tiny_llama, tmp_path):
+    text = tmp_path / "text.json.txt"
+    text.write_text("some text " * 50)
+    before = {file: file.read_bytes() for file in [text, *tiny_llama.iterdir()]}
+    for place in (tiny_llama / "config.json", tiny_llama / "figures.json", text):
+        assert "input" in refused(main, "--model", tiny_llama, "--dataset", text, "--output", place)
+    (tmp_path / "thesis.json").write_text("{}")
+    assert "no figures" in refused(main, "--model", tiny_llama, "--output", tmp_path / "thesis.json")
+    assert {file: file.read_bytes() for file in [text, *tiny_llama.iterdir()]} == before

@@ -15,9 +15,10 @@ def test_rows_and_table(run_module, tmp_path):
     assert result["device"]
     assert result["threads"] >= 1
     assert result["implementation"].startswith(("cpu-", "reference"))
-    rows = {(row["what"], row["bits"], row["shape"], row["batch"]): row for row in result["rows"]}
+    rows = {(row["codebook"], row["what"], row["bits"], row["shape"], row["batch"]): row for row in result["rows"]}
     assert set(rows) == {
-        (what, bits, shape, batch)
+        (codebook, what, bits, shape, batch)
+        for codebook in ("e8p", "trellis")
         for what in ("kernel", "layer")
         for bits in (1, 3)
         for shape in ("24x40", "16x64")
@@ -31,8 +32,8 @@ def test_rows_and_table(run_module, tmp_path):
         assert 0 < row["dense_least_seconds"] <= row["dense_seconds"]
     table = done.stdout.splitlines()
     assert len(table) == 2 + len(rows)
-    assert table[1].split()[:7] == ["backend", "what", "bits", "shape", "batch", "seconds", "dense"]
-    assert all(len(line.split()) == 13 for line in table[2:])
+    assert table[1].split()[:8] == ["backend", "codebook", "what", "bits", "shape", "batch", "seconds", "dense"]
+    assert all(len(line.split()) == 14 for line in table[2:])
 
 
 def test_weights_of_a_round_exceed_the_last_cache(monkeypatch):
@@ -48,7 +49,7 @@ def test_weights_of_a_round_exceed_the_last_cache(monkeypatch):
 
     monkeypatch.setattr(speed, "contenders", counted)
     monkeypatch.setattr(speed, "last_cache_bytes", lambda device: 2**16)
-    speed.measure([2], 64, 64, 1, cpu, 1)
+    speed.measure(["e8p"], [2], 64, 64, 1, cpu, 1)
     assert sum(made) >= 2 * 2**16 > sum(made[1:])
 
 

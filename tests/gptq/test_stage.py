@@ -93,7 +93,7 @@ def test_a_byte_budget_is_met_and_never_exceeded(stage, tiny_llama, tmp_path):
 
 
 def test_the_plain_export_holds_the_same_tensors(stage, tiny_llama, tmp_path):
-    for _ in range(2):  # an earlier export is replaced
+    for _ in range(2):  # the second finds both finished
         stage("--model", tiny_llama, "--bits", 4, "--output", tmp_path / "out", "--export", "gptq")
     plain = tmp_path / "out-gptqmodel"
     config = json.loads((plain / "config.json").read_text())["quantization_config"]
@@ -129,12 +129,15 @@ def test_what_a_plain_checkpoint_cannot_hold_is_said_before_any_work(stage, tiny
     assert not list(tmp_path.iterdir())
 
 
-def test_an_export_replaces_nothing_of_others(stage, tiny_llama, tmp_path):
-    (tmp_path / "out-gptqmodel").mkdir()
-    (tmp_path / "out-gptqmodel" / "thesis.txt").write_text("do not touch")
-    with pytest.raises(UserError, match="holds other files"):
+@pytest.mark.parametrize(
+    ("name", "said"), [("out-gptqmodel", "holds other files"), ("out-gptqmodel.partial", r"holds thesis\.txt")]
+)
+def test_an_export_replaces_nothing_of_others_and_says_so_before_any_work(stage, tiny_llama, tmp_path, name, said):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.txt").write_text("do not touch")
+    with pytest.raises(UserError, match=said):
         stage("--model", tiny_llama, "--bits", 4, "--output", tmp_path / "out", "--export", "gptq")
-    assert (tmp_path / "out-gptqmodel" / "thesis.txt").exists()
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == [name, f"{name}/thesis.txt"]
 
 
 @pytest.mark.parametrize(

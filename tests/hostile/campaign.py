@@ -40,7 +40,7 @@ MODULES = {
     "quip": "casp_quip_sharp.__main__",
     "tuned": "casp_quip_sharp.__main__",
     "given": "casp_quip_sharp.__main__",
-    "hfize": "casp_quip_sharp.hessians",
+    "hfize": "casp.moments.__main__",
     "pictures": "casp_gptq.__main__",
     "perplexity": "casp_eval.perplexity",
     "questions": "casp_eval.questions",

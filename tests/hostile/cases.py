@@ -740,13 +740,13 @@ def data_cases() -> Iterator[Case]:
 
 
 def hessian_cases() -> Iterator[Case]:
-    """Folders of the Hessian stage that are damaged, incomplete or of another kind."""
+    """Folders of moments that are damaged, incomplete or of another kind."""
 
     def rewritten(change: Callable[[dict, dict], Any]) -> Damage:
         def damage(folder: Path) -> None:
             from safetensors import safe_open
 
-            for file in sorted(folder.glob("block-*.safetensors")):
+            for file in sorted(folder.glob("inputs-*.safetensors")):
                 with safe_open(file, "pt") as f:
                     metadata = dict(f.metadata())
                 tensors = load_file(file)
@@ -760,8 +760,9 @@ def hessian_cases() -> Iterator[Case]:
 
     def groups(change: Callable[[list], Any]) -> Callable[[dict, dict], None]:
         def apply(tensors: dict, metadata: dict) -> None:
-            record = json.loads(metadata["hessians"])
-            metadata["hessians"] = json.dumps(record | {"groups": change(record["groups"])})
+            record = json.loads(metadata["block"])
+            header = record["header"] | {"groups": change(record["header"]["groups"])}
+            metadata["block"] = json.dumps(record | {"header": header})
 
         return apply
 
@@ -777,9 +778,9 @@ def hessian_cases() -> Iterator[Case]:
         "cropped": all_tensors(lambda t: t[:-1]),
         "float64": all_tensors(torch.Tensor.double),
         "int64": all_tensors(torch.Tensor.long),
-        "no groups": lambda tensors, metadata: metadata.pop("hessians"),
-        "groups are no JSON": lambda tensors, metadata: metadata.update(hessians="{"),
-        "groups are deep": lambda tensors, metadata: metadata.update(hessians=DEEP.decode()),
+        "no groups": lambda tensors, metadata: metadata.pop("block"),
+        "groups are no JSON": lambda tensors, metadata: metadata.update(block="{"),
+        "groups are deep": lambda tensors, metadata: metadata.update(block=DEEP.decode()),
         "groups reversed": groups(lambda found: [list(reversed(group)) for group in found]),
         "groups lack one": groups(lambda found: found[1:]),
         "groups empty": groups(lambda found: []),
@@ -798,10 +799,10 @@ def hessian_cases() -> Iterator[Case]:
     for label, data in OTHER_JSON.items():
         yield Case("hessians", f"record: {label}", "given", "hessians", written("casp_run.json", data))
     yield Case(
-        "hessians", "a block is missing", "given", "hessians", lambda f: (f / "block-00001.safetensors").unlink()
+        "hessians", "a block is missing", "given", "hessians", lambda f: (f / "inputs-00001.safetensors").unlink()
     )
     yield Case(
-        "hessians", "a block is cut", "given", "hessians", lambda f: os.truncate(f / "block-00001.safetensors", 5000)
+        "hessians", "a block is cut", "given", "hessians", lambda f: os.truncate(f / "inputs-00001.safetensors", 5000)
     )
     yield Case("hessians", "a finished checkpoint", "given", "gptq", nothing)
     yield Case(

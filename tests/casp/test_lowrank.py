@@ -1,10 +1,10 @@
 import pytest
 import torch
-from casp_svd.decompose import factor, rank_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from casp.errors import UserError
+from casp.lowrank import factor, rank_for
 
 
 def positive(size: int, generator: torch.Generator) -> torch.Tensor:
