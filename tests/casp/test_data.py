@@ -187,15 +187,16 @@ def test_built_in_texts_are_of_the_calibration_splits(tiny_llama: Path, tiny_lla
 
     splits, original = [], text.load
     monkeypatch.setattr(text, "load", lambda split: (splits.append(split), original(split)[:5000])[1])
-    found = batches(tiny_llama, "demo", samples=10)
-    assert fingerprint(found) == fingerprint(batches(tiny_llama, "demo-text", samples=10))
-    assert fingerprint(found) == fingerprint(batches(tiny_llava, "demo-text", samples=10))
+    found = batches(tiny_llama, "demo-mixed", samples=10)
+    assert fingerprint(found) == fingerprint(batches(tiny_llama, "demo-registers", samples=10))
+    assert fingerprint(found) == fingerprint(batches(tiny_llava, "demo-registers", samples=10))
     assert splits == [*text.CALIBRATION.values()] * 3
 
 
-def test_the_speeches_are_cut_as_they_were_when_they_were_all_the_built_in_text(demo_llama: Path):
+@pytest.mark.parametrize("name", ["demo", "demo-text", "demo-speeches"])
+def test_the_speeches_are_cut_as_they_were_when_they_were_all_the_built_in_text(demo_llama: Path, name: str):
     """SHA-256 of the batches of --dataset demo before other registers joined: earlier figures can be made again."""
-    found = batches(demo_llama, "demo-speeches", samples=128, sequence_length=512, batch_size=8)
+    found = batches(demo_llama, name, samples=128, sequence_length=512, batch_size=8)
     assert fingerprint(found) == "93d0de41d9293eda5198368110436c54ccee158665424fda8dd2719447b8566b"
 
 

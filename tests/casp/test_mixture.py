@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from casp.data import calibration_batches, mixture
+from casp.data import calibration_batches, mixture, sources
 from casp.demo import text
 from casp.errors import UserError
 
@@ -42,10 +42,10 @@ def test_names_stand_for_sets_and_shares() -> None:
         "a.txt": Fraction(7, 8),
         "b.jsonl": Fraction(1, 8),
     }
-    texts = mixture.shares("demo", False)
-    assert texts == mixture.shares("demo-text", True)
+    texts = mixture.shares("demo-mixed", False)
+    assert texts == mixture.shares("demo-registers", True)
     assert set(texts) == {f"demo-{register}" for register in text.REGISTERS}
-    both = mixture.shares("demo", True)
+    both = mixture.shares("demo-mixed", True)
     assert sum(both.values()) == sum(texts.values()) == 1
     assert {name: share / (1 - both["demo-images"]) for name, share in both.items() if name in texts} == texts
     with pytest.raises(UserError, match="all 0"):
@@ -62,9 +62,15 @@ def test_a_mixture_of_texts_has_windows_of_each(tiny_llama: Path, tmp_path: Path
     assert sorted(Counter(windows[:, 0].tolist()).values()) == [4, 12]
 
 
-def test_the_default_of_a_multimodal_model_has_batches_of_chats_and_of_text(tiny_llava: Path) -> None:
-    share = 1 - mixture.shares("demo", True)["demo-images"]
-    batches = calibration_batches(tiny_llava, "demo", 20, 48, 0, 2)
+def test_the_default_is_one_set_until_shares_were_measured() -> None:
+    assert mixture.shares("demo", False) == mixture.shares("demo-text", False) == {"demo-speeches": 1}
+    assert mixture.shares("demo", True) == {"demo-images": 1}
+    assert mixture.shares("demo-text", True) == {"demo-speeches": 1}
+
+
+def test_the_mixture_of_a_multimodal_model_has_batches_of_chats_and_of_text(tiny_llava: Path) -> None:
+    share = 1 - mixture.shares("demo-mixed", True)["demo-images"]
+    batches = calibration_batches(tiny_llava, "demo-mixed", 20, 48, 0, 2)
     chats = sum(len(batch["input_ids"]) for batch in batches if "pixel_values" in batch)
     texts = [batch for batch in batches if "pixel_values" not in batch]
     assert chats == round(20 * (1 - share))
@@ -75,3 +81,20 @@ def test_the_default_of_a_multimodal_model_has_batches_of_chats_and_of_text(tiny
 def test_what_a_text_model_cannot_take_is_refused_by_name(tiny_llama: Path) -> None:
     with pytest.raises(UserError, match="demo-images has images"):
         calibration_batches(tiny_llama, "demo-images:1,demo-text:1", 4, 24, 0, 2)
+
+
+def test_the_files_of_a_mixture_are_its_local_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the stages protect from being written over."""
+    for name in ("a.txt", "b.jsonl"):
+        (tmp_path / name).touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    a, b = tmp_path / "a.txt", tmp_path / "b.jsonl"
+    assert set(sources.files(f"{a}:2,demo-mixed:1,~/b.jsonl:1,c4:1")) == {a, b}
+    assert sources.files(str(a)) == [a]
+    assert sources.files("demo") == sources.files("wikitext2") == []
+
+
+def test_the_share_of_chats_is_that_of_pictures_and_rows() -> None:
+    assert sources.share_of_chats("demo") == sources.share_of_chats("some.jsonl") == 1
+    assert sources.share_of_chats("c4") == sources.share_of_chats("demo-text") == 0
+    assert sources.share_of_chats("demo-images:1,some.txt:3") == 0.25

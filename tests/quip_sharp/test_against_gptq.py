@@ -38,7 +38,7 @@ def error(backend, format, weight, hessian):
 def test_less_error_on_every_class_of_matrix(request, name, samples, batch):
     folder = request.getfixturevalue(name)
     decoder = Decoder.open(folder)
-    batches = calibration_batches(folder, "demo-speeches", samples, 256, 0, batch)
+    batches = calibration_batches(folder, "demo", samples, 256, 0, batch)
     inputs = capture_inputs(decoder, batches, torch.device("cpu"), torch.float32)
     quip, gptq = QuipSharp(), GPTQ()
     errors = defaultdict(lambda: [0.0, 0.0])
