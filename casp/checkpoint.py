@@ -81,7 +81,7 @@ class CaspQuantizer(HfQuantizer):
         for path, module in model.named_modules():
             if isinstance(module, COMPRESSED):
                 for name, tensor in module.state_dict().items():
-                    if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
+                    if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor.float()).all():
                         raise UserError(f"{path}.{name} holds NaN or infinity; make or download the checkpoint again.")
 
     def is_serializable(self) -> bool:

@@ -73,7 +73,7 @@ def _quantize_matrix(
         dtype=old.weight.dtype,
         device=visit.device,
     )
-    spoilt = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    spoilt = [name for name, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
     if spoilt:
         raise UserError(
             f"{full_path}: its {spoilt[0]} would hold NaN or infinity, its weights are too large for the format; check "

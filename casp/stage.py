@@ -24,7 +24,13 @@ from casp.files import write_json, write_shard
 from casp.folder import WORK_PREFIX, check_places
 from casp.linear import LowRankLinear, QuantizedLinear
 from casp.models import Decoder
-from casp.moments.find import add_moments_argument, add_token_weights_argument, choose_weighting, find_moments
+from casp.moments.find import (
+    ON_THE_WAY,
+    add_moments_argument,
+    add_token_weights_argument,
+    choose_weighting,
+    find_moments,
+)
 from casp.moments.store import REMEDY, Moments
 from casp.numbers import real, whole
 from casp.plan.file import Plan as RankPlan
@@ -43,8 +49,8 @@ MOST_EPOCHS, MOST_RATE = 10_000, 1.0  # a rate of 1 moves every number by its ow
 INFLUENCE_SAMPLES = 32  # block influence is a mean over tokens: a few samples settle the order of the blocks
 
 
-def add_quantizing_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of every quantizing stage, besides the common ones."""
+def add_quantizing_arguments(parser: argparse.ArgumentParser, on_the_way: str = ON_THE_WAY) -> None:
+    """Flags of every quantizing stage, besides the common ones; on_the_way: see `quantize_stage`."""
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
         "--bits-budget",
@@ -76,7 +82,7 @@ def add_quantizing_arguments(parser: argparse.ArgumentParser) -> None:
         "moments collected before (default: one format for all, --bits)",
     )
     add_moments_argument(parser)
-    add_token_weights_argument(parser)
+    add_token_weights_argument(parser, on_the_way)
 
 
 def add_tuning_arguments(parser: argparse.ArgumentParser, block_rate: float, end_to_end_rate: float) -> None:
@@ -289,6 +295,7 @@ def quantize_stage(
     check: Callable[[Decoder, Format], None] | None = None,
     tuning: FineTuning = FineTuning(),
     beside: Callable[[Path], Path] | None = None,
+    on_the_way: str = ON_THE_WAY,
 ) -> Path:
     """Run a quantizing stage as its flags say; returns the checkpoint's folder.
 
@@ -297,7 +304,8 @@ def quantize_stage(
     (runs/<model>/<label>, with "casp-" before it for a model with low-rank layers); check: raises UserError
     for a model and format that the stage cannot serve, before anything is computed; tuning: towards the model that
     `args.model` names; beside: names the folder that will be made of the output afterwards, which is then checked
-    before any work. Moments are those that `casp.moments.find` finds.
+    before any work; on_the_way: the token weights where none are asked for and second moments are collected while
+    quantizing. Moments collected before are those that `casp.moments.find` finds.
     """
     decoder = Decoder.open(stage_input(args.model, "svd", args.from_original or args.plan is not None))
     if holds(decoder, QuantizedLinear):
@@ -307,7 +315,7 @@ def quantize_stage(
     low_rank = holds(decoder, LowRankLinear)
     stage = f"casp-{label}" if low_rank else label
     moments = find_moments(args, decoder, low_rank, args.token_weights)
-    weighting = choose_weighting(args.token_weights, moments)
+    weighting = choose_weighting(args.token_weights, moments, on_the_way)
     obeyed = planned(args, decoder, backend, moments)
     if obeyed is not None:
         stage = f"casp-{backend.name}-plan"

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ class AQLM:
     """The backend "aqlm". A format is {"scheme": "MxBgG", "entries": "float16"|"float8", "bits": M B / G}."""
 
     name = "aqlm"
+    draft = MappingProxyType({"max_rounds": 1})
 
     def format(self, scheme: str, entries: str = "float16") -> dict[str, Any]:
         """The format of a scheme written as MxBgG and the dtype of its codebooks; UserError when there is none."""

@@ -10,6 +10,8 @@ from casp_gptq.backend import GPTQ
 from casp_gptq.export import check_exportable, export_folder, export_gptq
 from casp_gptq.grid import BITS
 
+ON_THE_WAY = "none"  # token weights without moments collected before; others have not been measured with GPTQ
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -58,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
         default=2,
         help="rounds of refinement after GPTQ's own pass, a count; 0: plain GPTQ (default: %(default)s)",
     )
-    add_quantizing_arguments(flags)
+    add_quantizing_arguments(flags, ON_THE_WAY)
     flags.add_argument(
         "--export",
         choices=["gptq"],
@@ -94,7 +96,8 @@ def main(argv: list[str] | None = None) -> None:
         "sweeps": args.sweeps,
     }
     check, beside = (check_exportable, export_folder) if args.export else (None, None)
-    output = quantize_stage(args, backend, ladder, search, f"gptq-{args.bits}bit", check, beside=beside)
+    label = f"gptq-{args.bits}bit"
+    output = quantize_stage(args, backend, ladder, search, label, check, beside=beside, on_the_way=ON_THE_WAY)
     if args.export:
         print(f"wrote {export_gptq(output, export_folder(output), args.symmetric)} for gptqmodel")
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from casp.head import POSITIONS, head_logits
 from casp.models import Decoder
 from casp.moments.second_moment import SecondMoment
-from casp.moments.weights import gradient_weights
+from casp.moments.weights import gradient_weights, tempered, typical_energy
 from casp.walk import BatchInputs, first_output, moved
 
 NO_LABEL = -100
@@ -63,9 +63,9 @@ class GradientStatistics:
     sizes: path of each linear, relative to the block -> (out_features, in_features); weightings: of "gradient" and
     "gradient-norm", those wanted.
 
-    inputs: of each linear's input, by path and weighting; outputs: of the gradient at each linear's output;
-    energy: path -> the sum of |g|^2; tokens: how many entered, padding left out. The gradient is that of the loss
-    summed over all positions, in nats.
+    inputs: of each linear's input, by path and weighting; outputs: of the gradient at each linear's output, every
+    sequence at a mean square of 1 (`casp.moments.weights.tempered`); tokens: how many entered, padding left out. The
+    gradient is that of the loss summed over all positions, in nats.
     """
 
     def __init__(
@@ -74,7 +74,8 @@ class GradientStatistics:
         names = tuple(weightings)
         self.inputs = {path: {name: SecondMoment(size[1], device) for name in names} for path, size in sizes.items()}
         self.outputs = {path: SecondMoment(size[0], device) for path, size in sizes.items()}
-        self.energy = dict.fromkeys(sizes, 0.0)
+        self._energies: dict[str, list[Tensor]] = {path: [] for path in sizes}
+        self._counts: dict[str, list[Tensor]] = {path: [] for path in sizes}
         self.tokens = 0
 
     def run(self, block: nn.Module, index: int, batch: BatchInputs, gradient: Tensor) -> Tensor:
@@ -106,6 +107,11 @@ class GradientStatistics:
     def _add(self, path: str, x: Tensor, gradient: Tensor, tokens: Tensor) -> None:
         for name, moment in self.inputs[path].items():
             moment.add(x[tokens], gradient_weights(name, gradient, tokens)[tokens])
-        real = gradient[tokens].float()
-        self.outputs[path].add(real)
-        self.energy[path] += real.square().sum(dtype=torch.float64).item()
+        scaled, energies = tempered(gradient, tokens)
+        self.outputs[path].add(scaled[tokens & (energies > 0)[:, None]])
+        self._energies[path].append(energies.cpu())
+        self._counts[path].append(tokens.sum(-1).cpu())
+
+    def energy(self, path: str) -> float:
+        """E|g|^2 over the tokens, g the gradient at the linear's output: `casp.moments.weights.typical_energy`."""
+        return typical_energy(torch.cat(self._energies[path]), torch.cat(self._counts[path]))

@@ -14,7 +14,7 @@ from casp.outputs import read_record
 ON_THE_WAY = "attention"
 """Token weights where second moments are collected while quantizing."""
 COLLECTED = "attention+gradient"
-"""Token weights where moments were collected before; both were chosen on validation, see
+"""Token weights where moments were collected before. Both were chosen with QuIP# at 2 bits on validation, see
 eval/results/token_weights_validation.json."""
 
 NO_MOMENTS = Path("none")
@@ -39,15 +39,15 @@ def add_moments_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_token_weights_argument(parser: argparse.ArgumentParser) -> None:
-    """--token-weights, of every stage that quantizes."""
+def add_token_weights_argument(parser: argparse.ArgumentParser, on_the_way: str) -> None:
+    """--token-weights, of every stage that quantizes; on_the_way: the default without moments."""
     parser.add_argument(
         "--token-weights",
         metavar="WEIGHTS",
         help="how much a token counts in the moments of the inputs: "
         + "; ".join(f"{name} = {words}" for name, words in EXPLAINED.items())
         + "; names joined by + = the sum of these moments, each scaled to a mean diagonal of 1. Those by gradient need "
-        f"moments collected before (default: {COLLECTED} with such moments, else {ON_THE_WAY})",
+        f"moments collected before (default: {COLLECTED} with such moments, else {on_the_way})",
     )
 
 
@@ -84,11 +84,14 @@ def find_moments(
     return found
 
 
-def choose_weighting(given: str | None, moments: Moments | None) -> str:
-    """What --token-weights asks for, or the best that there is; UserError for what only collected moments have."""
+def choose_weighting(given: str | None, moments: Moments | None, on_the_way: str = ON_THE_WAY) -> str:
+    """What --token-weights asks for, or the best that there is; UserError for what only collected moments have.
+
+    on_the_way: what is best without moments.
+    """
     if given is None:
         if moments is None:
-            return ON_THE_WAY
+            return on_the_way
         order = (COLLECTED, ON_THE_WAY, *moments.weightings)
         return next(one for one in order if set(weighting_parts(one)) <= set(moments.weightings))
     if moments is None and (len(weighting_parts(given)) > 1 or by_gradient(given)):

@@ -3,8 +3,9 @@
 `inputs-00000.safetensors`, from the forward pass, holds for each group of linears that share an input and each
 weighting ("none", "attention") that was asked for the upper triangle of the second moment of that input, row after
 row, float32, 2 in (in + 1) bytes, named `GROUP/WEIGHTING` after the group's first path. `gradients-00000.safetensors`,
-from the backward pass, holds for each linear `PATH/outputs`, the triangle of G = E[g g^T], 2 out (out + 1) bytes, and
-for each weighting by gradient `PATH/WEIGHTING`, 2 in (in + 1) bytes: these differ between linears that share an input.
+from the backward pass, holds for each linear `PATH/outputs`, the triangle of E[g g^T] / E|g|^2, 2 out (out + 1) bytes,
+and for each weighting by gradient `PATH/WEIGHTING`, 2 in (in + 1) bytes: these differ between linears that share an
+input.
 Paths are relative to the block; what else is known of a block stands as JSON in the headers, the digest of every tensor
 among it.
 
@@ -67,7 +68,7 @@ def write_inputs(file: Path, found: InputStatistics, index: int) -> None:
 
 def write_gradients(file: Path, index: int, found: GradientStatistics, losses: int, loss: float) -> None:
     """What the backward passes of block `index` told; losses: positions with a loss, loss: their sum in nats."""
-    energy = {path: total / found.tokens for path, total in found.energy.items()}
+    energy = {path: found.energy(path) for path in found.outputs}
     header = {"energy": energy, "tokens": found.tokens, "losses": losses, "loss": loss}
     moments = {f"{path}/{_OUTPUTS}": moment for path, moment in found.outputs.items()}
     moments |= {f"{path}/{name}": moment for path, named in found.inputs.items() for name, moment in named.items()}
@@ -103,9 +104,9 @@ class LinearMoments:
     """What is known of one linear; moments are read when they are asked for.
 
     path: relative to the block; group: the first path of those that share its input; energy: E|g|^2 over tokens, g the
-    gradient of the summed loss at the linear's output, None without a backward pass; tokens: how many the means are
-    over; losses: how many of them have a loss: ``1/2 tokens / losses tr(G D H D^T)`` is the predicted damage of an
-    error D in nats a loss. digests: of the tensors that the block's files hold.
+    gradient of the summed loss at the linear's output, outliers bounded, None without a backward pass; tokens: how many
+    the means are over; losses: how many of them have a loss: ``1/2 tokens / losses tr(G D H D^T)`` is the predicted
+    damage of an error D in nats a loss. digests: of the tensors that the block's files hold.
     """
 
     folder: Path
@@ -135,8 +136,9 @@ class LinearMoments:
 
     @property
     def gradient_moment(self) -> Tensor:
-        """``G = E[g g^T]``, (out, out) float32, the mean over all tokens; UserError without a backward pass."""
-        return self._read(_OUTPUTS)
+        """``G = E[g g^T]``, (out, out) float32, of trace `energy`; UserError without a backward pass."""
+        found = self._read(_OUTPUTS)
+        return found * self.energy
 
     def _read(self, part: str) -> Tensor:
         of_gradients = part == _OUTPUTS or by_gradient(part)

@@ -21,6 +21,8 @@ EXPLAINED = {
 """The ways of weighing a token, by name."""
 
 _MOST_ATTENTION = 4.0  # the first token of a text draws a hundred times its share and says nothing
+_MOST_SQUARE = 40.0
+_MOST_ENERGY = 4.0
 _MOST_GRADIENT = {"gradient": 20.0, "gradient-norm": 10.0}  # heavy tails waste samples
 
 
@@ -66,6 +68,35 @@ def checked_attention(call: AttentionCall, tokens: Tensor, index: int) -> Tensor
             f"block {index}: its attention holds NaN or infinity; check the model's weights, or run in a wider --dtype"
         )
     return received
+
+
+def tempered(gradient: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of each sequence at a mean square of 1, its heaviest tokens bounded, and what that square was.
+
+    gradient: (batch, tokens, out); tokens: (batch, tokens) bool, False for padding. Returns (batch, tokens, out)
+    float32 and (batch,). The gradient at a token that all others attend to is hundreds of times that of any other, and
+    so is that of some whole sequences: there the expansion to second order predicts a multiple of what an error costs.
+    A token's square counts up to 40 times that of the sequence's mean norm.
+    """
+    gradient = gradient.float() * tokens[..., None]
+    tiny, size = torch.finfo(torch.float32).tiny, gradient.square().sum(-1)
+    count = tokens.sum(-1).clamp_min(1)
+    most = _MOST_SQUARE * (size.sqrt().sum(-1) / count).square()
+    kept = (most[:, None] / size.clamp_min(tiny)).clamp_max(1)
+    energy = (size * kept).sum(-1) / count
+    return gradient * (kept / energy.clamp_min(tiny)[:, None]).sqrt()[..., None], energy
+
+
+def typical_energy(energies: Tensor, counts: Tensor) -> float:
+    """The mean of the sequences' `energies`, weighted by their `counts` of tokens, none above 4 times the median.
+
+    Both (sequences,). The median is that of the sequences that have a loss.
+    """
+    energies, counts = energies.double(), counts.double()
+    used = energies[energies > 0]
+    if not len(used):
+        return 0.0
+    return ((energies.clamp_max(_MOST_ENERGY * used.median()) * counts).sum() / counts.sum()).item()
 
 
 def gradient_weights(part: str, gradient: Tensor, tokens: Tensor) -> Tensor:

@@ -29,11 +29,12 @@ from casp.demo import NAMES
 from casp.errors import UserError
 from casp.files import write_json
 from casp.models import Decoder
+from casp.numbers import whole
 from casp.plan.file import shapes
 from casp.plan.options import chosen_formats
 from casp_eval.compare import Evaluation, Figures, Subject
 from casp_eval.loading import is_multimodal
-from casp_eval.options import add_batch_argument, add_text_arguments, at_least
+from casp_eval.options import add_batch_argument, add_text_arguments
 from casp_eval.versus_report import write_report
 
 ROUNDED_BITS = (2.05, 2.25, 2.5, 3.0)
@@ -230,14 +231,14 @@ def build_parser() -> argparse.ArgumentParser:
     on_off = argparse.BooleanOptionalAction
     parser.add_argument("--ablation", action=on_off, default=True, help="low rank, bits, the paper's (default: on)")
     parser.add_argument("--tuned", action=on_off, default=True, help="also with both fine-tunings (default: on)")
-    parser.add_argument("--epochs", type=at_least(1), default=2, help="of each fine-tuning (default: %(default)s)")
+    parser.add_argument("--epochs", type=whole(1), default=2, help="of each fine-tuning (default: %(default)s)")
     parser.add_argument(
-        "--samples", type=at_least(0), default=0, help="calibration samples (default: 0 = 32 texts or 192 chats)"
+        "--samples", type=whole(0), default=0, help="calibration samples (default: 0 = 32 texts or 192 chats)"
     )
     parser.add_argument(
-        "--calibration-batch-size", type=at_least(1), default=2, help="samples run at once (default: %(default)s)"
+        "--calibration-batch-size", type=whole(1), default=2, help="samples run at once (default: %(default)s)"
     )
-    parser.add_argument("--questions", type=at_least(0), default=600, help="of each split (default: %(default)s)")
+    parser.add_argument("--questions", type=whole(0), default=600, help="of each split (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints (default: remove them)")
     add_text_arguments(parser)
     add_batch_argument(parser)

@@ -7,7 +7,7 @@ from casp.cli import Parser, add_common_arguments, run_main
 from casp.numbers import real, whole
 from casp.stage import FineTuning, add_quantizing_arguments, add_tuning_arguments, quantize_stage
 from casp_quip_sharp.backend import QuipSharp
-from casp_quip_sharp.codebook import FAMILIES, rates
+from casp_quip_sharp.codebook import FAMILIES, codebook_of, rates
 
 BLOCK_RATE, END_TO_END_RATE = 1e-3, 3e-4  # relative to a tensor's root mean square
 
@@ -56,9 +56,8 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--sweeps",
         type=whole(0, 1000),
-        default=4,
         help="most rounds of coordinate descent after LDLQ, a count; none follows one that gained little "
-        "(default: %(default)s)",
+        "(default: 4 with e8p, 1 with the trellis)",
     )
     add_tuning_arguments(flags, block_rate=BLOCK_RATE, end_to_end_rate=END_TO_END_RATE)
     add_quantizing_arguments(flags)
@@ -85,7 +84,8 @@ def main(argv: list[str] | None = None) -> None:
         for bits in rates(args.codebook, args.trellis_states)
         if bits >= args.bits
     ]
-    search = {"damping": args.damping, "search_scale": args.scale_search, "sweeps": args.sweeps}
+    sweeps = codebook_of(ladder[0]).effort.sweeps if args.sweeps is None else args.sweeps
+    search = {"damping": args.damping, "search_scale": args.scale_search, "sweeps": sweeps}
     quantize_stage(args, backend, ladder, search, label(ladder[0], tuning), tuning=tuning)
 
 

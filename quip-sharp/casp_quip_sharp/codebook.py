@@ -1,6 +1,7 @@
 """What a family of codebooks offers at one rate: rounding columns, storing what was chosen, and reading it."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +13,20 @@ from casp_quip_sharp.kernels import Arguments, Product
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How hard a codebook is searched by default.
+
+    sweeps: most rounds of coordinate descent after LDLQ; factors: the scales that are compared, relative to the
+    Gaussian's, on `rows` rows (after the rotation all rows are alike) after LDLQ and `compared_sweeps` sweeps.
+    """
+
+    sweeps: int
+    factors: tuple[float, ...]
+    rows: int
+    compared_sweeps: int
+
+
 class Codebook(Protocol):
     """A family of codebooks at one rate. Codes are kept, while rounding, as tensors (out, in / group)."""
 
@@ -20,6 +35,8 @@ class Codebook(Protocol):
     """Columns that are rounded together; a matrix is padded to a multiple of it."""
     gaussian_scale: float
     """The scale at which N(0, 1) is met with the least mean squared error."""
+
+    effort: Effort
 
     def code_dtypes(self) -> list[torch.dtype]:
         """Of the tensors of codes."""

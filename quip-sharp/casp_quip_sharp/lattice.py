@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from casp.errors import UserError
-from casp_quip_sharp.codebook import Shapes
+from casp_quip_sharp.codebook import Effort, Shapes
 from casp_quip_sharp.codebooks import GAUSSIAN_SCALE, GROUP, STAGES
 from casp_quip_sharp.kernels import Arguments, Product, decoded, e8p_arguments, e8p_product
 from casp_quip_sharp.ldlq_compiled import descend_block_compiled, round_block_compiled
@@ -22,6 +22,8 @@ class Lattice:
 
     bits: int
     group: int = GROUP
+
+    effort = Effort(sweeps=4, factors=(0.95, 1.0, 1.05, 1.1, 1.2), rows=48, compared_sweeps=1)
 
     def __post_init__(self) -> None:
         if self.bits not in STAGES:

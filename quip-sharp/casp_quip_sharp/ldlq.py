@@ -27,16 +27,24 @@ class Factors:
     feedback: Tensor
 
 
+def _corners(matrix: Tensor, group: int) -> Tensor:
+    """The blocks on the diagonal of `matrix` (n, n): (n / group, group, group)."""
+    blocks = matrix.unflatten(1, (-1, group)).unflatten(0, (-1, group))
+    return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+
 def block_ldl(hessian: Tensor, damping: float, group: int, name: str = "weight") -> Factors:
     """Factor `hessian` + damping * mean(diagonal) in blocks of `group`, which divides n.
 
     UserError as `damped_cholesky`.
     """
     lower, used = damped_cholesky(hessian, damping, name)
-    groups = len(lower) // group
-    corners = torch.stack([lower[i : i + group, i : i + group] for i in range(0, len(lower), group)])
-    inverse = torch.linalg.solve_triangular(corners, torch.eye(group).to(corners).expand_as(corners), upper=False)
-    feedback = torch.einsum("igj,gjk->igk", lower.view(len(lower), groups, group), inverse).reshape(lower.shape)
+    corners = _corners(lower, group)
+    if group == 1:
+        feedback = lower / corners[:, 0, 0]
+    else:
+        inverse = torch.linalg.solve_triangular(corners, torch.eye(group).to(corners).expand_as(corners), upper=False)
+        feedback = torch.einsum("igj,gjk->igk", lower.unflatten(1, (-1, group)), inverse).reshape(lower.shape)
     # Without a factor of its own the Hessian counts by its diagonal alone, in the sweeps as in the feedback.
     damped = ((hessian + hessian.T) / 2).float() if used < math.inf else torch.zeros_like(lower, dtype=torch.float32)
     damped.diagonal().copy_(lower.square().sum(1))  # damping has moved nothing else; cheaper than the whole product
@@ -77,8 +85,8 @@ def descend(gradient: Tensor, factors: Factors, rounded: Rounded, codebook: Code
     hessian, columns, group = factors.hessian, rounded.points.shape[1], codebook.group
     codes = [stage.clone() for stage in rounded.codes]
     points, gradient = rounded.points.clone(), gradient.clone()
-    corners = torch.stack([hessian[i : i + group, i : i + group] for i in range(0, columns, group)])
-    inverse = torch.linalg.inv(corners)
+    corners = _corners(hessian, group)
+    inverse = corners.reciprocal() if group == 1 else torch.linalg.inv(corners)
     for end in range(columns, 0, -_BLOCK):
         start = max(end - _BLOCK, 0)
         block, groups = slice(start, end), slice(start // group, end // group)

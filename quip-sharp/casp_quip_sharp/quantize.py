@@ -17,8 +17,6 @@ from casp_quip_sharp.ldlq import Factors, Rounded, block_ldl, descend, ldlq
 from casp_quip_sharp.linear import padded
 from casp_quip_sharp.rescale import POWERS, column_scales
 
-_SAMPLED_ROWS = 48  # rows on which scales are compared; after the rotation all rows are alike
-_SCALE_FACTORS = (0.95, 1.0, 1.05, 1.1, 1.2)
 _TRIALS, _SURPRISE = 4, 1.15  # most scales tried on all rows; how far above the runner-up's the loss may then be
 _WORTH = 0.03  # share of the loss that a sweep must have taken away for another to be worth its time
 
@@ -86,16 +84,16 @@ def round_matrix(target: Tensor, factors: Factors, codebook: Codebook, sweeps: i
 
 
 def rank_scales(bases: Sequence[Basis], codebook: Codebook) -> list[Candidate]:
-    """Bases and scales in the order of the loss after LDLQ and a sweep, on a sample of the rows.
+    """Bases and scales in the order of the loss that the codebook's effort shows on a sample of the rows.
 
     The loss is that of each basis' damped Hessian, as in the rounding itself.
     """
-    found = []
+    found, effort = [], codebook.effort
     for basis in bases:
-        sample = basis.weight[:: max(len(basis.weight) // _SAMPLED_ROWS, 1)]
-        scales = [storable(gaussian_scale(basis.weight, codebook) * factor) for factor in _SCALE_FACTORS]
+        sample = basis.weight[:: max(len(basis.weight) // effort.rows, 1)]
+        scales = [storable(gaussian_scale(basis.weight, codebook) * factor) for factor in effort.factors]
         scale = torch.tensor(scales).repeat_interleave(len(sample))[:, None].to(sample)
-        _, losses = round_matrix(sample.repeat(len(scales), 1) / scale, basis.factors, codebook, sweeps=1)
+        _, losses = round_matrix(sample.repeat(len(scales), 1) / scale, basis.factors, codebook, effort.compared_sweeps)
         means = losses.view(len(scales), -1).mean(1).tolist()
         found += [Candidate(scale**2 * mean, basis, scale) for scale, mean in zip(scales, means, strict=True)]
     return sorted(found, key=lambda candidate: candidate.loss)
@@ -127,7 +125,7 @@ def quantize_matrix(
     tuned: bool = False,
     damping: float = 0.01,
     search_scale: bool = True,
-    sweeps: int = 4,
+    sweeps: int | None = None,
     name: str = "weight",
 ) -> dict[str, Tensor]:
     """Quantize `weight` (out, in) under `hessian` = E[x x^T] (in, in), minimising `tr(E H E^T)`.
@@ -135,12 +133,13 @@ def quantize_matrix(
     generator: draws the signs. tuned: return real vectors, which fine-tuning can move, in the place
     of signs. damping: share of the mean diagonal added to the diagonal of `hessian`. search_scale: compare scales,
     with real vectors also those of the columns, under the weighted loss instead of taking the Gaussian's. sweeps: most
-    rounds of coordinate descent after LDLQ. name: the layer, for messages.
+    rounds of coordinate descent after LDLQ, None for the codebook's own. name: the layer, for messages.
 
     Works in float32 on the device of `weight`, factoring in float64. Returns the tensors of a `QuipSharpLinear`.
     UserError when something is not finite or the shapes do not match.
     """
     rows, columns = weight.shape
+    sweeps = codebook.effort.sweeps if sweeps is None else sweeps
     if not torch.isfinite(weight).all():
         raise UserError(f"{name}: its weight holds NaN or infinity; download or write the checkpoint again.")
     if hessian.shape != (columns, columns):

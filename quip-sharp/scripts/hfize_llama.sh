@@ -5,7 +5,7 @@
 # Defaults are the paper's: Llama-2-7B (calibrated on text). Flags given here are passed on to the stage, --help explains each.
 # Some uses:
 #   bash quip-sharp/scripts/hfize_llama.sh --model demo-llama                             the built-in model
-#   bash quip-sharp/scripts/hfize_llama.sh --token-weights attention --no-gradients    forward only, a third of the time
+#   bash quip-sharp/scripts/hfize_llama.sh --token-weights attention --no-gradients    forward only
 # After SVD/scripts/svd_llama.sh it takes that stage's output; --from-original the model itself.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"

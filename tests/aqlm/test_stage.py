@@ -117,7 +117,11 @@ def test_what_a_plain_checkpoint_cannot_hold_is_refused_before_any_work(stage, t
 
 @pytest.mark.parametrize(
     ("flag", "value", "words"),
-    [("--damping", "2", "--damping 2"), ("--tolerance", "-1", "--tolerance -1"), ("--max-rounds", "-3", "is negative")],
+    [
+        ("--damping", "2", "--damping 2"),
+        ("--tolerance", "-1", "--tolerance -1"),
+        ("--max-rounds", "-3", "not at least 0"),
+    ],
 )
 def test_numbers_out_of_range(stage, tiny_llama, tmp_path, flag, value, words):
     with pytest.raises(UserError, match=words):

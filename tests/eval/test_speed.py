@@ -8,7 +8,7 @@ from casp_eval import speed
 
 
 def test_rows_and_table(run_module, tmp_path):
-    words = ["--shapes", "24x40", "16x64", "--batches", "1", "80", "--bits", "1", "3", "--repeats", "2"]
+    words = ["--shapes", "256x320", "320x256", "--batches", "1", "80", "--bits", "1", "3", "--repeats", "2"]
     done = run_module("casp_eval.speed", "--output", tmp_path / "new", *words, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "new/speed.json").read_text())
@@ -21,7 +21,7 @@ def test_rows_and_table(run_module, tmp_path):
         for codebook in ("e8p", "trellis")
         for what in ("kernel", "layer")
         for bits in (1, 3)
-        for shape in ("24x40", "16x64")
+        for shape in ("256x320", "320x256")
         for batch in (1, 80)
     }
     for row in rows.values():

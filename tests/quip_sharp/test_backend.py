@@ -12,11 +12,14 @@ from casp.swap import module_bytes
 SHAPES = [(48, 64), (96, 37), (37, 96), (7, 12), (1, 8)]
 
 
-def quantized(weight, hessian, bits, bias=None, dtype=torch.float32, **settings):
-    """The loaded module of one matrix."""
-    backend = QuipSharp()
-    tensors = backend.quantize(weight, hessian, {"bits": bits}, torch.Generator().manual_seed(0), **settings)
-    module = backend.linear(*weight.shape, bias is not None, {"bits": bits}, dtype)
+TRELLIS = {"codebook": "trellis", "states": 8}
+
+
+def quantized(weight, hessian, format, bias=None, dtype=torch.float32, **settings):
+    """The loaded module of one matrix; format: or its bits with E8P12."""
+    backend, format = QuipSharp(), {"bits": format} if isinstance(format, int) else format
+    tensors = backend.quantize(weight, hessian, format, torch.Generator().manual_seed(0), **settings)
+    module = backend.linear(*weight.shape, bias is not None, format, dtype)
     module.load_state_dict(tensors if bias is None else {**tensors, "bias": bias})
     return module
 
@@ -25,15 +28,19 @@ def test_found_by_its_entry_point():
     assert load_backend("quip-sharp").name == "quip-sharp"
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "format", [{"bits": bits} for bits in range(1, 5)] + [{**TRELLIS, "bits": bits} for bits in range(1, 7)], ids=str
+)
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
-def test_bytes_shapes_and_forward(correlated, rows, columns, bits):
+def test_bytes_shapes_and_forward(correlated, rows, columns, format):
     weight, hessian = correlated(rows, columns)
     bias = torch.randn(rows)
-    module = quantized(weight, hessian, bits, bias)
+    module = quantized(weight, hessian, format, bias)
     groups = -(-columns // 8)
-    expected = rows * groups * bits + -(-rows // 8) + groups + 4
-    assert QuipSharp().bytes({"bits": bits}, rows, columns) == module_bytes(module) == expected
+    # E8P12 pads columns to groups of 8; the trellis pads nothing, and its bits fill bytes whatever the shape.
+    codes = -(-rows * columns * format["bits"] // 8) if "codebook" in format else rows * groups * format["bits"]
+    expected = codes + -(-rows // 8) + groups + 4
+    assert QuipSharp().bytes(format, rows, columns) == module_bytes(module) == expected
     dense = module.dequantize()
     assert dense.shape == (rows, columns)
     x = torch.randn(2, 3, columns)
@@ -43,11 +50,13 @@ def test_bytes_shapes_and_forward(correlated, rows, columns, bits):
     assert not any(t.is_floating_point() and t.numel() > rows for t in module.state_dict().values())
 
 
+@pytest.mark.parametrize("codebook", [{}, TRELLIS], ids=["e8p", "trellis"])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_more_bits_less_error(correlated, weighted_error, bits):
+def test_more_bits_less_error(correlated, weighted_error, bits, codebook):
     weight, hessian = correlated(48, 64)
     zero = weighted_error(weight, torch.zeros_like(weight), hessian)
-    share = weighted_error(weight, quantized(weight, hessian, bits).dequantize(), hessian) / zero
+    module = quantized(weight, hessian, {**codebook, "bits": bits})
+    share = weighted_error(weight, module.dequantize(), hessian) / zero
     assert share < {1: 0.25, 2: 0.07, 3: 0.025, 4: 0.008}[bits]
 
 
@@ -61,6 +70,28 @@ def test_half_precision_keeps_the_scale(correlated, dtype):
     y = module(x.to(dtype))
     assert y.dtype == dtype
     assert torch.allclose(y.float(), x @ dense.T, atol=0.03 * (x @ dense.T).abs().max().item())
+
+
+def test_a_codebook_that_does_not_exist():
+    for format, message in (
+        ({"bits": 2, "codebook": "e9"}, "no codebook 'e9'; use e8p or trellis"),
+        ({**TRELLIS, "bits": 7}, "--bits 7 is not a rate of the trellis; use 1, 2, 3, 4, 5, 6"),
+        ({**TRELLIS, "bits": 2, "states": 9}, "--trellis-states 9 is no size of the trellis; use 8, 10, 12"),
+    ):
+        with pytest.raises(UserError, match=message):
+            QuipSharp().bytes(format, 8, 8)
+
+
+def test_tuned_vectors_of_the_trellis(correlated, weighted_error):
+    weight, hessian = correlated(48, 64)
+    format = QuipSharp().format(2, True, "trellis")
+    module = quantized(weight, hessian, format)
+    assert set(QuipSharp().tunable(module)) == {"out_vector", "in_vector"}
+    x = torch.randn(3, 64)
+    assert torch.allclose(module(x), x @ module.dequantize().T, atol=1e-3 * module.dequantize().norm().item())
+    signs = quantized(weight, hessian, {**TRELLIS, "bits": 2})
+    errors = [weighted_error(weight, one.dequantize(), hessian) for one in (module, signs)]
+    assert errors[0] < 1.1 * errors[1]  # scales of columns are among what is compared
 
 
 def test_same_seed_same_tensors_other_seed_other_signs(correlated):

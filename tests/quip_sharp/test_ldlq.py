@@ -160,9 +160,10 @@ def test_feedback_scale_search_and_sweeps_each_pay(correlated, weighted_error, f
     assert error() < 0.97 * searched
 
 
-@pytest.mark.parametrize(("bits", "share"), [(1, 0.95), (2, 0.88), (3, 0.75), (4, 0.75)])
-def test_the_trellis_is_below_e8p(correlated, weighted_error, bits, share):
-    weight, hessian = correlated(256, 192)
+@pytest.mark.parametrize(("bits", "share"), [(1, 0.95), (2, 0.9), (3, 0.8), (4, 0.8)])
+def test_the_trellis_is_below_e8p_by_what_the_codebooks_differ(weighted_error, bits, share):
+    """White inputs: no feedback, so only the distortion of the codebooks counts (0.87, 0.81, 0.67, 0.66)."""
+    weight, hessian = torch.randn(256, 192, generator=torch.Generator().manual_seed(0)), torch.eye(192)
     ours, theirs = (
         error_of(weight, hessian, {**format, "bits": bits}, weighted_error) for format in ({"codebook": "trellis"}, {})
     )

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from casp_quip_sharp.__main__ import main
+from casp_quip_sharp.__main__ import label, main
 from casp_quip_sharp.backend import QuipSharp
 from casp_quip_sharp.linear import QuipSharpLinear
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -16,6 +16,7 @@ from casp.errors import UserError
 from casp.models import Decoder
 from casp.moments import __main__ as moments
 from casp.moments.find import COLLECTED, ON_THE_WAY
+from casp.stage import FineTuning
 
 
 @pytest.fixture
@@ -67,6 +68,25 @@ def test_llava(stage, tiny_llava, tmp_path):
     assert len(found) == 21
 
 
+def test_trellis(stage, tiny_llama, tmp_path):
+    out = tmp_path / "out"
+    stage("--model", tiny_llama, "--codebook", "trellis", "--bits", 4, "--output", out, "--samples", 16)
+    format = QuipSharp().format(4, codebook="trellis")
+    assert size(out).bytes == original_bytes(Decoder.open(tiny_llama), QuipSharp(), format)
+    original, model = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (tiny_llama, out))
+    with torch.no_grad():
+        before, after = logits(original), logits(model)
+        assert (after - before).norm() < 0.4 * before.norm()
+        model.save_pretrained(tmp_path / "again")
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)), after)
+
+
+@pytest.mark.parametrize("name", ["quip-sharp-e8p-2bit", "quip-sharp-trellis-2bit", "quip-sharp-trellis-2bit-states10"])
+def test_outputs_of_two_codebooks_have_two_names(name):
+    codebook, states = ("e8p", 8) if "e8p" in name else ("trellis", 10 if "states10" in name else 8)
+    assert label(QuipSharp().format(2, False, codebook, states), FineTuning()) == name
+
+
 def test_low_rank_factors_and_freed_bytes(stage, low_rank, tiny_llama, tmp_path):
     out = tmp_path / "out"
     stage("--model", low_rank, "--bits", 2, "--output", out)
@@ -75,14 +95,15 @@ def test_low_rank_factors_and_freed_bytes(stage, low_rank, tiny_llama, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     linears = [module for module in model.modules() if isinstance(module, QuipSharpLinear)]
     assert {module.in_features for module in linears} >= {7, 12}
-    assert {module.bits for module in linears} > {2}  # the freed bytes were spent
+    assert {module.codebook.bits for module in linears} > {2}  # the freed bytes were spent
     assert torch.isfinite(logits(model)).all()
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--bits", 5], "--bits 5"),
+        (["--codebook", "e8p", "--bits", 5], "--bits 5"),
+        (["--bits", 7], "--bits 7"),
         (["--damping", 0], "--damping 0"),
         (["--sweeps", -1], "--sweeps -1"),
         (["--bits-budget", 1.5], "budget"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from casp_quip_sharp.codebook import Shapes
+from casp_quip_sharp.codebook import Effort, Shapes
 from casp_quip_sharp.kernels import Arguments, Product
 from casp_quip_sharp.trellis.columns import descend_columns, round_columns
 from casp_quip_sharp.trellis.layout import STRIP, from_storage, stored_bytes, to_storage
@@ -24,6 +24,8 @@ class Trellis:
     bits: int
     states: int = 8
     group: int = 1
+
+    effort = Effort(sweeps=1, factors=(1.0, 1.08, 1.2), rows=48, compared_sweeps=0)
 
     def __post_init__(self) -> None:
         table(self.states, self.bits)

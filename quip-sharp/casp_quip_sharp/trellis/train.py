@@ -29,6 +29,12 @@ from casp_quip_sharp.trellis.walks import walk_states
 LARGEST = 127  # of an entry
 BITS_OF_ENTRIES = {1: 4, 2: 5, 3: 6, 4: 6, 5: 8, 6: 8}
 """Bits a weight -> bits of an entry's number. Up to 6 bits a table is one register of 64 bytes."""
+STRETCH = {1: 1.0, 2: 1.0, 3: 1.1, 4: 1.25, 5: 1.4, 6: 1.5}
+"""Bits a weight -> how much wider than N(0, 1) entries are to start from.
+
+Where there is little to choose between, their density should fall as the cube root of what they stand for (Panter and
+Dite, Proc. IRE 39, 1951), whose variance is three times as large; Lloyd's iterations move the outer ones slowly.
+"""
 MADE = [
     *((8, bits) for bits in range(1, 7)),
     *((10, bits) for bits in range(1, 5)),
@@ -42,14 +48,15 @@ class Effort:
     """The length of the search: walks to compare maps on, maps drawn, changed and kept, walks and rounds to train."""
 
     compared: int = 48
-    drawn: int = 600
-    changed: int = 3000
+    drawn: int = 400
+    changed: int = 1600
     kept: int = 6
     trained: int = 1024
     rounds: int = 15
 
 
-EFFORTS = {8: Effort(), 10: Effort(drawn=300, changed=900), 12: Effort(drawn=100, changed=300, trained=512)}
+SCALES = (0.96, 0.98, 1.0, 1.02, 1.04, 1.06)  # of the finished entries, of which the best is stored
+EFFORTS = {8: Effort(), 10: Effort(drawn=150, changed=450), 12: Effort(32, 60, 200, trained=512)}
 """By states: a larger trellis takes longer and depends less on its map."""
 
 
@@ -86,10 +93,11 @@ def lloyd(x: Tensor, numbers: Tensor, entries: Tensor, bits: int, rounds: int) -
     return entries
 
 
-def start(bits_of_entries: int) -> Tensor:
-    """Entries to start from: the quantiles of N(0, 1) in ascending order."""
+def start(bits_of_entries: int, bits: int) -> Tensor:
+    """Entries to start from: the quantiles of a Gaussian in ascending order."""
     count = 1 << bits_of_entries
-    return torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count).float()
+    quantiles = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+    return (quantiles * STRETCH[bits]).float()
 
 
 def covers(masks: Sequence[int]) -> bool:
@@ -113,7 +121,7 @@ def find_masks(states: int, bits: int, effort: Effort, generator: torch.Generato
 
     def score(masks: tuple[int, ...]) -> float:
         numbers = entry_numbers(states, masks)
-        return error(x, lloyd(x, numbers, start(count), bits, 4)[numbers], bits)
+        return error(x, lloyd(x, numbers, start(count, bits), bits, 4)[numbers], bits)
 
     kept: list[tuple[float, tuple[int, ...]]] = []
     for step in tqdm(range(effort.drawn + effort.changed), desc=f"{states} states, {bits} bits"):
@@ -132,15 +140,16 @@ def find_masks(states: int, bits: int, effort: Effort, generator: torch.Generato
 def finish(states: int, bits: int, masks: tuple[int, ...], effort: Effort, generator: torch.Generator) -> Table:
     """Train the entries for `masks`, round them, and measure the table on numbers that it was not trained on."""
     x, numbers = gaussian(effort.trained, generator), entry_numbers(states, masks)
-    real = lloyd(x, numbers, start(len(masks)), bits, effort.rounds)
+    real = lloyd(x, numbers, start(len(masks), bits), bits, effort.rounds)
     steps = LARGEST / real.abs().max().item()
     rounded = (real * steps).round()
     # With the highest bit folded into the others, entry i + n / 2 is minus entry i instead of entry n - 1 - i.
     folded = (*(mask ^ masks[-1] for mask in masks[:-1]), masks[-1])
     half = rounded[: len(rounded) // 2]
     entries = torch.cat([half, -half])
-    scale = 1 / (UNIT * steps)
     values = entries[entry_numbers(states, folded)] * UNIT
+    scales = [factor / (UNIT * steps) for factor in SCALES]
+    scale = min(scales, key=lambda scale: error(x / scale, values, bits))
     unseen = gaussian(effort.trained, generator)
     nmse = error(unseen / scale, values, bits)
     return Table(states, bits, folded, tuple(int(entry) for entry in entries), round(scale, 6), round(nmse, 6))

@@ -56,6 +56,27 @@ inline void step(const Trellis& trellis, float x, const float* best, float* next
     }
     return;
   }
+  if (branches >= kLanes) {
+    // All states of a register follow one overlap; its lanes are several ways into each of the few next ones.
+    const int together = kLanes / overlaps, size = overlaps * branches;
+    Floats least = Floats{} + std::numeric_limits<float>::infinity();
+    Ints from = {};
+    for (int state = 0; state < size; state += kLanes) {
+      Floats error = x - load(trellis.values + state);
+      Floats cost = (Floats{} + best[state >> bits]) + error * error;
+      Ints less = cost < least;
+      least = less ? cost : least;
+      from = less ? (Ints{} + state / kLanes) : from;
+    }
+    for (int u = 0; u < overlaps; ++u) {
+      int lane = u;
+      for (int other = u + overlaps; other < kLanes; other += overlaps)
+        if (least[other] < least[lane] || (least[other] == least[lane] && from[other] < from[lane])) lane = other;
+      next[u] = least[lane];
+      decisions[u] = static_cast<uint8_t>(from[lane] * together + lane / overlaps);
+    }
+    return;
+  }
   for (int u = 0; u < overlaps; ++u) {
     next[u] = std::numeric_limits<float>::infinity();
     for (int j = 0; j < branches; ++j) {
@@ -90,6 +111,8 @@ inline const float* search(const Trellis& trellis, const float* x, int64_t lengt
     if (trellis.bits == 2) chosen = search_of<8, 2>;
     if (trellis.bits == 3) chosen = search_of<8, 3>;
     if (trellis.bits == 4) chosen = search_of<8, 4>;
+    if (trellis.bits == 5) chosen = search_of<8, 5>;
+    if (trellis.bits == 6) chosen = search_of<8, 6>;
   }
   chosen(trellis, x, length, first, steps, scratch);
   return scratch.best[steps % 2];

@@ -133,7 +133,7 @@ def test_no_file_and_no_json_are_told(tiny_llama, texts, moments, tmp_path):
     with pytest.raises(casp.errors.UserError, match="does not exist"):
         quantize(quip_sharp, tiny_llama, texts, moments, tmp_path / "none.json", tmp_path / "model")
     (tmp_path / "plan.json").write_text("{")
-    with pytest.raises(casp.errors.UserError, match="cannot be read as JSON"):
+    with pytest.raises(casp.errors.UserError, match="not valid JSON"):
         quantize(quip_sharp, tiny_llama, texts, moments, tmp_path / "plan.json", tmp_path / "model")
 
 
@@ -156,8 +156,10 @@ def test_gptq_obeys_a_plan_too_and_whole_checkpoints_have_budgets(tiny_llama, te
 def test_pricing_resumes_with_the_same_costs(tiny_llama, moments, planned, tmp_path):
     costs = next(planned.parent.glob("costs-*"))
     partial = tmp_path / "costs.partial"
-    shutil.copytree(costs, partial)
-    (partial / "block-00001.json").unlink()
+    shutil.copytree(costs, partial / "result")
+    for name in ("casp_run.json", "casp_run.log"):
+        (partial / "result" / name).rename(partial / name)
+    (partial / "result" / "block-00001.json").unlink()
     flags = ["--model", str(tiny_llama), "--moments", str(moments), "--backend", "quip-sharp", "--bits", "2.6"]
     plan([*flags, "--costs", str(tmp_path / "costs"), "--output", str(tmp_path / "plan.json")])
     assert (tmp_path / "plan.json").read_bytes() == planned.read_bytes()
