@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from casp.data import calibration_batches, mixture, sources
@@ -16,6 +16,7 @@ from casp.errors import UserError
 PARTS = st.dictionaries(st.sampled_from("abcdefg"), st.integers(1, 50), min_size=1)
 
 
+@settings(deadline=None)
 @given(weights=PARTS, samples=st.integers(1, 300))
 def test_counts_are_the_shares_to_within_one_sample(weights: dict[str, int], samples: int) -> None:
     total = sum(weights.values())
@@ -25,6 +26,7 @@ def test_counts_are_the_shares_to_within_one_sample(weights: dict[str, int], sam
     assert all(abs(counts.get(name, 0) - samples * weight / total) < 1 for name, weight in weights.items())
 
 
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(0, 30), min_size=1, max_size=4))
 def test_interleaved_lists_keep_their_order_and_are_spread_evenly(lengths: list[int]) -> None:
     found = mixture.interleaved(*([(n, i) for i in range(length)] for n, length in enumerate(lengths)))
