@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from casp.errors import UserError
-from casp.linear import LowRankLinear, QuantizedLinear
+from casp.linear import LowRankLinear, QuantizedLinear, is_finite
 from casp.models import Decoder, decoder_blocks
 from casp.reading.compression import FORMAT_VERSION, check_compression
 from casp.reading.header import read_header
@@ -81,7 +80,7 @@ class CaspQuantizer(HfQuantizer):
         for path, module in model.named_modules():
             if isinstance(module, COMPRESSED):
                 for name, tensor in module.state_dict().items():
-                    if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor.float()).all():
+                    if not tensor.is_meta and not is_finite(tensor):
                         raise UserError(f"{path}.{name} holds NaN or infinity; make or download the checkpoint again.")
 
     def is_serializable(self) -> bool:

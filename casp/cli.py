@@ -3,6 +3,7 @@
 import argparse
 import errno
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -105,7 +106,9 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
 def model_name(model: str) -> str:
     """The last part of a hub id or folder: what outputs are filed under."""
     path = Path(model)
-    return path.resolve().name if model and is_there(path) else model.rstrip("/").rpartition("/")[2]
+    return (
+        os.path.basename(os.path.realpath(path)) if model and is_there(path) else model.rstrip("/").rpartition("/")[2]
+    )
 
 
 def default_output(model: str, stage: str) -> Path:

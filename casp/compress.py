@@ -20,10 +20,14 @@ import torch
 from casp.backend import ENTRY_POINT_GROUP, load_backend
 from casp.cli import Parser, add_common_arguments, default_output, model_folder, pick_device, run_main
 from casp.data.sources import share_of_chats
+from casp.digest import content_hash
 from casp.errors import UserError
 from casp.models import Decoder
+from casp.numbers import whole
 from casp.plan.__main__ import add_budget_arguments, add_pricing_arguments, checked_bits
 from casp.plan.budget import byte_budget, other_bytes
+from casp.plan.file import read_plan
+from casp.stage import MOST_EPOCHS
 
 TOKENS_A_CHAT = 100  # where chats are the calibration data: only estimates of time ask
 _MATRIX = 1024
@@ -51,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--plan", type=Path, metavar="FILE", help="obey this plan (default: make one)")
     flags.add_argument(
         "--ft-epochs",
-        type=int,
+        type=whole(0, MOST_EPOCHS),
         default=0,
         help="passes over the calibration data in each of the fine-tunings that the backend has (default: %(default)s)",
     )
@@ -149,11 +153,12 @@ def announce(todo: list[Step], decoder: Decoder, budget: int, args: argparse.Nam
 def main(arguments: list[str] | None = None) -> None:
     """Announce the stages and run them."""
     args = parser().parse_args(arguments)
-    if args.ft_epochs < 0:
-        raise UserError(f"--ft-epochs {args.ft_epochs} is negative; give 0 for no fine-tuning, or more.")
-    load_backend(args.backend)  # a misspelt one is told before anything is computed
+    backend = load_backend(args.backend)  # a misspelt one is told before anything is computed, and so is a bad plan
     decoder = Decoder.open(model_folder(args.model))
-    budget = byte_budget(decoder, checked_bits(args), args.size, args.whole_checkpoint)
+    if args.plan is None:
+        budget = byte_budget(decoder, checked_bits(args), args.size, args.whole_checkpoint)
+    else:
+        budget = read_plan(args.plan, decoder, content_hash(decoder.folder), backend).bytes
     name = f"casp-{args.backend}-{8 * budget / decoder.original_weights():.3g}bit" + ("-ft" if args.ft_epochs else "")
     output = args.output or default_output(args.model, name)
     todo = steps(args, decoder, output, budget)

@@ -15,8 +15,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from casp.demo.models import cache_folder
+from casp.demo import DIGESTS, cache_folder
+from casp.errors import UserError
 from casp.files import write_json
+from casp.reading.documents import read_json
 from casp.shards import read_entries
 
 COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
@@ -60,9 +62,9 @@ def file_digest(file: Path) -> str:
     """sha256 of all of `file`, in hex; from the cache where it was read before and has not changed since."""
     file = file.resolve()
     now = state(file)
-    kept = cache_folder() / "digests" / f"{hashlib.sha256(str(file).encode()).hexdigest()[:32]}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        record = json.loads(kept.read_text())
+    kept = cache_folder() / DIGESTS / f"{hashlib.sha256(str(file).encode()).hexdigest()[:32]}.json"
+    with contextlib.suppress(UserError, KeyError, TypeError):
+        record = read_json(kept, "a kept digest")
         if record["state"] == now and len(record["sha256"]) == 64:
             return record["sha256"]
     digest = _read(file)

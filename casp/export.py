@@ -17,7 +17,8 @@ from casp.errors import UserError
 from casp.files import write_atomically, write_json, write_shard
 from casp.folder import WorkFolder
 from casp.models import Decoder
-from casp.run import REPORT_FILE
+from casp.reading.documents import read_json
+from casp.report import REPORT_FILE
 from casp.shards import INDEX
 from casp.stage import base_model
 
@@ -77,7 +78,7 @@ def export_checkpoint(
     copied = [file for file in companions(folder) if file.name not in _WRITTEN]
     for file in copied:
         write_atomically(work.result / file.name, file.read_bytes())
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json", "the config")
     write_json(work.result / "config.json", {**config, "quantization_config": dict(quantization_config)})
     write_atomically(work.result / "README.md", card.encode())
     return work.close({*_WRITTEN, *weight_map.values(), *(file.name for file in copied)} - {REPORT_FILE})

@@ -10,7 +10,17 @@ from typing import IO, Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-TEMPORARY = ".tmp"  # added to a file's name while it is written
+_TEMPORARY = ".casp-tmp"
+
+
+def temporary(path: Path) -> Path:
+    """What `path` is called while it is written, beside it: a name that no user gives; the next write replaces it."""
+    return path.with_name(f".{path.name}{_TEMPORARY}")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether `path` bears such a name: what a write that was cut off has left."""
+    return path.name.startswith(".") and path.name.endswith(_TEMPORARY)
 
 
 def sync(folder: Path) -> None:
@@ -24,15 +34,15 @@ def sync(folder: Path) -> None:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Put `data` at `path` such that `path` holds either what it held before or all of `data`."""
-    temporary = path.with_name(path.name + TEMPORARY)
+    scratch = temporary(path)
     try:
-        with temporary.open("wb") as file:
+        with scratch.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(scratch, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
         raise
     sync(path.parent)
 
@@ -45,17 +55,17 @@ def write_json(path: Path, value: Any) -> None:
 def write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """`tensors` as one safetensors file with `metadata` in its header, atomically, readable as the umask says."""
     # safetensors writes to a random name beside the one it is given: in a folder of their own both are found again.
-    scratch = path.with_name(path.name + TEMPORARY)
+    scratch = temporary(path)
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         scratch.mkdir()
-        temporary = scratch / path.name
+        written = scratch / path.name
         stored = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_file(stored, temporary, metadata or {"format": "pt"})  # the order of several keys would be random
-        temporary.chmod(scratch.stat().st_mode & 0o666)  # safetensors makes it 0600
-        with temporary.open("rb+") as file:
+        save_file(stored, written, metadata or {"format": "pt"})  # the order of several keys would be random
+        written.chmod(scratch.stat().st_mode & 0o666)  # safetensors makes it 0600
+        with written.open("rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(written, path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     sync(path.parent)

@@ -12,17 +12,22 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from casp.digest import file_digest, hash_of, read_files, state
-from casp.errors import UserError
-from casp.files import TEMPORARY, lock, publish, write_atomically, write_json
+from casp.errors import UserError, in_brief
+from casp.files import is_temporary, lock, publish, write_atomically, write_json
 from casp.models import Decoder
 from casp.outputs import RUN_FILE, VERSION, check_folder, read_record, refuse_inputs
+from casp.reading.header import read_header_with_metadata
 
 LOG_FILE, LOCK_FILE = "casp_run.log", "casp_run.lock"
 WORK_PREFIX = "work-"  # of files that only the work needs; the finished folder has none
@@ -63,10 +68,10 @@ def _refuse_foreign(folder: Path) -> None:
     """UserError unless `folder` was made by a run and holds nothing but its files."""
     if folder.is_symlink() or not folder.is_dir():
         raise UserError(f"{folder}, where this run works, is no folder; move it away or choose another --output.")
-    begun = {LOCK_FILE, RUN_FILE + TEMPORARY}  # what there is before the record
     known = {RUN_FILE, LOG_FILE, RESULT} if read_record(folder) is not None else set()
     for file in sorted(folder.iterdir()):
-        ours = file.name in begun | known or (known and file.name.startswith(WORK_PREFIX))
+        ours = file.name in {LOCK_FILE, *known} or is_temporary(file)
+        ours = ours or (known and file.name.startswith(WORK_PREFIX))
         if not ours or file.is_symlink():
             raise UserError(
                 f"{folder}, where this run works, holds {file.name}, which no run of CASP put there; move it away or "
@@ -177,6 +182,25 @@ class WorkFolder:
                     "another --output for the model as it is now."
                 )
 
+    @property
+    def anew(self) -> str:
+        """The remedy for work that is damaged."""
+        return f"move {self.folder} away and run the same command again: it begins anew"
+
+    @contextmanager
+    def reading(self, file: Path) -> Iterator[None]:
+        """Inside the block, what is wrong with `file`, which this run wrote, is told with the remedy for that."""
+        try:
+            yield
+        except (UserError, SafetensorError, OSError) as error:
+            raise UserError(f"{file}, work of this run, is damaged ({in_brief(error)}); {self.anew}.") from error
+
+    def read_shard(self, file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and metadata of a safetensors file that this run wrote; UserError where it is damaged."""
+        with self.reading(file):
+            _, metadata = read_header_with_metadata(file)
+            return load_file(file), metadata
+
     def log(self, line: str) -> None:
         """Append a line with the time of day to the run's log."""
         with (self.folder / LOG_FILE).open("a") as file:
@@ -194,7 +218,7 @@ class WorkFolder:
         """Commit: `result`, which must hold the files `names` and no others, becomes `output`."""
         self.check_sources()
         for file in sorted(self.result.iterdir()):
-            if file.name.endswith(TEMPORARY):  # of a write that was cut off
+            if is_temporary(file):
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
             elif file.name not in {*names, RUN_FILE, LOG_FILE}:
                 raise UserError(f"{file} was not written by this run; move it away and run the same command again.")
@@ -230,8 +254,9 @@ class WorkFolder:
         """Remove the run's own files, the lock last; what is not ours stays, and then the folder too."""
         try:
             shutil.rmtree(self.result, ignore_errors=True)
-            for file in sorted(self.folder.glob(f"{WORK_PREFIX}*")):
-                shutil.rmtree(file) if file.is_dir() else file.unlink()
+            for file in sorted(self.folder.iterdir()):
+                if file.name.startswith(WORK_PREFIX) or is_temporary(file):
+                    shutil.rmtree(file) if file.is_dir() else file.unlink()
             for name in (LOG_FILE, RUN_FILE, LOCK_FILE):
                 (self.folder / name).unlink(missing_ok=True)
             self.folder.rmdir()

@@ -4,13 +4,14 @@ A folder is ours when it carries the record of a run, `casp_run.json`; a file of
 that the same script writes. Everything else that exists belongs to the user.
 """
 
-import json
 import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+from casp.demo import cache_folder, kept_in_cache
 from casp.errors import UserError
+from casp.reading.documents import read_json
 
 RUN_FILE = "casp_run.json"
 VERSION = 1
@@ -26,18 +27,23 @@ KINDS = {
 def read_record(folder: Path) -> dict[str, Any] | None:
     """The record of the run that `folder` is the work or the result of; None where it has none that we wrote."""
     try:
-        record = json.loads((folder / RUN_FILE).read_text())
-    except (OSError, ValueError, RecursionError):
+        record = read_json(folder / RUN_FILE, "the record of a run")
+    except UserError:
         return None
-    if not isinstance(record, dict) or record.get("version") != VERSION or record.get("kind") not in list(KINDS):
+    if record.get("version") != VERSION or record.get("kind") not in list(KINDS):
         return None
     fingerprint = record.get("fingerprint")
     return record if isinstance(fingerprint, dict) and isinstance(fingerprint.get("settings"), dict) else None
 
 
 def refuse_inputs(path: Path, inputs: Iterable[Path], flag: str = "--output") -> None:
-    """UserError where `path` is one of `inputs` or lies inside one of them, by whatever links or dots it is named."""
-    real = _real(path, flag)
+    """UserError where `path` is one of `inputs` or lies inside one, by whatever links or dots it is named.
+
+    What CASP keeps in its cache is everybody's input.
+    """
+    real, cache = _real(path, flag), _real(cache_folder(), "CASP_CACHE")
+    if cache in real.parents and kept_in_cache(real.relative_to(cache).parts[0]):
+        raise UserError(f"{flag} {path} lies in the cache of the built-in models, {cache}; choose another {flag}.")
     for source in inputs:
         other = _real(source, flag)
         if real == other:
@@ -81,14 +87,14 @@ def check_file(path: Path, shapes: Iterable[Collection[str]], inputs: Iterable[P
     try:
         if not path.exists() and not path.is_symlink():
             return
-        found = json.loads(path.read_text()) if path.is_file() else None
-    except (ValueError, RecursionError):
-        found = None
+        found = read_json(path, "the file of figures")
+    except UserError:
+        found = {}
     except OSError as error:
         raise UserError(
             f"--output {_short(path)} cannot be written ({error.strerror}); choose another --output."
         ) from error
-    if not isinstance(found, dict) or not any(set(shape) <= found.keys() for shape in shapes):
+    if not any(set(shape) <= found.keys() for shape in shapes):
         raise UserError(f"{path} exists and holds no figures of this tool; choose another --output.")
 
 
@@ -102,9 +108,9 @@ def check_report(folder: Path, names: Iterable[str], inputs: Iterable[Path], rec
     if (folder / "config.json").exists() or (folder / RUN_FILE).exists():
         raise UserError(f"{folder} is the folder of a model or a run; choose another --output.")
     try:
-        rows = json.loads((folder / record).read_text())
-        ours = isinstance(rows, list) and all(isinstance(row, dict) and columns <= row.keys() for row in rows)
-    except (OSError, ValueError, RecursionError):
+        rows = read_json(folder / record, "the report", list)
+        ours = all(isinstance(row, dict) and columns <= row.keys() for row in rows)
+    except UserError:
         ours = False
     there = [name for name in names if (folder / name).exists() or (folder / name).is_symlink()]
     if there and not ours:

@@ -11,6 +11,7 @@ from casp.backend import Backend
 from casp.budget import Plan
 from casp.errors import UserError
 from casp.factors import FACTORS, low_rank_module, quantized_factors
+from casp.linear import is_finite
 from casp.models import Decoder
 from casp.moments.forward import block_moments, token_weights
 from casp.moments.store import BlockMoments, LinearMoments, Moments
@@ -73,7 +74,7 @@ def _quantize_matrix(
         dtype=old.weight.dtype,
         device=visit.device,
     )
-    spoilt = [name for name, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
+    spoilt = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if spoilt:
         raise UserError(
             f"{full_path}: its {spoilt[0]} would hold NaN or infinity, its weights are too large for the format; check "

@@ -1,26 +1,27 @@
 """A run folder: a stage's work on its way to becoming a checkpoint, one shard for each finished block."""
 
-import json
 import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from casp.card import model_card
 from casp.digest import companions
+from casp.errors import UserError, told_as
 from casp.files import write_atomically, write_json, write_shard
 from casp.folder import WORK_PREFIX, WorkFolder
 from casp.models import Decoder
+from casp.reading.documents import read_json
+from casp.reading.header import read_header
+from casp.report import REPORT_FILE, merge_reports
 from casp.shards import INDEX
 from casp.swap import describe_modules, swap_modules
 from casp.walk import Visit, capture_inputs, walk
 
-REPORT_FILE = "casp_report.json"
 _WRITTEN = ("config.json", INDEX, REPORT_FILE, "README.md")  # what `finish` makes itself besides the shards
 
 
@@ -35,6 +36,14 @@ class RunFolder(WorkFolder):
 
     def _block_report(self, index: int) -> Path:
         return self.folder / f"{WORK_PREFIX}block-{index:05d}.json"
+
+    def _read_block_report(self, index: int) -> dict[str, dict[str, Any]]:
+        """{"modules", "report"} of a finished block."""
+        file = self._block_report(index)
+        found = read_json(file, "the work on a block", remedy=self.anew)
+        if not isinstance(found.get("modules"), dict) or not isinstance(found.get("report"), dict):
+            raise UserError(f"{file} is not what this run wrote; {self.anew}.")
+        return found
 
     def finished(self, index: int) -> bool:
         """Whether block `index` is on disk."""
@@ -68,16 +77,17 @@ class RunFolder(WorkFolder):
     def _restore(self, index: int, device: torch.device, dtype: torch.dtype) -> None:
         """Make block `index`, loaded from the source, what the finished shard says."""
         block, prefix = self.decoder.block(index), decoder_prefix(self.decoder, index)
-        modules = json.loads(self._block_report(index).read_text())["modules"]
-        swap_modules(block, {"backend": self.settings.get("backend"), "modules": missing_modules(block, modules)})
-        parameters = dict(block.named_parameters())
-        tensors = {}
-        for name, tensor in load_file(self._shard(index)).items():
-            name = name.removeprefix(prefix)
-            tensors[name] = tensor.to(
-                device, dtype if name in parameters and tensor.is_floating_point() else tensor.dtype
-            )
-        block.load_state_dict(tensors, assign=True)
+        modules, stored = self._read_block_report(index)["modules"], self.read_shard(self._shard(index))[0]
+        with told_as(f"{self._shard(index)} and its report do not fit the model", self.anew):
+            swap_modules(block, {"backend": self.settings.get("backend"), "modules": missing_modules(block, modules)})
+            parameters = dict(block.named_parameters())
+            tensors = {}
+            for name, tensor in stored.items():
+                name = name.removeprefix(prefix)
+                tensors[name] = tensor.to(
+                    device, dtype if name in parameters and tensor.is_floating_point() else tensor.dtype
+                )
+            block.load_state_dict(tensors, assign=True)
         block.requires_grad_(False)
 
     def walk(
@@ -119,7 +129,7 @@ class RunFolder(WorkFolder):
         """
         for index in range(len(self.decoder.blocks)):
             prefix = decoder_prefix(self.decoder, index)
-            stored = load_file(self._shard(index))
+            stored, _ = self.read_shard(self._shard(index))
             new = {name: tensors[name].to(stored[name].dtype) for name in stored if name in tensors}
             if any(not torch.equal(new[name].cpu(), stored[name]) for name in new):
                 write_shard(self._shard(index), {**stored, **new})
@@ -139,7 +149,7 @@ class RunFolder(WorkFolder):
         modules: dict[str, dict[str, Any]] = {}
         blocks = []
         for index in range(depth):
-            record = json.loads(self._block_report(index).read_text())
+            record = self._read_block_report(index)
             modules |= {decoder_prefix(decoder, index) + path: entry for path, entry in record["modules"].items()}
             blocks.append({"index": index, **record["report"]})
         changed = {name: tensor.to(decoder.dtype) for name, tensor in (rest_changes or {}).items()}
@@ -151,7 +161,7 @@ class RunFolder(WorkFolder):
         copied = [file for file in companions(decoder.folder) if file.name not in _WRITTEN]
         for file in copied:
             write_atomically(self.result / file.name, file.read_bytes())
-        config = json.loads((decoder.folder / "config.json").read_text())
+        config = read_json(decoder.folder / "config.json", "the config")
         config["quantization_config"] = {
             "quant_method": "casp",
             "version": 1,
@@ -175,12 +185,10 @@ class RunFolder(WorkFolder):
         weight_map, total = {}, 0
         for index in range(shards):
             shard = self._shard(index)
-            with shard.open("rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            for name, entry in header.items():
-                if name != "__metadata__":
-                    weight_map[name] = shard.name
-                    total += entry["data_offsets"][1] - entry["data_offsets"][0]
+            with self.reading(shard):
+                stored = read_header(shard)
+            weight_map |= dict.fromkeys(stored, shard.name)
+            total += sum(entry.bytes for entry in stored.values())
         write_json(
             self.result / INDEX,
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
@@ -196,22 +204,3 @@ def missing_modules(block: torch.nn.Module, modules: dict[str, dict[str, Any]]) 
     """Those of `modules` that `block` does not hold yet."""
     present = describe_modules(block)
     return {path: entry for path, entry in modules.items() if present.get(path) != entry}
-
-
-def merge_reports(source: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """`report` with what an earlier stage's report in folder `source` says of each block filled in."""
-    earlier_file = source / REPORT_FILE
-    if not earlier_file.exists():
-        return {"stages": [_stage_entry(report)], **report}
-    earlier = json.loads(earlier_file.read_text())
-    blocks = []
-    for old, new in zip(earlier["blocks"], report["blocks"], strict=True):
-        linears = dict(old.get("linears", {}))
-        for role, values in new.get("linears", {}).items():
-            linears[role] = {**linears.get(role, {}), **values}
-        blocks.append({**old, **new, "linears": linears})
-    return {"stages": [*earlier["stages"], _stage_entry(report)], **report, "blocks": blocks}
-
-
-def _stage_entry(report: dict[str, Any]) -> dict[str, Any]:
-    return {"stage": report["stage"], "settings": report["settings"]}

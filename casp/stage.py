@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from casp.backend import Backend, Format
@@ -36,7 +35,9 @@ from casp.numbers import real, whole
 from casp.plan.file import Plan as RankPlan
 from casp.plan.file import read_plan
 from casp.quantize import Method, measure_block_influence, quantize_blocks
-from casp.run import REPORT_FILE, RunFolder
+from casp.reading.documents import parse_json, read_json
+from casp.report import read_report
+from casp.run import RunFolder
 from casp.seed import matrix_generator
 from casp.teacher import Teacher
 from casp.tuning import Curve, Training
@@ -174,9 +175,9 @@ def base_model(folder: Path, model: str) -> str:
 
     An earlier stage has recorded it; else it is `model`, or for a local folder that folder's name.
     """
-    earlier = folder / REPORT_FILE
-    if earlier.exists():
-        return json.loads(earlier.read_text())["base_model"]
+    earlier = read_report(folder)
+    if earlier is not None:
+        return earlier["base_model"]
     return model_name(model) if Path(model).is_dir() else model
 
 
@@ -197,13 +198,14 @@ def block_influence(
     moments: Moments | None = None,
 ) -> list[float]:
     """Influence of every block: as the SVD stage's report or the moments say, else measured (once a run)."""
-    report = run.decoder.folder / REPORT_FILE
-    if report.exists():
-        blocks = json.loads(report.read_text())["blocks"]
-        if all("block_influence" in block for block in blocks):
-            return [block["block_influence"] for block in blocks]
+    depth = len(run.decoder.blocks)
+    report = read_report(run.decoder.folder)
+    if report is not None:
+        known = [block.get("block_influence") for block in report["blocks"]]
+        if len(known) == depth and None not in known:
+            return known
     if moments is not None:
-        return [moments.read(index).influence for index in range(len(run.decoder.blocks))]
+        return [moments.read(index).influence for index in range(depth)]
     kept = run.folder / INFLUENCE_FILE
     if not kept.exists():
         print("measuring the influence of each block")
@@ -213,7 +215,10 @@ def block_influence(
                 few.append(batch)
                 samples += len(batch["input_ids"])
         write_json(kept, measure_block_influence(run.decoder, few, device, dtype))
-    return json.loads(kept.read_text())
+    found = read_json(kept, "the influence of the blocks", list, run.anew)
+    if len(found) != depth or not all(isinstance(value, float | int) for value in found):
+        raise UserError(f"{kept} is not what this run wrote; {run.anew}.")
+    return found
 
 
 def describe_plan(plan: Plan, shapes: dict[str, tuple[int, int, int]], backend: Backend, decoder: Decoder) -> str:
@@ -259,9 +264,8 @@ def end_to_end(
             tuning.checkpointing,
         )
         write_shard(learned_file, learned, {"curve": json.dumps(curve)})
-    with safe_open(learned_file, "pt") as stored:
-        curve = json.loads(stored.metadata()["curve"])
-        learned = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a dict
+    learned, metadata = run.read_shard(learned_file)
+    curve = parse_json(metadata.get("curve", ""), f"the curve in {learned_file}", run.anew, list)
     run.replace(learned)
     return {name: tensor for name, tensor in learned.items() if not name.startswith(decoder.blocks_path + ".")}, curve
 

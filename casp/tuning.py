@@ -19,9 +19,10 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from casp.backend import Backend
-from casp.errors import UserError
+from casp.errors import UserError, told_as
 from casp.files import write_shard
 from casp.linear import QuantizedLinear
+from casp.reading.documents import parse_json
 from casp.walk import BatchInputs, Visit, first_output, moved
 
 VALIDATION_SHARE = 8  # one batch in so many is not trained on
@@ -190,8 +191,9 @@ def load_state(
     file: Path, masters: Masters, optimizer: torch.optim.Adam, schedule: torch.optim.lr_scheduler.LambdaLR
 ) -> tuple[Curve, dict[str, Tensor]]:
     """Set leaves, optimizer and schedule as `save_state` left them; returns the curve and the best leaves."""
-    with safe_open(file, "pt") as stored:
-        curve = json.loads(stored.metadata()["curve"])
+    again = f"move {file.parent} away and run the same command again: it begins anew"
+    with told_as(f"{file}, what was learned so far, is damaged", again), safe_open(file, "pt") as stored:
+        curve = parse_json(stored.metadata()["curve"], f"the curve in {file}", again, list)
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a dict
     device = {name: leaf.device for name, leaf in masters.leaves.items()}
     masters.load({name: tensors[f"leaf {name}"] for name in device})

@@ -5,7 +5,6 @@ codebooks and scales with the sizes of groups along outputs (here 1) spelt out. 
 low-rank layers, whole groups.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from casp.budget import matrices
 from casp.errors import UserError
 from casp.export import export_checkpoint, uniform_format
 from casp.models import Decoder
+from casp.reading.documents import read_json
 from casp_aqlm.packing import unpack
 from casp_aqlm.scheme import Scheme
 
@@ -73,7 +73,7 @@ def export_aqlm(folder: Path, output: Path) -> Path:
     UserError when `output` holds anything but the export of the same checkpoint.
     """
     decoder = Decoder.open(folder)
-    modules = json.loads((folder / "config.json").read_text())["quantization_config"]["modules"]
+    modules = read_json(folder / "config.json", "the config")["quantization_config"]["modules"]
     shapes = {path: shape for path, shape in matrices(decoder).items() if path in modules}
     scheme = _checked(uniform_format(modules, "AQLM"), shapes)
     others = [path for path, module in decoder.model.named_modules() if type(module) is nn.Linear]

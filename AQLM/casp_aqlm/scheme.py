@@ -30,10 +30,10 @@ class Scheme:
     @classmethod
     def parse(cls, text: str, entries: str = "float16") -> "Scheme":
         """The scheme that `text` writes as MxBgG; UserError when it writes none, or one out of range."""
-        match = re.fullmatch(r"(\d+)x(\d+)g(\d+)", text)
+        match = re.fullmatch(r"([0-9]{1,4})x([0-9]{1,4})g([0-9]{1,4})", text)
         if match is None:
             raise UserError(
-                f"scheme {text!r} is not of the form MxBgG (M codebooks, B bits a code, groups of G weights); "
+                f"scheme {text[:40]!r} is not of the form MxBgG (M codebooks, B bits a code, groups of G weights); "
                 f"examples: {_EXAMPLES}."
             )
         scheme = cls(*map(int, match.groups()), entries)
@@ -51,7 +51,10 @@ class Scheme:
     @classmethod
     def of(cls, format: Mapping[str, Any]) -> "Scheme":
         """The scheme of a format, {"scheme": "2x8g8", "entries": "float16"|"float8", ...}."""
-        return cls.parse(format["scheme"], format["entries"])
+        scheme = cls.parse(format["scheme"], format["entries"])
+        if format.get("bits", scheme.bits) != scheme.bits:
+            raise UserError(f"scheme {scheme} has {scheme.bits:g} bits a weight, not {str(format['bits'])[:40]}.")
+        return scheme
 
     def __str__(self) -> str:
         return f"{self.codebooks}x{self.code_bits}g{self.group}"

@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--bits", type=int, default=2, help="bits a code: 2, 3, 4 or 8 (default: %(default)s)")
     flags.add_argument(
         "--group-size",
-        type=int,
+        type=whole(-1),
         default=128,
         help="columns that share a scale and a zero; need not divide the width; -1: whole rows (default: %(default)s)",
     )

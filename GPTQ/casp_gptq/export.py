@@ -4,7 +4,6 @@ The packed tensors are the same; what differs is the config, one index tensor a 
 one width and group size for the whole model, no low-rank layers, sizes in whole runs of 32 and whole groups.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from casp.budget import matrices
 from casp.errors import UserError
 from casp.export import export_checkpoint, uniform_format
 from casp.models import Decoder
+from casp.reading.documents import read_json
 from casp_gptq.packing import RUN
 
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # those that gptqmodel's kernels take
@@ -74,7 +74,7 @@ def export_gptq(folder: Path, output: Path, symmetric: bool) -> Path:
     was quantized with; kernels that need symmetric zeros go by it.
     """
     decoder = Decoder.open(folder)
-    modules = json.loads((folder / "config.json").read_text())["quantization_config"]["modules"]
+    modules = read_json(folder / "config.json", "the config")["quantization_config"]["modules"]
     shapes = {path: shape for path, shape in matrices(decoder).items() if path in modules}
     format = common_format(modules, shapes)
     config = {

@@ -6,6 +6,7 @@ Paper: Gholami et al., CASP, CVPR 2025, arXiv 2503.05936.
 """
 
 import argparse
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ from casp.models import Decoder
 from casp.moments.density import attention_density, density_batches
 from casp.moments.find import add_moments_argument, find_moments
 from casp.moments.store import REMEDY, BlockMoments
+from casp.notes import warnings_of
 from casp.numbers import real
 from casp.run import RunFolder
 from casp.seed import matrix_generator
@@ -107,8 +109,10 @@ def compress_block(
     bits: int,
     generator: torch.Generator,
     known: BlockMoments | None = None,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Factor W_q and W_k of one block in place; role -> {"rank", "bits", "relative_error"} of the factored.
+
+    "notes" besides, a list of sentences, where something was warned of.
 
     name: the block's path; bits: what one stored number takes; known: moments collected before. A matrix whose rank
     would save nothing stays as it is. UserError for a block whose queries and keys do not come from dense linears of
@@ -132,11 +136,17 @@ def compress_block(
     report = {}
     for role, rank in ranks.items():
         path = visit.linears[role]
-        module, error = low_rank(linears[role], rank, moments.get(role), damping, f"{name}.{path}")
+        with warnings_of("casp") as notes:
+            module, error = low_rank(linears[role], rank, moments.get(role), damping, f"{name}.{path}")
         parent, _, leaf = path.rpartition(".")
         setattr(visit.block.get_submodule(parent), leaf, module)
         kept = rank * (module.in_features + module.out_features) / (module.in_features * module.out_features)
-        report[role] = {"rank": rank, "bits": bits * kept, "relative_error": error}
+        report[role] = {
+            "rank": rank,
+            "bits": bits * kept,
+            "relative_error": error,
+            **({"notes": notes} if notes else {}),
+        }
     return report
 
 

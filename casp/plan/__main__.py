@@ -1,6 +1,7 @@
 """The plan's stage: `python -m casp.plan --model ... --backend ... --bits 2.1`, from moments to plan.json."""
 
 import argparse
+import re
 from pathlib import Path
 
 from casp.backend import backend_names, load_backend
@@ -18,6 +19,7 @@ from casp.errors import UserError
 from casp.models import Decoder
 from casp.moments.find import stage_name
 from casp.moments.store import Moments
+from casp.numbers import real, seed
 from casp.outputs import check_file
 from casp.plan.allocate import ALLOCATIONS
 from casp.plan.budget import byte_budget
@@ -36,7 +38,7 @@ def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
         "--bits",
-        type=float,
+        type=real(0, 16),
         help=f"bits an original weight, a real number, every overhead counted (default: {DEFAULT_BITS})",
     )
     budget.add_argument("--size", metavar="SIZE", help="the same as a size: 30MB, 1.5GB, 700MiB")
@@ -111,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
     add_budget_arguments(flags)
     add_device_arguments(flags)
     flags.add_argument(
-        "--seed", type=int, default=0, help="seed of everything random, an integer (default: %(default)s)"
+        "--seed", type=seed, default=0, help="seed of everything random, an integer (default: %(default)s)"
     )
     flags.add_argument(
         "--output",
@@ -134,7 +136,7 @@ def wanted_entries(pairs: list[str]) -> dict[str, str | int]:
         name, equals, value = pair.partition("=")
         if not equals or not name or not value:
             raise UserError(f"--format {pair} is no pair; write it as codebook=trellis.")
-        found[name] = int(value) if value.lstrip("-").isdigit() else value
+        found[name] = int(value) if re.fullmatch(r"-?[0-9]{1,18}", value) else value
     return found
 
 

@@ -6,15 +6,17 @@ from casp.errors import UserError
 from casp.models import Decoder
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_MOST = 10**15
 
 
 def parse_size(text: str) -> int:
     """Bytes of "30MB", "1.5 GB", "700MiB" or "123456"; UserError for anything else."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", text)
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*", text)
     unit = (found.group(2) or "B").upper() if found else ""
-    if not found or unit not in _UNITS or float(found.group(1)) == 0:
-        raise UserError(f"--size {text} is no size; write it as 30MB, 1.5GB or 700MiB.")
-    return int(float(found.group(1)) * _UNITS[unit])
+    size = float(found.group(1)) * _UNITS[unit] if unit in _UNITS else 0.0
+    if not 1 <= size <= _MOST:
+        raise UserError(f"--size {text[:40]} is no size from 1 byte to 1e15; write it as 30MB, 1.5GB or 700MiB.")
+    return int(size)
 
 
 def other_bytes(decoder: Decoder) -> int:

@@ -10,16 +10,17 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from casp.backend import Backend
-from casp.errors import UserError
+from casp.errors import UserError, in_brief
 from casp.files import write_json
 from casp.models import Decoder
-from casp.plan.options import Option, option_bytes
+from casp.plan.options import Option, option_bytes, stored_shapes
 from casp.reading.documents import read_json
 from casp.reading.files import is_there
 
@@ -87,19 +88,24 @@ def read_plan(file: Path, decoder: Decoder, model: str, backend: Backend) -> Pla
     unknown, for ranks above the full one and for formats that the backend does not have.
     """
     found = _json(file)
-    if found.get("version") != VERSION:
-        raise UserError(f"{file} has plan version {found.get('version')}, this casp reads {VERSION}; make it anew.")
+    if type(found.get("version")) is not int or found["version"] != VERSION:
+        raise UserError(
+            f"{file} has plan version {str(found.get('version'))[:40]}, this casp reads {VERSION}; make it anew."
+        )
     if found.get("backend") != backend.name:
-        raise UserError(f"{file} is a plan for backend {found.get('backend')!r}, not {backend.name!r}; make another.")
+        raise UserError(
+            f"{file} is a plan for backend {str(found.get('backend'))[:40]!r}, not {backend.name!r}; make another."
+        )
     if found.get("model") != model:
         raise UserError(f"{file} is a plan for another model than {decoder.folder}; make one for this model.")
     entries, wanted = found["linears"], shapes(decoder)
     for paths, what in ((wanted.keys() - entries.keys(), "lacks"), (entries.keys() - wanted.keys(), "names")):
         if paths:
             tail = "" if what == "lacks" else ", which this model does not have"
-            raise UserError(f"{file} {what} {min(paths)}{tail}; correct the entry.")
+            raise UserError(f"{file} {what} {min(paths)[:200]}{tail}; correct the entry.")
     linears = {path: _option(file, path, entries[path], shape, backend) for path, shape in wanted.items()}
-    return Plan(model, backend.name, decoder.original_weights(), linears, found.get("record", {}))
+    record = found.get("record", {})
+    return Plan(model, backend.name, decoder.original_weights(), linears, record if isinstance(record, dict) else {})
 
 
 def shapes(decoder: Decoder) -> dict[str, tuple[int, int]]:
@@ -127,17 +133,40 @@ def _option(file: Path, path: str, entry: Any, shape: tuple[int, int], backend: 
         raise UserError(f"{where}: needs an entry 'rank' (a number or null) and a list 'formats'; correct it.")
     rank, formats = entry["rank"], entry["formats"]
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-        raise UserError(f"{where}: rank {rank!r} is neither null nor a whole number from 1; correct it.")
+        raise UserError(f"{where}: rank {str(rank)[:40]} is neither null nor a whole number from 1; correct it.")
     if rank is not None and rank > min(shape):
-        raise UserError(f"{where}: rank {rank} is more than {min(shape)}, its full rank; lower it or write null.")
+        raise UserError(
+            f"{where}: rank {str(rank)[:40]} is more than {min(shape)}, its full rank; lower it or write null."
+        )
     needed = 1 if rank is None else 2
     if len(formats) != needed or not all(isinstance(format, dict) for format in formats):
         kind = "full rank takes one format" if rank is None else "a rank takes two formats, of down and of up"
         raise UserError(f"{where}: {kind}, not {len(formats)}; correct it.")
-    try:
-        option = Option(rank, tuple(formats), option_bytes(backend, rank, formats, *shape))
-    except (UserError, KeyError, TypeError, ValueError) as error:
-        reason = str(error) if isinstance(error, UserError) else f"not a format of {backend.name}"
-        raise UserError(f"{where}: format {json.dumps(formats)} is refused ({reason}); correct it.") from error
-    predicted = entry.get("predicted", 0.0)
-    return replace(option, cost=float(predicted) if isinstance(predicted, int | float) else 0.0)
+    for format, stored in zip(formats, stored_shapes(rank, *shape), strict=True):
+        _check_format(where, format, stored, backend)
+    predicted = entry.get("predicted")
+    cost = float(predicted) if isinstance(predicted, float) and math.isfinite(predicted) else 0.0
+    return Option(rank, tuple(formats), option_bytes(backend, rank, formats, *shape), cost)
+
+
+def _check_format(where: str, format: Mapping[str, Any], shape: tuple[int, int], backend: Backend) -> None:
+    """UserError unless `backend` stores a matrix of `shape` (out, in) in `format`, as far as it can be known now."""
+    shown, reason = in_brief(ValueError(json.dumps(format))), None
+    offered = [one for tuned in (False, True) for one in backend.formats(*shape, tuned=tuned)]
+    kinds: dict[str, set[type]] = {}
+    for one in offered:
+        for key, value in one.items():
+            kinds.setdefault(key, set()).update({type(value), int} if isinstance(value, float) else {type(value)})
+    odd = next((key for key, value in format.items() if type(value) not in kinds.get(key, ())), None)
+    if odd is not None:
+        reason = f"{backend.name} has no such {odd[:40]!r}"
+    else:
+        try:
+            backend.linear(*shape, False, format, device="meta")
+            backend.bytes(format, *shape)
+        except UserError as error:
+            reason = str(error).rstrip(".")
+        except Exception:  # of whatever a backend's arithmetic makes of other types
+            reason = f"not a format of {backend.name}"
+    if reason is not None:
+        raise UserError(f"{where}: format {shown} is refused ({reason}); correct it.")

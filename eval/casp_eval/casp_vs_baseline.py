@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
 import shutil
 import subprocess
@@ -29,9 +28,11 @@ from casp.demo import NAMES
 from casp.errors import UserError
 from casp.files import write_json
 from casp.models import Decoder
-from casp.numbers import whole
+from casp.numbers import real, whole
+from casp.numbers import seed as any_seed
 from casp.plan.file import shapes
 from casp.plan.options import chosen_formats
+from casp.reading.documents import read_json
 from casp_eval.compare import Evaluation, Figures, Subject
 from casp_eval.loading import is_multimodal
 from casp_eval.options import add_batch_argument, add_text_arguments
@@ -216,14 +217,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--backends", nargs="+", default=backend_names(), help="quantizers (default: all installed)")
     parser.add_argument(
         "--bits",
-        type=float,
+        type=real(0, 16),
         nargs="+",
         default=list(ROUNDED_BITS),
         help="budgets, bits a weight (default: %(default)s)",
     )
     parser.add_argument(
         "--seeds",
-        type=int,
+        type=any_seed,
         nargs="+",
         default=[0, 1, 2],
         help="seeds of calibration and rounding (default: %(default)s)",
@@ -264,7 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
             write_json(file, row(setting, folder, examiner))
             if not args.keep:
                 shutil.rmtree(folder)
-        rows.append(json.loads(file.read_text()))
+        rows.append(read_json(file, "the row"))
         write_report(args.output, rows)
     print((args.output / "report.md").read_text())
 

@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add_device_arguments(parser)
     options = parser.parse_args(arguments)
-    image = open_picture(options.image) if options.image else None
+    image = None if options.image is None else open_picture(options.image)
     folder = model_folder(options.model)
     if image is not None:
         require_images(folder, open_config(folder))

@@ -29,6 +29,8 @@ from casp.errors import UserError
 from casp.files import write_atomically, write_json
 from casp.outputs import check_report
 from casp.reading.config import open_config, quantization_of
+from casp.reading.documents import read_json
+from casp.report import read_report
 from casp_eval import plots, questions, report
 from casp_eval.loading import Checkpoint, is_multimodal, open_checkpoint
 from casp_eval.options import add_batch_argument, add_question_arguments, add_text_arguments
@@ -71,10 +73,10 @@ class Figures:
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
         path = self.folder / f"{key['figure']}-{name}.json"
         try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
+            kept = read_json(path, "the kept figure")
             if kept["key"] == key:
                 return kept["result"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (UserError, KeyError):
             pass  # not measured yet, or not a whole file: measure
         result = measure()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +164,7 @@ class Evaluation:
         texts: by name; the first is the one that plots and tables call the text.
         """
         folder, subject = self.subject.folder, self.subject
-        stages = report.stage_report(folder)
+        stages = read_report(folder)
         stored = size(folder)
         asked = is_multimodal(self.config)
         text_figures = {name: self.text(text) for name, text in texts.items()}
@@ -285,7 +287,7 @@ def main(arguments: list[str] | None = None) -> None:
     write_atomically(options.output / "report.md", report.markdown(rows, settings, command, pictures).encode())
     if options.update_cards:
         for subject, row in zip(subjects, rows, strict=True):
-            if report.stage_report(subject.folder) is not None:
+            if read_report(subject.folder) is not None:
                 report.update_card(subject.folder, rows, row)
     print(report.table(rows))
     if kinds := report.kinds_table(rows):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ from casp.card import RESULTS_BEGIN, RESULTS_END
 from casp.errors import UserError
 from casp.files import write_atomically
 from casp.reading.config import quantization_of
-from casp.run import REPORT_FILE
 
 Row = dict[str, Any]
 
@@ -21,17 +19,6 @@ NOTES = """\
 *Perplexity* of a text: exp of the mean loss over non-overlapping windows. *Answer perplexity*: the same over the tokens
 of the right answers, given image and question. *Exact match*: share of questions answered right by greedy decoding,
 after trimming, lower-casing and dropping a final dot; in brackets the 95% Wilson interval. A dash: not applicable."""
-
-
-def stage_report(folder: Path) -> dict[str, Any] | None:
-    """The casp_report.json that the stages leave in a checkpoint; None in a checkpoint that they did not make."""
-    path = folder / REPORT_FILE
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable JSON: delete it, or make the checkpoint again") from error
 
 
 def method_name(config: Any, report: dict[str, Any] | None) -> str:

@@ -1,4 +1,4 @@
-"""Speed of QuIP#'s layers against dense ones: batch 1 to 16, as in generation, and the prefill of a long prompt.
+"""Speed of quantized layers against dense ones: batch 1 to 16, as in generation, and the prefill of a long prompt.
 
 Weights are cold, as they are in a model: each round runs every contender once, and the weights that are read in turn do
 not fit the last cache. Figures are medians of rounds; beside them stands the best round, which other work on the
@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from casp_quip_sharp.codebook import FAMILIES
-from casp_quip_sharp.linear import QuipSharpLinear
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,6 +27,8 @@ from casp.kernels import implementations, operators, run
 from casp.numbers import whole
 from casp.outputs import check_file
 from casp_eval import ggml
+from casp_eval.generation_speed import measure_generation
+from casp_eval.random_layers import FAMILIES, GPTQ, bits_of, random_layer
 
 COLUMNS = ("backend", "codebook", "what", "bits", "shape", "batch")
 TIMES = ("seconds", "dense_seconds", "dense_float32_seconds")
@@ -37,7 +37,7 @@ Contender = Callable[[], Tensor]
 
 
 class Name(NamedTuple):
-    """Who runs: quip-sharp, torch or llama.cpp; codebook; what it computes (see the file's "what"); bits a weight."""
+    """Who runs: quip-sharp, gptq, torch or llama.cpp; codebook; what it computes (the file's "what"); bits."""
 
     backend: str
     codebook: str
@@ -48,7 +48,7 @@ class Name(NamedTuple):
 DENSE, DENSE_FLOAT32 = Name("torch", "none", "dense", 16), Name("torch", "none", "dense", 32)
 
 
-LEAST_WEIGHTS, MOST_WEIGHTS = 1 << 16, 1 << 28
+LEAST_WEIGHTS, MOST_WEIGHTS, MOST_FEATURES = 1 << 16, 1 << 28, 1 << 18
 """Weights of a layer: of smaller ones it takes thousands to fill a cache, a larger one fills the memory."""
 
 
@@ -60,6 +60,8 @@ def shape(text: str) -> tuple[int, int]:
     out_features, in_features = int(found[1]), int(found[2])
     if not LEAST_WEIGHTS <= out_features * in_features <= MOST_WEIGHTS:
         raise argparse.ArgumentTypeError(f"{text} is not a layer of {LEAST_WEIGHTS} to {MOST_WEIGHTS} weights")
+    if max(out_features, in_features) > MOST_FEATURES:
+        raise argparse.ArgumentTypeError(f"{text} has a side of more than {MOST_FEATURES}, which no layer has")
     return out_features, in_features
 
 
@@ -94,7 +96,14 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=FAMILIES,
         default=list(FAMILIES),
-        help=f"of QuIP#'s layers (default: {' '.join(FAMILIES)})",
+        help=f"of QuIP#'s layers, and {GPTQ} for GPTQ's (default: {' '.join(FAMILIES)})",
+    )
+    flags.add_argument(
+        "--generate",
+        type=whole(1, 4096),
+        metavar="N",
+        help="measure instead how fast a Llama of the 1B shape with random weights writes N tokens at batch 1 "
+        "(default: none)",
     )
     flags.add_argument(
         "--repeats",
@@ -131,21 +140,6 @@ def device_name(device: torch.device) -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def random_layer(
-    codebook: str, bits: int, out_features: int, in_features: int, device: torch.device
-) -> QuipSharpLinear:
-    """A layer of random codes and signs."""
-    layer = QuipSharpLinear(out_features, in_features, False, {"codebook": codebook, "bits": bits})
-    for buffer in layer.buffers():
-        if buffer.dtype == torch.uint8:
-            buffer.random_(0, 256)
-        elif buffer.dtype == torch.int16:
-            buffer.random_(-(2**15), 2**15)
-        else:
-            buffer.fill_(1 / 64)
-    return layer.to(device)
-
-
 def contenders(
     codebooks: list[str],
     bits: list[int],
@@ -166,9 +160,12 @@ def contenders(
     }
     size = weight.nbytes + dense.nbytes
     for codebook in codebooks:
-        for width in bits:
+        for width in bits_of(codebook, bits):
             layers = [random_layer(codebook, width, out_features, in_features, device) for _ in range(2)]
             size += sum(buffer.nbytes for layer in layers for buffer in layer.buffers())
+            if codebook == GPTQ:
+                found[Name(GPTQ, "none", "layer", width)] = lambda layer=layers[1]: layer(half)
+                continue
             first = layers[0]
             kernel = first.codebook.product(first._buffers, out_features, first.columns, torch.bfloat16)
             rotated = torch.randn(batch, first.columns, device=device)
@@ -262,7 +259,7 @@ def main() -> None:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {args.output} cannot be made ({error.strerror}); choose another folder.") from error
-    sample = random_layer(args.codebooks[0], 2, 8, 8, device)
+    sample = random_layer("e8p", 2, 8, 8, device)
     kernel = sample.codebook.product(sample._buffers, 8, sample.columns, torch.float32)
     vector = torch.zeros(1, 8, device=device)
     chosen = next(one.name for one in implementations() if one.can(kernel, vector))
@@ -277,10 +274,15 @@ def main() -> None:
         "repeats": args.repeats,
         "dense": "torch.nn.functional.linear in bfloat16, and in float32, on the same device in the same rounds",
         "what": "kernel: the product with the decoded codes; layer: QuipSharpLinear on bfloat16, transforms "
-        "included, or llama.cpp's product in IQ2_XXS on float32, rounding to 8 bits included",
+        "included, GPTQLinear with groups of 128, or llama.cpp's product in IQ2_XXS on float32, rounding to 8 bits "
+        "included",
         "rows": [],
     }
     print(f"{result['device']}, {result['threads']} threads, {chosen}; medians of {args.repeats} rounds, cold weights")
+    if args.generate is not None:
+        result["generation"] = measure_generation(args.generate, device)
+        write_json(args.output / "speed.json", result)
+        return
     print_headings()
     for out_features, in_features in args.shapes:
         for batch in args.batches:

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from casp.errors import UserError
-from casp.folder import WorkFolder, check_places
+from casp.files import temporary, write_json, write_shard
+from casp.folder import LOG_FILE, WorkFolder, check_places
 from casp.models import Decoder
 from casp.outputs import RUN_FILE, check_file, check_report, read_record, refuse_inputs
 
@@ -55,11 +56,15 @@ PLACES = {
     "a name that is too long": "x" * 300,
     "below a file": "thesis.txt/out",
     "the root": "/",
+    "inside a built-in model": "cache/demo-llama-0123/out",
+    "a built-in model": "cache/demo-llava-0123",
+    "among the digests": "cache/digests/out",
 }
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_place_that_is_not_ours_is_refused_and_left_as_it_is(place, model, tmp_path):
+def test_a_place_that_is_not_ours_is_refused_and_left_as_it_is(place, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("CASP_CACHE", str(tmp_path / "cache"))
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/thesis.txt").write_text("do not touch")
     (tmp_path / "thesis.txt").write_text("do not touch")
@@ -198,3 +203,37 @@ def test_the_hessians_are_an_input_too(tiny_llama, tmp_path):
     folder = finished(tiny_llama, tmp_path / "hessians")
     with pytest.raises(UserError, match="lies inside"):
         check_places(folder / "out", [tiny_llama, folder])
+
+
+def test_a_file_that_looks_unfinished_is_the_users(tmp_path):
+    (tmp_path / "figures.json.tmp").write_text("do not touch")
+    (tmp_path / "figures.json").write_text("{}")
+    write_json(tmp_path / "figures.json", {"a": 1})
+    write_shard(tmp_path / "x.safetensors", {"a": torch.ones(2)})
+    (tmp_path / "x.safetensors.tmp").mkdir()
+    write_shard(tmp_path / "x.safetensors", {"a": torch.zeros(2)})
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "figures.json",
+        "figures.json.tmp",
+        "x.safetensors",
+        "x.safetensors.tmp",
+    }
+    assert (tmp_path / "figures.json.tmp").read_text() == "do not touch"
+
+
+def test_what_a_write_that_was_cut_off_has_left_is_in_nobodys_way(tiny_llama, tmp_path):
+    left = temporary(tmp_path / "out.partial/work-block-00000.json")
+    work(tiny_llama, tmp_path / "out").release()
+    left.write_text("{")
+    shard = temporary(tmp_path / "out.partial/result/block-00000.safetensors")
+    shard.mkdir()
+    (shard / "block-00000.safetensors").write_bytes(b"half")
+    folder = finished(tiny_llama, tmp_path / "out")
+    assert {path.name for path in folder.iterdir()} == {"block-00000.safetensors", RUN_FILE, LOG_FILE}
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_an_empty_folder_where_the_run_works_holds_nothing_to_lose(tiny_llama, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    assert finished(tiny_llama, tmp_path / "out").is_dir()
+    assert not (tmp_path / "out.partial").exists()

@@ -20,7 +20,8 @@ from casp.files import write_shard
 from casp.folder import LOG_FILE, WORK_PREFIX
 from casp.models import Decoder
 from casp.quantize import Method, quantize_blocks
-from casp.run import RunFolder, merge_reports
+from casp.report import REPORT_FILE, merge_reports, read_report
+from casp.run import RunFolder
 from casp.stage import base_model
 
 CPU = torch.device("cpu")
@@ -52,7 +53,7 @@ def test_output_is_complete_or_absent(tiny_llama, tmp_path, toy_site):
     assert not output.with_name("out.partial").exists()
     names = set(contents(output))
     assert {"config.json", "model.safetensors.index.json", "README.md", "casp_report.json", "tokenizer.json"} <= names
-    assert not [name for name in names if name.endswith(".tmp") or name.startswith("block-") or name == "lock"]
+    assert not [name for name in names if ".casp-tmp" in name or name.startswith("block-") or name == "lock"]
     before = contents(output)
     toy_stage(tiny_llama, output)
     assert contents(output) == before
@@ -89,7 +90,7 @@ def test_weights_that_change_while_they_are_read_are_not_kept(tiny_llama, tmp_pa
 def test_the_card_names_the_model_that_everything_derives_from(tiny_llama, tmp_path):
     assert base_model(tiny_llama, str(tiny_llama)) == "tiny-llama"
     assert base_model(tiny_llama, "llava-hf/llava-1.5-7b-hf") == "llava-hf/llava-1.5-7b-hf"
-    (tmp_path / "casp_report.json").write_text('{"base_model": "llava-hf/llava-1.5-7b-hf"}')
+    (tmp_path / "casp_report.json").write_text('{"base_model": "llava-hf/llava-1.5-7b-hf", "stages": [], "blocks": []}')
     assert base_model(tmp_path, str(tmp_path)) == "llava-hf/llava-1.5-7b-hf"
 
 
@@ -208,7 +209,7 @@ def test_a_full_disk_leaves_no_half_written_file(tiny_llama, tmp_path, toy_site,
     with pytest.raises(OSError, match="No space left"):
         toy_stage(tiny_llama, output)
     assert not output.exists()
-    assert not list(output.with_name("out.partial").rglob("*.tmp*"))
+    assert not list(output.with_name("out.partial").rglob("*.casp-tmp*"))
     monkeypatch.undo()
     toy_stage(tiny_llama, output)
     toy_stage(tiny_llama, tmp_path / "whole")
@@ -218,6 +219,7 @@ def test_a_full_disk_leaves_no_half_written_file(tiny_llama, tmp_path, toy_site,
 def test_report_keeps_what_an_earlier_stage_said(tmp_path):
     earlier = {
         "stage": "svd",
+        "base_model": "tiny-llama",
         "stages": [{"stage": "svd", "settings": {"keep_ratio": 0.25}}],
         "blocks": [{"index": 0, "block_influence": 0.4, "linears": {"q": {"rank": 7}}}],
     }
@@ -228,3 +230,47 @@ def test_report_keeps_what_an_earlier_stage_said(tmp_path):
         {"index": 0, "block_influence": 0.4, "linears": {"q": {"rank": 7}, "q.up": {"bits": 2.3}}}
     ]
     assert [entry["stage"] for entry in merged["stages"]] == ["svd", "gptq"]
+
+
+@pytest.mark.parametrize("file", ["work-block-00000.json", "result/model-00001-of-00004.safetensors"])
+@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"[" * 100_000, b"\xff" * 100, None])
+def test_damaged_work_is_told_with_its_remedy(tiny_llama, tmp_path, toy_site, monkeypatch, file, data):
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "finish", lambda run: run.release())
+        toy_stage(tiny_llama, output)
+    path = tmp_path / "out.partial" / file
+    path.write_bytes(path.read_bytes()[:-7] if data is None else data)
+    with pytest.raises(UserError, match=r"move .*out\.partial away and run the same command again"):
+        toy_stage(tiny_llama, output)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"base_model": 3},
+        {"stages": [{"stage": "svd"}]},
+        {"stages": [{"stage": "svd", "settings": {"keep_ratio": "x"}}]},
+        {"blocks": {}},
+        {"blocks": [{"block_influence": float("nan")}]},
+        {"blocks": [{"linears": {"q": 3}}]},
+        {"blocks": [{"attention_density": {"text": "x"}}]},
+        {"blocks": [{"tuning": [{"curve": [{"validation": None}]}]}]},
+        {"end_to_end": [{}]},
+    ],
+)
+def test_a_report_has_the_form_that_stages_write(tmp_path, wrong):
+    good = {"base_model": "m", "stages": [], "blocks": [{}]}
+    (tmp_path / REPORT_FILE).write_text(json.dumps(good))
+    assert read_report(tmp_path) == good
+    (tmp_path / REPORT_FILE).write_text(json.dumps(good | wrong))
+    with pytest.raises(UserError, match="is no report of a stage"):
+        read_report(tmp_path)
+    assert read_report(tmp_path / "elsewhere") is None
+
+
+def test_a_report_about_other_blocks_is_refused(tmp_path):
+    (tmp_path / REPORT_FILE).write_text(json.dumps({"base_model": "m", "stages": [], "blocks": [{}]}))
+    with pytest.raises(UserError, match="is about 1 blocks, the checkpoint has 2"):
+        merge_reports(tmp_path, {"stage": "gptq", "settings": {}, "blocks": [{}, {}]})

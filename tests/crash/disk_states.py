@@ -107,7 +107,7 @@ def torn(states: list[Path], copies: Path) -> list[Path]:
         for file in sorted(f for f in after.rglob("*") if f.is_file()):
             old = before / file.relative_to(after)
             size, had = file.stat().st_size, old.stat().st_size if old.is_file() else 0
-            if size <= had or ".tmp" not in str(file.relative_to(after)):
+            if size <= had or ".casp-tmp" not in str(file.relative_to(after)):
                 continue
             for length in {had, (had + size) // 2}:
                 copy = copies / f"{number:04d}-{file.name}-{length}"

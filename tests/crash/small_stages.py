@@ -68,6 +68,25 @@ def quip_end_to_end(model: Path, text: Path, root: Path) -> None:
     _quip(model, text, root, "--block-epochs", "0", "--e2e-epochs", "2")
 
 
+def aqlm(model: Path, text: Path, root: Path) -> None:
+    from casp_aqlm.__main__ import main
+
+    few = ["--scheme", "1x4g4", "--max-rounds", "1", "--ft-epochs", "0"]
+    main(_flags(model, text, root, "--from-original", *few))
+
+
+def plan(model: Path, text: Path, root: Path) -> None:
+    """The plan's file beside the priced options that it comes from; moments are collected once, beside the model."""
+    from casp.plan.__main__ import main
+
+    collected = model.parent / "collected"
+    if not (collected / "out").exists():
+        moments(model, text, collected)
+    flags = ["--model", str(model), "--moments", str(collected / "out"), "--device", "cpu"]
+    budget = ["--backend", "gptq", "--format", "group_size=32", "--bits", "4"]
+    main([*flags, *budget, "--costs", str(root / "costs"), "--output", str(root / "out" / "plan.json")])
+
+
 STAGES: dict[str, Stage] = {
     "SVD": svd,
     "moments": moments,
@@ -75,6 +94,8 @@ STAGES: dict[str, Stage] = {
     "GPTQ with export": gptq_export,
     "QuIP#, tuned in the blocks": quip_block,
     "QuIP#, tuned end to end": quip_end_to_end,
+    "AQLM": aqlm,
+    "plan": plan,
 }
 
 

@@ -57,7 +57,7 @@ def every_state(name, inputs, tmp_path, monkeypatch, last_only):
     stage, root = STAGES[name], tmp_path / "root"
     stage(*inputs, root)
     expected = contents(root)
-    assert not [path for path in expected if ".partial" in path or ".tmp" in path or ".lock" in path]
+    assert not [path for path in expected if ".partial" in path or ".casp-tmp" in path or ".lock" in path]
     root.rename(tmp_path / "whole")
     root.mkdir()
     with monkeypatch.context() as patch:

@@ -40,7 +40,13 @@ MODULES = {
     "quip": "casp_quip_sharp.__main__",
     "tuned": "casp_quip_sharp.__main__",
     "given": "casp_quip_sharp.__main__",
-    "hfize": "casp.moments.__main__",
+    "moments": "casp.moments.__main__",
+    "aqlm": "casp_aqlm.__main__",
+    "plan": "casp.plan.__main__",
+    "priced": "casp.plan.__main__",
+    "compress": "casp.compress",
+    "obey": "casp_gptq.__main__",
+    "obey quip": "casp_quip_sharp.__main__",
     "pictures": "casp_gptq.__main__",
     "perplexity": "casp_eval.perplexity",
     "questions": "casp_eval.questions",
@@ -202,9 +208,11 @@ def make_bases(folder: Path, run: Callable[[str, list[str]], None]) -> None:
         Image.new("RGB", (40, 40), (60 * number, 90, 200)).save(data / f"{number}.png")
         rows.append(json.dumps({"image": f"{number}.png", "question": "What is this?", "answer": "a cat"}))
     (data / "questions.jsonl").write_text("\n".join(rows))
-    for name, command in {"gptq": "gptq", "quip": "quip", "svd": "svd", "hessians": "hfize"}.items():
+    made = {"gptq": "gptq", "quip": "quip", "aqlm": "aqlm", "svd": "svd", "hessians": "moments", "plan": "plan"}
+    for name, command in made.items():
         flags = filled(cases.COMMANDS[command], making / "llama", making, making)
-        run(command, [*flags, "--output", str(making / name)])
+        output = making / name / "plan.json" if name == "plan" else making / name
+        run(command, [*flags, *(["--costs", str(making / "costs")] if name == "plan" else []), "--output", str(output)])
     making.rename(folder)
 
 
@@ -219,6 +227,7 @@ def filled(flags: Iterable[str], model: Path, scratch: Path, bases: Path) -> lis
         "{model}": str(model),
         "{base}": str(bases / "llama"),
         "{dir}": str(scratch),
+        "{moments}": str(bases / "hessians"),
         "{text}": str(bases / "data/text.txt"),
         "{questions}": str(bases / "data/questions.jsonl"),
     }

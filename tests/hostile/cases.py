@@ -9,6 +9,7 @@ import json
 import os
 import random
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +18,27 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
+import plan_cases
+
 Damage = Callable[[Path], None]
 
 SIZES = ("--samples", "4", "--sequence-length", "32", "--batch-size", "2", "--device", "cpu", "--output", "{dir}/out")
+PRICED = ("--moments", "{moments}", "--backend", "gptq", "--bits", "3.5")
+OBEYED = ("--model", "{base}", "--moments", "{moments}", "--plan", "{model}/plan.json")
 COMMANDS: dict[str, tuple[str, ...]] = {
     "svd": (*SIZES, "--model", "{model}", "--dataset", "{text}"),
+    "aqlm": (*SIZES, "--model", "{model}", "--dataset", "{text}", "--ft-epochs", "0", "--max-rounds", "1"),
+    "plan": (*PRICED, "--model", "{model}", "--device", "cpu", "--output", "{dir}/out"),
+    "priced": (*PRICED, "--model", "{base}", "--moments", "{model}", "--device", "cpu", "--output", "{dir}/out"),
+    "compress": (*SIZES, *PRICED, "--model", "{model}", "--dataset", "{text}", "--dry-run"),
+    "obey": (*SIZES, *OBEYED, "--clip-search", "0", "--sweeps", "0"),
+    "obey quip": (*SIZES, *OBEYED, "--ft-epochs", "0", "--sweeps", "0"),
     "gptq": (*SIZES, "--model", "{model}", "--dataset", "{text}", "--clip-search", "0", "--sweeps", "0"),
     "quip": (*SIZES, "--model", "{model}", "--dataset", "{text}", "--ft-epochs", "0", "--sweeps", "0"),
     "tuned": (*SIZES, "--model", "{model}", "--dataset", "{text}", "--ft-epochs", "1", "--sweeps", "0"),
     "given": (*SIZES, "--model", "{base}", "--hessians", "{model}", "--ft-epochs", "0", "--sweeps", "0"),
-    "hfize": (*SIZES, "--model", "{model}", "--dataset", "{text}"),
+    "moments": (*SIZES, "--model", "{model}", "--dataset", "{text}"),
     "pictures": (*SIZES, "--model", "{model}", "--dataset", "{questions}", "--clip-search", "0", "--sweeps", "0"),
     "perplexity": ("--model", "{model}", "--dataset", "{text}", "--windows", "2", "--sequence-length", "32"),
     "questions": ("--model", "{model}", "--dataset", "{questions}", "--max-new-tokens", "2"),
@@ -39,8 +51,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One hostile input. base: what is copied (llama, llava, gptq, quip, svd, hessians, or data for a folder of texts
-    and pictures); flags come after those of the command."""
+    """One hostile input. base: what is copied (llama, llava, gptq, quip, aqlm, svd, hessians, plan, or data for a
+    folder of texts and pictures); flags come after those of the command."""
 
     group: str
     name: str
@@ -134,7 +146,7 @@ OTHER_KEYS = (
     "use_cache",
 )
 VISION_KEYS = ("hidden_size", "image_size", "patch_size", "num_hidden_layers", "num_attention_heads", "num_channels")
-CONFIG_COMMANDS = ("gptq", "perplexity", "svd", "hfize")
+CONFIG_COMMANDS = ("gptq", "perplexity", "svd", "moments")
 
 
 def config_cases() -> Iterator[Case]:
@@ -382,7 +394,7 @@ def replace(ending: str, make: Callable[[torch.Tensor], torch.Tensor | None]) ->
 def number_cases() -> Iterator[Case]:
     """Weights that are finite but overflow on the way, and those that are not finite."""
     huge = {value: replace("up_proj.weight", lambda t, v=value: torch.full_like(t, v)) for value in (3e38, 1e30, 1e20)}
-    for command in ("svd", "gptq", "quip", "tuned", "hfize", "perplexity"):
+    for command in ("svd", "gptq", "quip", "tuned", "moments", "perplexity"):
         for value, change in huge.items():
             yield Case("numbers", f"up filled with {value:g}", command, "llama", stored(change), refuse=False)
         for ending in ("layers.1.self_attn.q_proj.weight", "layers.1.mlp.down_proj.weight", "embed_tokens.weight"):
@@ -412,7 +424,11 @@ def compression(change: Callable[[dict[str, Any]], Any]) -> Damage:
     return edited("config.json", whole)
 
 
-PACKED = {"gptq": ("qweight", "qzeros", "scales"), "quip": ("codes", "out_signs", "in_signs", "scale")}
+PACKED = {
+    "gptq": ("qweight", "qzeros", "scales"),
+    "quip": ("codes", "out_signs", "in_signs", "scale"),
+    "aqlm": ("codes", "codebooks", "scales"),
+}
 
 
 def compressed_cases() -> Iterator[Case]:
@@ -429,7 +445,7 @@ def compressed_cases() -> Iterator[Case]:
                 "one more row": lambda t: torch.cat([t.reshape(-1, *t.shape[1:]), t.reshape(-1, *t.shape[1:])[:1]]),
                 "flattened": lambda t: t.reshape(-1, 1),
             }
-            if name in ("scales", "scale"):
+            if name in ("scales", "scale", "codebooks"):
                 makes["NaN"] = lambda t: torch.full_like(t, float("nan"))
                 makes["infinite"] = lambda t: torch.full_like(t, float("inf"))
             for label, make in makes.items():
@@ -674,7 +690,7 @@ def data_cases() -> Iterator[Case]:
         "special tokens": b"</s><pad><s>" * 3000,
     }
     for label, data in texts.items():
-        for command in ("gptq", "perplexity", "hfize", "tuned"):
+        for command in ("gptq", "perplexity", "moments", "tuned"):
             refuse = label not in ("zeros", "one letter", "emoji", "special tokens")
             flags = ("--dataset", "{model}/hostile.txt")
             yield Case("data", f"text: {label}", command, "llama", written("hostile.txt", data), flags, refuse)
@@ -742,11 +758,11 @@ def data_cases() -> Iterator[Case]:
 def hessian_cases() -> Iterator[Case]:
     """Folders of moments that are damaged, incomplete or of another kind."""
 
-    def rewritten(change: Callable[[dict, dict], Any]) -> Damage:
+    def rewritten(change: Callable[[dict, dict], Any], kind: str = "inputs") -> Damage:
         def damage(folder: Path) -> None:
             from safetensors import safe_open
 
-            for file in sorted(folder.glob("inputs-*.safetensors")):
+            for file in sorted(folder.glob(f"{kind}-*.safetensors")):
                 with safe_open(file, "pt") as f:
                     metadata = dict(f.metadata())
                 tensors = load_file(file)
@@ -804,10 +820,27 @@ def hessian_cases() -> Iterator[Case]:
     yield Case(
         "hessians", "a block is cut", "given", "hessians", lambda f: os.truncate(f / "inputs-00001.safetensors", 5000)
     )
+    for label in ("zeros", "NaN", "infinite", "negative", "cropped", "float64", "no groups", "groups are deep"):
+        yield Case("hessians", f"gradients: {label}", "priced", "hessians", rewritten(changes[label], "gradients"))
+    for label, value in BAD_VALUES.items():
+        for key in ("token_weights", "gradients"):
+            change = edited("casp_run.json", put(f"fingerprint.settings.{key}", value))
+            fine = key == "gradients" and label == "true"
+            yield Case("hessians", f"{key}={label}", "priced", "hessians", change, refuse=not fine)
+    for name in ("gradients-00001.safetensors", "inputs-00002.safetensors"):
+        yield Case("hessians", f"{name} is missing", "priced", "hessians", lambda f, name=name: (f / name).unlink())
+        cut = lambda f, name=name: os.truncate(f / name, 5000)  # noqa: E731
+        yield Case("hessians", f"{name} is cut", "priced", "hessians", cut)
     yield Case("hessians", "a finished checkpoint", "given", "gptq", nothing)
     yield Case(
         "hessians", "of another model", "given", "hessians", edited("casp_run.json", put("fingerprint.model", "0"))
     )
+
+
+def other_cases() -> Iterator[Case]:
+    """Plans, reports, budgets: `tests/hostile/plan_cases.py`."""
+    for factory in (plan_cases.plan_cases, plan_cases.report_cases, plan_cases.budget_cases):
+        yield from factory(Case, sys.modules[__name__])
 
 
 FACTORIES = (
@@ -821,6 +854,7 @@ FACTORIES = (
     path_cases,
     data_cases,
     hessian_cases,
+    other_cases,
 )
 
 
@@ -832,13 +866,14 @@ def table() -> list[Case]:
 def random_cases(count: int, seed: int) -> Iterator[Case]:
     """`count` cases more, drawn: a byte, a stretch or a JSON value of a random file changed."""
     rng = random.Random(seed)
-    bases = ("llama", "llava", "gptq", "quip", "svd", "hessians")
+    bases = ("llama", "llava", "gptq", "quip", "aqlm", "svd", "hessians", "plan")
     for number in range(count):
         base = rng.choice(bases)
         commands = {
-            "llama": ("gptq", "perplexity", "hfize", "svd"),
+            "llama": ("gptq", "perplexity", "moments", "svd"),
             "llava": ("pictures", "questions"),
             "hessians": ("given",),
+            "plan": ("obey",),
         }
         command = rng.choice(commands.get(base, ("perplexity", "compare", "load")))
         key = rng.randrange(2**31)

@@ -230,3 +230,15 @@ def test_moments_are_found_where_they_are_filed(stage, texts, tiny_llama, tmp_pa
     ]
     with pytest.raises(UserError, match=r"gradient-norm needs moments.*hessian_offline"):
         stage("--model", tiny_llama, "--output", "out", "--token-weights", "gradient-norm")
+
+
+@pytest.mark.parametrize("codebook", ["e8p", "trellis"])
+def test_constant_calibration_text(stage, tiny_llama, tmp_path, codebook):
+    """All tokens alike: every moment has rank 1, and rotating it leaves entries of its diagonal below 0."""
+    text = tmp_path / "constant.txt"
+    text.write_text("a" * 4000)
+    tuned = ["--ft-epochs", 1, "--bits", 2, "--codebook", codebook]
+    stage("--model", tiny_llama, "--output", tmp_path / "out", *tuned, "--dataset", text)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.isfinite(logits(model)).all()

@@ -262,3 +262,13 @@ def test_whitening_by_moments_collected_before(name, request, tmp_path, calibrat
 def test_whitening_by_gradient_needs_moments(tiny_llama, tmp_path, calibration):
     with pytest.raises(UserError, match="hessian_offline"):
         main([*flags(tiny_llama, tmp_path / "out", calibration), "--whitening", "gradient"])
+
+
+def test_what_was_warned_of_stands_in_the_report(tiny_llama, tmp_path, calibration):
+    """One token a sample and no damping: the moment of the inputs has no factor without more of it."""
+    few = ["--whitening", "input", "--damping", "0", "--samples", "1", "--sequence-length", "4"]
+    main([*flags(tiny_llama, tmp_path / "out", calibration), *few])
+    blocks = json.loads((tmp_path / "out" / "casp_report.json").read_text())["blocks"]
+    notes = [note for block in blocks for role in "qk" for note in block["linears"][role]["notes"]]
+    assert len(notes) >= 6
+    assert all("no Cholesky factor" in note for note in notes)

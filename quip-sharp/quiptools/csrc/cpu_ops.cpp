@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu_e8p.h"
+#include "cpu_gptq.h"
 #include "cpu_layer.h"
 #include "cpu_trellis_product.h"
 
@@ -59,6 +60,12 @@ Tensor trellis_layer(const Tensor& x, const Tensor& codes, int64_t rate, const T
   Rotation out = read_rotation(out_vector, out_factors, out_power, scale, isa);
   TrellisProduct matrix(codes, out.transform.width, in.transform.width, rate, table, masks, isa);
   return rotated_layer(matrix, in, out, x, bias, half, isa);
+}
+
+Tensor gptq_layer(const Tensor& x, const Tensor& words, const Tensor& zeros, const Tensor& scales, int64_t bits,
+                  int64_t group_size, const Maybe& bias, bool half, std::string isa) {
+  TORCH_CHECK_VALUE(x.dim() >= 1, "x ends in the inputs");
+  return plain_layer(GPTQProduct(words, zeros, scales, x.size(-1), bits, group_size, set_named(isa)), x, bias, half);
 }
 
 Tensor transform(const Tensor& x, at::TensorList factors, int64_t power, std::string isa) {
@@ -119,6 +126,9 @@ TORCH_LIBRARY(quiptools, library) {
   library.def("trellis_decode(Tensor codes, int rows, int columns, " TRELLIS_CODE ", str isa='') -> Tensor");
   library.def("trellis_product(Tensor x, Tensor codes, int rows, " TRELLIS_CODE ", ScalarType dtype, str isa='') -> Tensor");
   library.def("trellis_layer(Tensor x, Tensor codes, " TRELLIS_CODE ", " SIDES ", bool half=False, str isa='') -> Tensor");
+  library.def(
+      "gptq_layer(Tensor x, Tensor words, Tensor zeros, Tensor scales, int bits, int group_size, Tensor? bias, "
+      "bool half=False, str isa='') -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(quiptools, CPU, library) {
@@ -130,6 +140,7 @@ TORCH_LIBRARY_IMPL(quiptools, CPU, library) {
   library.impl("trellis_decode", trellis_decode);
   library.impl("trellis_product", trellis_product);
   library.impl("trellis_layer", trellis_layer);
+  library.impl("gptq_layer", gptq_layer);
 }
 
 } // namespace quiptools

@@ -116,6 +116,9 @@ def first(**changes):
         (first(rank=10**6), "its full rank"),
         (first(rank=None, formats=[{"bits": 9}]), "is refused"),
         (first(rank=None, formats=[{}]), "is refused"),
+        (first(rank=None, formats=[{"bits": True}]), "has no such 'bits'"),
+        (first(rank=None, formats=[{"bits": 2, "thesis": 1}]), "has no such 'thesis'"),
+        (first(rank=None, formats=[{"bits": 2.0}]), "has no such 'bits'"),
         (lambda entry: entry["linears"].update({min(entry["linears"]): 3}), "needs an entry 'rank'"),
         (lambda entry: entry.update(linears=[]), "holds no plan"),
     ],
@@ -133,7 +136,7 @@ def test_no_file_and_no_json_are_told(tiny_llama, texts, moments, tmp_path):
     with pytest.raises(casp.errors.UserError, match="does not exist"):
         quantize(quip_sharp, tiny_llama, texts, moments, tmp_path / "none.json", tmp_path / "model")
     (tmp_path / "plan.json").write_text("{")
-    with pytest.raises(casp.errors.UserError, match="not valid JSON"):
+    with pytest.raises(casp.errors.UserError, match="is not valid JSON"):
         quantize(quip_sharp, tiny_llama, texts, moments, tmp_path / "plan.json", tmp_path / "model")
 
 
