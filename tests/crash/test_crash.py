@@ -1,8 +1,6 @@
 """A run that dies at any file operation is continued to the same bytes; so it is beside a second process."""
 
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -109,7 +107,7 @@ def test_kill_9_at_random_moments(name, inputs, tmp_path):
             time.sleep(0.001)  # start-up is most of the time, and nothing is at stake in it
         time.sleep(chance.random() * took / 8)
         killed += child.poll() is None
-        os.kill(child.pid, signal.SIGKILL)
+        child.kill()  # nothing where it has ended already
         child.wait()
     subprocess.run([*command, str(root)], check=True, capture_output=True)
     assert contents(root) == contents(whole)
