@@ -3,7 +3,11 @@
 `import casp` is all that transformers needs to load a compressed checkpoint.
 """
 
-from casp import attention, checkpoint
+from casp.interrupts import tell_in_one_line
+
+tell_in_one_line()  # before the imports that take seconds
+
+from casp import attention, checkpoint  # noqa: E402
 
 attention.register()
 

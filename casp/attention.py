@@ -8,7 +8,7 @@ after any query/key norm, for any architecture that uses the interface.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -50,9 +50,18 @@ class AttentionCall:
             mask = torch.ones(tokens, tokens, dtype=torch.bool, device=logits.device).tril()
         else:
             mask = mask[:, head if mask.shape[1] > 1 else 0, :, :tokens]
+        visible = mask if mask.dtype == torch.bool else mask > float("-inf")
         logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask.float()
-        # A row of padding attends to nothing; its softmax would be NaN.
-        return torch.nan_to_num(torch.softmax(logits, dim=-1))
+        # A row of padding attends to nothing; its softmax would be NaN. Any other NaN is the model's, and stays.
+        return torch.softmax(logits, dim=-1).masked_fill(~visible.any(-1, keepdim=True), 0.0)
+
+    def visible(self) -> Tensor:
+        """Which keys each query may see, (batch, tokens, tokens) bool.
+
+        Read off the probabilities of a query of zeros: those are 0 behind the mask alone, whatever form it has.
+        """
+        blank = replace(self, query=torch.zeros_like(self.query[:, :1]), key=torch.zeros_like(self.key[:, :1]))
+        return blank.probabilities(0) > 0
 
 
 def _attention(

@@ -25,6 +25,17 @@ class Backend(Protocol):
     """
 
     name: str
+    draft: Mapping[str, Any]
+    """Settings of `quantize` that are quick and near enough to the usual ones to compare formats by."""
+
+    def formats(self, out_features: int, in_features: int, *, tuned: bool = False, **words: Any) -> list[Format]:
+        """Every format that a matrix of this shape may take, in ascending bytes.
+
+        tuned: those only that fine-tuning can move, which may store more; words: the backend's own, which narrow the
+        choice or make another (a backend with an attribute `codebooks` takes one of these as `codebook`). A plan
+        chooses among them by their bytes and by what `quantize` makes of the matrix; what an entry means is the
+        backend's own.
+        """
 
     def bytes(self, format: Format, out_features: int, in_features: int) -> int:
         """Exact bytes of the tensors that `quantize` returns for this shape; a bias is not counted."""
@@ -60,6 +71,22 @@ class Backend(Protocol):
         """The tensors of a quantized module that fine-tuning may move, by name."""
 
 
+def rounded(
+    backend: Backend,
+    weight: Tensor,
+    hessian: Tensor,
+    format: Format,
+    generator: torch.Generator | None,
+    name: str,
+    settings: Mapping[str, Any],
+) -> tuple[dict[str, Tensor], Tensor]:
+    """`weight` (out, in) quantized under `hessian` (in, in): what is stored, and the dense float32 it stands for."""
+    tensors = backend.quantize(weight, hessian, format, generator, name=name, **settings)
+    module = backend.linear(*weight.shape, False, format, dtype=torch.float32, device=weight.device)
+    module.load_state_dict(tensors)
+    return tensors, module.dequantize().float()
+
+
 def backend_names() -> list[str]:
     """Names of the installed backends, sorted."""
     return sorted(entry_points(group=ENTRY_POINT_GROUP).names)
@@ -80,7 +107,7 @@ def load_backend(name: str) -> Backend:
     backend = loaded() if isinstance(loaded, type) else loaded
     if not isinstance(backend, Backend):
         raise UserError(
-            f"backend {name!r} lacks part of the contract (name, bytes, quantize, linear, tunable); "
+            f"backend {name!r} lacks part of the contract (name, draft, formats, bytes, quantize, linear, tunable); "
             "see casp.backend.Backend."
         )
     return backend

@@ -15,11 +15,16 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from casp.models import Decoder
+from casp.errors import UserError
+from casp.linear import LowRankLinear, QuantizedLinear, is_finite
+from casp.models import Decoder, decoder_blocks
+from casp.reading.compression import FORMAT_VERSION, check_compression
+from casp.reading.header import read_header
+from casp.shards import Shards
 from casp.swap import swap_modules
 
 QUANT_METHOD = "casp"
-FORMAT_VERSION = 1
+COMPRESSED = (QuantizedLinear, LowRankLinear)
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -58,13 +63,25 @@ class CaspQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        config = self.quantization_config
-        if config.version > FORMAT_VERSION:
-            raise ValueError(
-                f"this checkpoint has format version {config.version}, this casp reads up to {FORMAT_VERSION}: "
-                "update casp"
-            )
-        swap_modules(model, config.to_dict())
+        config = self.quantization_config.to_dict()
+        check_compression(config)
+        swap_modules(model, config)
+        # Of tensors that are missing or of another kind transformers warns, and goes on with random or cast numbers.
+        files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
+        if files:
+            entries = {name: entry for file in files for name, entry in read_header(file).items()}
+            paths = [path for path, module in model.named_modules() if isinstance(module, COMPRESSED)]
+            blocks = decoder_blocks(model)
+            if blocks is not None:
+                paths.append(blocks[0])
+            Shards(entries, model).check(files[0].parent, within=tuple(path + "." for path in paths))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        for path, module in model.named_modules():
+            if isinstance(module, COMPRESSED):
+                for name, tensor in module.state_dict().items():
+                    if not tensor.is_meta and not is_finite(tensor):
+                        raise UserError(f"{path}.{name} holds NaN or infinity; make or download the checkpoint again.")
 
     def is_serializable(self) -> bool:
         """save_pretrained writes the compressed modules as they are."""

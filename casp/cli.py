@@ -2,18 +2,23 @@
 
 import argparse
 import errno
+import logging
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 from casp.demo import NAMES
 from casp.errors import UserError
+from casp.numbers import count, seed
+from casp.reading.files import is_there, require_folder
 
 RUNS = Path("runs")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -21,11 +26,26 @@ DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tikto
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence, like all others; --help shows defaults as written."""
+    """An argument parser whose errors are one sentence, like all others; --help shows defaults as written.
+
+    A bad value is a UserError, as all bad input is; flags that are unknown or missing end the process at once.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(exit_on_error=False, **settings)
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse's, with bad values told as UserError."""
+        try:
+            return super().parse_known_args(args, namespace)
+        except argparse.ArgumentError as error:
+            raise UserError(f"{error.argument_name} {error.message} (see --help).") from error
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong with the flags and exit with 2."""
-        print(f"error: {message} (see --help).", file=sys.stderr)
+        tell(f"error: {message} (see --help).")
         raise SystemExit(2)
 
 
@@ -39,24 +59,24 @@ def add_common_arguments(parser: argparse.ArgumentParser, default_model: str, ca
     parser.add_argument("--output", type=Path, help="folder to write (default: runs/<model>/<stage>)")
     add_device_arguments(parser)
     parser.add_argument(
-        "--seed", type=int, default=0, help="seed of everything random, an integer (default: %(default)s)"
+        "--seed", type=seed, default=0, help="seed of everything random, an integer (default: %(default)s)"
     )
     if calibration:
         parser.add_argument(
             "--samples",
-            type=positive_int,
+            type=count,
             default=128,
             help="calibration samples, a count (default: %(default)s)",
         )
         parser.add_argument(
             "--sequence-length",
-            type=positive_int,
+            type=count,
             default=512,
             help="tokens per text sample (default: %(default)s)",
         )
         parser.add_argument(
             "--batch-size",
-            type=positive_int,
+            type=count,
             default=8,
             help="samples run at once, a count (default: %(default)s)",
         )
@@ -81,17 +101,12 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def positive_int(text: str) -> int:
-    """Argparse type: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
-
-
 def model_name(model: str) -> str:
     """The last part of a hub id or folder: what outputs are filed under."""
-    return Path(model).resolve().name if Path(model).is_dir() else model.rstrip("/").rpartition("/")[2]
+    path = Path(model)
+    return (
+        os.path.basename(os.path.realpath(path)) if model and is_there(path) else model.rstrip("/").rpartition("/")[2]
+    )
 
 
 def default_output(model: str, stage: str) -> Path:
@@ -106,17 +121,16 @@ def model_folder(model: str) -> Path:
 
         return build(model)
     path = Path(model)
-    if path.is_dir():
+    if model and is_there(path):
+        require_folder(path, "--model")
         return path
-    if path.exists():
-        raise UserError(f"--model {model} is a file; give the folder that holds config.json.")
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise UserError(
-            f"--model {model} does not exist; give a folder, a hub id (owner/name) or {' or '.join(NAMES)}."
+            f"--model {model[:200]} does not exist; give a folder, a hub id (owner/name) or {' or '.join(NAMES)}."
         )
     try:
         return Path(snapshot_download(model, allow_patterns=DOWNLOADED))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UserError(
             f"--model {model} is no folder here and could not be fetched from the hub ({type(error).__name__}); check "
             "the spelling and the network, or give a local folder."
@@ -138,9 +152,9 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, OverflowError) as error:
         raise UserError(f"--device {name} is unknown; use auto, cpu, cuda or cuda:N.") from error
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index is not None):
         raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
@@ -156,15 +170,33 @@ def pick_dtype(name: str, device: torch.device, own: torch.dtype) -> torch.dtype
     return torch.float32 if device.type == "cpu" else own
 
 
+def tell(message: str) -> None:
+    """Print a message as one line on stderr, below any progress bars, which are not drawn again after it."""
+    for bar in list(getattr(tqdm, "_instances", ())):  # tqdm itself has no other list of the bars that are open
+        bar.close()
+    print(" ".join(message.split()), file=sys.stderr)
+
+
+class _AboveBars(logging.Handler):
+    """Prints what the libraries and we warn of on lines of their own, above the progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+_ABOVE_BARS = _AboveBars(logging.WARNING)
+
+
 def run_main(main: Callable[[], None]) -> NoReturn:
     """Run a stage; bad input and a full disk end in one sentence on stderr and exit status 2."""
+    logging.getLogger("casp").addHandler(_ABOVE_BARS)
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes.", file=sys.stderr)
+        tell("interrupted; the same command resumes.")
         raise SystemExit(130) from None
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
@@ -173,6 +205,6 @@ def run_main(main: Callable[[], None]) -> NoReturn:
         reason = (
             "the disk is full; free some space" if full else f"no permission ({error.filename}); choose another folder"
         )
-        print(f"error: {reason} and run the same command again: it resumes.", file=sys.stderr)
+        tell(f"error: {reason} and run the same command again: it resumes.")
         raise SystemExit(2) from None
     raise SystemExit(0)

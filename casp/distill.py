@@ -11,16 +11,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from casp.backend import Backend
+from casp.head import POSITIONS, head_logits
 from casp.models import Decoder
 from casp.tuning import Curve, Masters, Training, run_block, train, tunable_tensors
 from casp.walk import BatchInputs
-
-_POSITIONS = 256  # whose logits are in memory together: a vocabulary is a hundred times wider than a block
 
 
 def final_norms(decoder: Decoder) -> dict[str, Tensor]:
@@ -29,27 +27,6 @@ def final_norms(decoder: Decoder) -> dict[str, Tensor]:
     inside = set(decoder.block_list.parameters())
     wanted = {parameter for parameter in language.parameters() if parameter.dim() == 1 and parameter not in inside}
     return {name: parameter for name, parameter in decoder.model.named_parameters() if parameter in wanted}
-
-
-def head_logits(decoder: Decoder, hidden: Tensor, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
-    """Logits (tokens, vocabulary) for what the last block puts out, `hidden` (tokens, hidden size).
-
-    The model itself computes them, whatever its norm, head, scaling and caps are, with its blocks passed over and
-    `tensors` in place of its own of these names; everything outside the blocks must be loaded.
-    """
-    hidden = hidden[None]
-
-    def passed_over(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
-        return hidden
-
-    for block in decoder.block_list:
-        block.forward = passed_over
-    try:
-        given = {"inputs_embeds": torch.zeros_like(hidden), "use_cache": False}
-        return functional_call(decoder.model, dict(tensors or {}), (), given).logits[0]
-    finally:
-        for block in decoder.block_list:
-            del block.__dict__["forward"]
 
 
 def divergence(decoder: Decoder, hidden: Tensor, target: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -65,7 +42,7 @@ def divergence(decoder: Decoder, hidden: Tensor, target: Tensor, tensors: Mappin
         found = F.log_softmax(head_logits(decoder, hidden, tensors).float(), dim=-1)
         return F.kl_div(found, wanted, log_target=True, reduction="sum")
 
-    pieces = zip(hidden.split(_POSITIONS), target.split(_POSITIONS), strict=True)
+    pieces = zip(hidden.split(POSITIONS), target.split(POSITIONS), strict=True)
     return sum(checkpoint(part, h, t, use_reentrant=False) for h, t in pieces) / len(hidden)
 
 

@@ -1,72 +1,38 @@
 """A folder that a stage fills: what is finished stays finished, whatever ends the process.
 
-A stage works in `OUTPUT.partial`: every finished block is a file, written to a temporary name, synced and renamed.
-A rerun with the same model, calibration and settings takes the finished blocks from there; the folder becomes
-`OUTPUT` by one rename when everything is in it. So `OUTPUT` is either complete or absent.
+A run lives in `OUTPUT.partial`: its record (`casp_run.json`), a lock, its log, files that only the work needs
+(`work-*`), and `result`, the folder in the making. Finishing is a commit: `result` is completed, then renamed to
+`OUTPUT`; only after that is anything removed, and whatever ends the process in between, the rest is removed by the
+next run. So `OUTPUT` is either complete or absent, and a rerun with the same model, calibration and settings
+continues from any moment to the same bytes.
 """
 
-import fcntl
-import json
 import os
 import resource
+import shutil
 import sys
 import time
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from casp.errors import UserError
+from casp.digest import file_digest, hash_of, read_files, state
+from casp.errors import UserError, in_brief
+from casp.files import is_temporary, lock, publish, write_atomically, write_json
 from casp.models import Decoder
-from casp.shards import content_hash
+from casp.outputs import RUN_FILE, VERSION, check_folder, read_record, refuse_inputs
+from casp.reading.header import read_header_with_metadata
 
-RUN_FILE, LOG_FILE = "casp_run.json", "casp_run.log"
+LOG_FILE, LOCK_FILE = "casp_run.log", "casp_run.lock"
 WORK_PREFIX = "work-"  # of files that only the work needs; the finished folder has none
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Put `data` at `path` such that `path` holds either what it held before or all of `data`."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
-def sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON, atomically."""
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
-def write_shard(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """`tensors` as one safetensors file with `metadata` in its header, atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        stored = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_file(stored, temporary, metadata or {"format": "pt"})  # the order of several keys would be random
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+RESULT = "result"  # what becomes the finished folder
+_ATTEMPTS = 100  # at a folder that other processes finish and remove at the same time
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -79,12 +45,49 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     return ", ".join(shown)
 
 
+def work_place(output: Path) -> Path:
+    """The folder that the run towards `output` lives in."""
+    if output.name in ("", ".."):  # said by dots alone
+        output = Path(os.path.abspath(output))
+    return output.with_name(output.name + ".partial")
+
+
+def check_places(output: Path, inputs: Iterable[Path]) -> None:
+    """UserError, before any work, where a run towards `output` would touch `inputs` or what no run of ours made."""
+    _check_paths(output, inputs)
+    if work_place(output).exists():
+        _refuse_foreign(work_place(output))
+
+
+def _check_paths(output: Path, inputs: Iterable[Path]) -> None:
+    check_folder(output, inputs)
+    refuse_inputs(work_place(output), inputs)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """UserError unless `folder` was made by a run and holds nothing but its files."""
+    if folder.is_symlink() or not folder.is_dir():
+        raise UserError(f"{folder}, where this run works, is no folder; move it away or choose another --output.")
+    known = {RUN_FILE, LOG_FILE, RESULT} if read_record(folder) is not None else set()
+    for file in sorted(folder.iterdir()):
+        ours = file.name in {LOCK_FILE, *known} or is_temporary(file)
+        ours = ours or (known and file.name.startswith(WORK_PREFIX))
+        if not ours or file.is_symlink():
+            raise UserError(
+                f"{folder}, where this run works, holds {file.name}, which no run of CASP put there; move it away or "
+                "choose another --output."
+            )
+
+
 class WorkFolder:
     """The work of one stage on one model, from its first block to the finished folder.
 
     settings: everything that decides the outcome, JSON-able, for the record and the fingerprint;
-    calibration: fingerprint of the calibration batches ("" when the stage uses none).
+    calibration: fingerprint of the calibration batches ("" when the stage uses none); inputs: what the stage reads
+    besides the model, folders and files, none of which the output may touch.
     """
+
+    kind = "moments"  # of `casp.outputs.KINDS`
 
     def __init__(
         self,
@@ -94,58 +97,109 @@ class WorkFolder:
         base_model: str,
         settings: dict[str, Any],
         calibration: str,
+        inputs: Iterable[Path] = (),
     ) -> None:
         self.output, self.decoder, self.stage = Path(output), decoder, stage
         self.base_model, self.settings = base_model, settings
-        self.folder = self.output.with_name(self.output.name + ".partial")
+        inputs = [decoder.folder, *inputs]
+        _check_paths(self.output, inputs)
+        self.folder = work_place(self.output)
+        self.result = self.folder / RESULT
+        self._sources = {file: (state(file), file_digest(file)) for file in read_files(decoder.folder)}
         self.fingerprint = {
             "stage": stage,
-            "model": content_hash(decoder.folder),
+            "model": hash_of({file.name: digest for file, (_, digest) in self._sources.items()}),
             "calibration": calibration,
             "settings": settings,
         }
         self.began = time.perf_counter()
-        self.done = self._check_output()
-        if not self.done:
-            self._open_partial()
+        self._lock: IO[bytes] | None = None
+        self.done = self._enter()
 
-    def _check_output(self) -> bool:
-        if not self.output.exists():
+    def _enter(self) -> bool:
+        """Take the run's folder; True where the result stands already and there is nothing to do."""
+        for _ in range(_ATTEMPTS):
+            if self._is_finished():
+                self._clear_up()
+                return True
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                _refuse_foreign(self.folder)
+                self._lock = lock(self.folder / LOCK_FILE)
+            except FileNotFoundError:
+                continue  # the process that had it has just removed it
+            except OSError as error:
+                raise UserError(
+                    f"{self.folder} cannot be written ({error.strerror}); choose another --output."
+                ) from error
+            if self._lock is None:
+                raise UserError(f"another process is writing {self.folder}; wait for it or choose another --output.")
+            if not self._is_finished():
+                self._begin()
+                return False
+            self.release()
+        raise UserError(f"{self.folder} changes all the time; wait for other processes or choose another --output.")
+
+    def _is_finished(self) -> bool:
+        check_folder(self.output)
+        record = read_record(self.output) if self.output.exists() else None
+        if record is None:
             return False
-        if not self.output.is_dir():
-            raise UserError(f"{self.output} exists and is not a folder; choose another --output.")
-        if not any(self.output.iterdir()):
-            return False
-        try:
-            finished = json.loads((self.output / RUN_FILE).read_text())["fingerprint"]
-        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{self.output} holds other files; choose another --output.") from error
-        if finished != self.fingerprint:
+        if record["fingerprint"] != self.fingerprint:
             raise UserError(
-                f"{self.output} is the result of another run (differs in: {_difference(finished, self.fingerprint)}); "
-                "choose another --output or remove that folder."
+                f"{self.output} is the result of another run (differs in: "
+                f"{_difference(record['fingerprint'], self.fingerprint)}); choose another --output or move it away."
             )
         return True
 
-    def _open_partial(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / "lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+    def _begin(self) -> None:
+        record = read_record(self.folder)
+        if record is None:
+            self._write_record(self.folder)
+        elif record["fingerprint"] != self.fingerprint:
+            self.release()
             raise UserError(
-                f"another process is writing {self.folder}; wait for it or choose another --output."
-            ) from error
-        record = self.folder / RUN_FILE
-        if record.exists():
-            old = json.loads(record.read_text())["fingerprint"]
-            if old != self.fingerprint:
+                f"{self.folder} was begun by another run (differs in: "
+                f"{_difference(record['fingerprint'], self.fingerprint)}); choose another --output, or move it away "
+                "where that run is not to be resumed."
+            )
+        self.result.mkdir(exist_ok=True)
+
+    def _write_record(self, folder: Path) -> None:
+        record = {"version": VERSION, "kind": self.kind, "base_model": self.base_model, "fingerprint": self.fingerprint}
+        write_json(folder / RUN_FILE, record)
+
+    def check_sources(self) -> None:
+        """UserError where the model's files are no longer those that the run began with; before anything is kept."""
+        for file, (then, digest) in self._sources.items():
+            try:
+                same = state(file) == then or file_digest(file) == digest
+            except OSError:
+                same = False
+            if not same:
                 raise UserError(
-                    f"{self.folder} was begun by another run (differs in: {_difference(old, self.fingerprint)}); "
-                    "remove that folder or choose another --output."
+                    f"{file} was changed while the run read it; put it back and run the same command again, or choose "
+                    "another --output for the model as it is now."
                 )
-        else:
-            write_json(record, {"base_model": self.base_model, "fingerprint": self.fingerprint})
+
+    @property
+    def anew(self) -> str:
+        """The remedy for work that is damaged."""
+        return f"move {self.folder} away and run the same command again: it begins anew"
+
+    @contextmanager
+    def reading(self, file: Path) -> Iterator[None]:
+        """Inside the block, what is wrong with `file`, which this run wrote, is told with the remedy for that."""
+        try:
+            yield
+        except (UserError, SafetensorError, OSError) as error:
+            raise UserError(f"{file}, work of this run, is damaged ({in_brief(error)}); {self.anew}.") from error
+
+    def read_shard(self, file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and metadata of a safetensors file that this run wrote; UserError where it is damaged."""
+        with self.reading(file):
+            _, metadata = read_header_with_metadata(file)
+            return load_file(file), metadata
 
     def log(self, line: str) -> None:
         """Append a line with the time of day to the run's log."""
@@ -160,14 +214,59 @@ class WorkFolder:
             words += f", {torch.cuda.max_memory_allocated() / 1e9:.2f} GB on the GPU"
         return words
 
-    def close(self) -> Path:
-        """Rename the finished work to `output`; what only the work needed is removed."""
+    def close(self, names: Collection[str]) -> Path:
+        """Commit: `result`, which must hold the files `names` and no others, becomes `output`."""
+        self.check_sources()
+        for file in sorted(self.result.iterdir()):
+            if is_temporary(file):
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+            elif file.name not in {*names, RUN_FILE, LOG_FILE}:
+                raise UserError(f"{file} was not written by this run; move it away and run the same command again.")
         self.log(f"finished {self.account()}")
-        for leftover in [*self.folder.glob(f"{WORK_PREFIX}*"), *self.folder.glob("*.tmp"), self.folder / "lock"]:
-            leftover.unlink()
-        if self.output.exists():
-            self.output.rmdir()
-        os.replace(self.folder, self.output)
-        sync(self.output.parent)
+        write_atomically(self.result / LOG_FILE, (self.folder / LOG_FILE).read_bytes())
+        self._write_record(self.result)
+        try:
+            publish(self.result, self.output)
+        except OSError as error:
+            raise UserError(
+                f"{self.output} could not be put in place ({error.strerror}); move away what stands there and run the "
+                "same command again: it resumes."
+            ) from error
         self.done = True
+        self._remove()
         return self.output
+
+    def _clear_up(self) -> None:
+        """Remove what the run that made `output` left of its work, unless its process is still at it."""
+        record = read_record(self.folder)
+        try:
+            if record is None:
+                mine = not {file.name for file in self.folder.iterdir()} - {LOCK_FILE}  # the last that is removed
+            else:
+                mine = record["fingerprint"] == self.fingerprint
+            self._lock = lock(self.folder / LOCK_FILE) if mine else None
+        except OSError:
+            return  # there is no such folder, or it is not ours
+        if self._lock is not None:
+            self._remove()
+
+    def _remove(self) -> None:
+        """Remove the run's own files, the lock last; what is not ours stays, and then the folder too."""
+        try:
+            shutil.rmtree(self.result, ignore_errors=True)
+            for file in sorted(self.folder.iterdir()):
+                if file.name.startswith(WORK_PREFIX) or is_temporary(file):
+                    shutil.rmtree(file) if file.is_dir() else file.unlink()
+            for name in (LOG_FILE, RUN_FILE, LOCK_FILE):
+                (self.folder / name).unlink(missing_ok=True)
+            self.folder.rmdir()
+        except OSError:
+            pass  # optional: the result stands
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Let another process have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None

@@ -88,3 +88,10 @@ class QuantizedLinear(nn.Module):
         """What `print(model)` shows of this module."""
         details = ", ".join(f"{key}={value}" for key, value in self.format.items())
         return f"in_features={self.in_features}, out_features={self.out_features}, {details}"
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a stored tensor of any dtype, of one byte too, holds neither NaN nor infinity."""
+    if not tensor.is_floating_point():
+        return True
+    return bool(torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all())

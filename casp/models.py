@@ -1,21 +1,27 @@
 """A view of any Hugging Face causal LM or multimodal model as blocks of linears, streamed from disk."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
 from casp import attention
-from casp.errors import UserError
+from casp.errors import UserError, told_as
 from casp.linear import LowRankLinear, QuantizedLinear
-from casp.shards import Shards
+from casp.reading.compression import check_compression
+from casp.reading.config import open_config, quantization_of
+from casp.reading.header import Entry
+from casp.shards import Shards, read_entries
 from casp.swap import swap_modules
 
 ROLES = {
@@ -33,36 +39,87 @@ ROLES = {
 """Leaf name of a linear -> its role in the method's words; a linear with another name keeps that name."""
 
 
-def _open_config(folder: Path) -> object:
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a model folder (no config.json in it); correct --model.")
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{folder}/config.json does not describe a model that transformers knows: {first_line}"
-        ) from error
-
-
-def _empty_model(config: object) -> PreTrainedModel:
-    """The model of `config` with its parameters on meta and its non-stored buffers computed."""
+def _factory(config: Any) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    """The class of transformers that makes the model of `config`; UserError for one without a text decoder."""
     if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        factory = AutoModelForImageTextToText
-    elif config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        factory = AutoModelForCausalLM
-    else:
-        raise UserError(
-            f"model type {config.model_type!r} is neither a causal language model nor an image-text model; "
-            "choose a model with a text decoder."
-        )
+        return AutoModelForImageTextToText
+    if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return AutoModelForCausalLM
+    raise UserError(
+        f"model type {config.model_type!r} is neither a causal language model nor an image-text model; "
+        "choose a model with a text decoder."
+    )
+
+
+def _empty_model(config: Any) -> PreTrainedModel:
+    """The model of `config` with its parameters on meta and its non-stored buffers computed."""
     # Buffers are few and small, and those that are not stored (rotary frequencies) exist only by computing them.
-    with init_empty_weights(include_buffers=False):
-        return factory.from_config(config, attn_implementation=attention.NAME).eval()
+    with (
+        init_empty_weights(include_buffers=False),
+        told_as("no model can be made of what config.json says", "download or write it again"),
+    ):
+        return _factory(config).from_config(config, attn_implementation=attention.NAME, trust_remote_code=False).eval()
 
 
-def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Path and list of the text decoder's blocks."""
+def _check_depth(folder: Path, config: Any, entries: Mapping[str, Entry]) -> None:
+    """UserError where the config asks for more blocks than are stored, before that many are made."""
+    stored = max((int(number) + 1 for name in entries for number in re.findall(r"\.(\d{1,9})\.", name)), default=0)
+    asked = config.get_text_config().num_hidden_layers
+    if asked > stored:
+        raise UserError(
+            f"the config in {folder} asks for {asked} blocks, its weights hold {stored}; config.json and the weights do"
+            " not belong together."
+        )
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What a checkpoint's config describes, on the meta device, beside what is stored of it.
+
+    compression: the quantization_config of a CASP checkpoint, whose modules then stand in the model; None for a plain
+    model.
+    """
+
+    config: Any
+    compression: dict[str, Any] | None
+    model: PreTrainedModel
+    shards: Shards
+
+
+def open_skeleton(folder: Path) -> Skeleton:
+    """The skeleton of a plain or a CASP checkpoint; UserError for one that something else quantized."""
+    config = open_config(folder)
+    compression = quantization_of(config) or None
+    if compression is not None:
+        if compression["quant_method"] != "casp":
+            raise UserError(
+                f"{folder} is already quantized ({compression['quant_method']}); give the original checkpoint."
+            )
+        check_compression(compression)
+    _factory(config)
+    entries = read_entries(folder)
+    _check_depth(folder, config, entries)
+    model = _empty_model(config)
+    if compression is not None:
+        swap_modules(model, compression)
+    return Skeleton(config, compression, model, Shards(entries, model))
+
+
+def check_weights(folder: Path) -> None:
+    """UserError unless the weights of a plain or CASP checkpoint are what its config describes; reads no data.
+
+    For models that are run as they are; a `Decoder`, which asks for more, checks the same.
+    """
+    skeleton = open_skeleton(folder)
+    if skeleton.compression is not None:
+        Decoder.open(folder)  # what was compressed has a decoder, and its record of original weights is checked there
+        return
+    found = decoder_blocks(skeleton.model)
+    skeleton.shards.check(folder, None if found is None else found[0])
+
+
+def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
+    """Path and list of the text decoder's blocks; None where no list of linears is as long as the config says."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     depth = model.config.get_text_config().num_hidden_layers
     paths = {module: path for path, module in model.named_modules()}
@@ -70,10 +127,19 @@ def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         is_list = isinstance(module, nn.ModuleList) and len(module) == depth
         if is_list and any(isinstance(child, nn.Linear | QuantizedLinear) for child in module[0].modules()):
             return paths[module], module
-    raise UserError(
-        f"model type {model.config.model_type!r} has no decoder that CASP knows (a list of {depth} blocks of linear "
-        "layers); models with fused or convolutional blocks are not supported."
-    )
+    return None
+
+
+def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """As `decoder_blocks`; UserError for a model that has none."""
+    found = decoder_blocks(model)
+    if found is None:
+        raise UserError(
+            f"model type {model.config.model_type!r} has no decoder that CASP knows (a list of "
+            f"{model.config.get_text_config().num_hidden_layers} blocks of linear layers); models with fused or "
+            "convolutional blocks are not supported."
+        )
+    return found
 
 
 class Decoder:
@@ -85,27 +151,21 @@ class Decoder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
-        self.config = _open_config(self.folder)
-        quantization = getattr(self.config, "quantization_config", None)
-        self.compression: dict | None = None
-        if quantization is not None:
-            quantization = quantization if isinstance(quantization, dict) else quantization.to_dict()
-            if quantization.get("quant_method") != "casp":
-                raise UserError(
-                    f"{self.folder} is already quantized ({quantization.get('quant_method')}); "
-                    "give the original checkpoint."
-                )
-            self.compression = quantization
-        self.model = _empty_model(self.config)
-        if self.compression is not None:
-            swap_modules(self.model, self.compression)
+        skeleton = open_skeleton(self.folder)
+        self.config, self.compression = skeleton.config, skeleton.compression
+        self.model, self.shards = skeleton.model, skeleton.shards
         self.blocks_path, self.block_list = _find_blocks(self.model)
-        self.shards = Shards(self.folder, self.model)
         fused = self.shards.converted(self.blocks_path + ".")
         if fused:
             raise UserError(f"{fused[0]} is stored in fused form, which CASP does not compress; choose a dense model.")
         if not self.linears(0):
             raise UserError(f"the blocks of model type {self.config.model_type!r} hold no linear layers to compress.")
+        self.shards.check(self.folder, self.blocks_path)
+        if self.compression is not None and self.compression["original_weights"] != self.original_weights():
+            raise UserError(
+                f"{self.folder} records {self.compression['original_weights']} original weights, its linears stand for "
+                f"{self.original_weights()}; make or download the checkpoint again."
+            )
 
     @classmethod
     def open(cls, folder: Path) -> "Decoder":
@@ -185,8 +245,6 @@ class Decoder:
 
     def original_weights(self) -> int:
         """Number of weights that the decoder's linears had in the original model."""
-        if self.compression is not None:
-            return self.compression["original_weights"]
         total = 0
         for i in range(len(self.block_list)):
             for path in self.linears(i).values():

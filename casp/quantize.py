@@ -1,8 +1,7 @@
 """Quantizing a decoder with any backend, block by block, as a plan of formats says."""
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,18 +9,19 @@ from torch import Tensor
 
 from casp.backend import Backend
 from casp.budget import Plan
-from casp.hessians import Hessians, Weighting, block_moments, token_weights
+from casp.errors import UserError
+from casp.factors import FACTORS, low_rank_module, quantized_factors
+from casp.linear import is_finite
 from casp.models import Decoder
+from casp.moments.forward import block_moments, token_weights
+from casp.moments.store import BlockMoments, LinearMoments, Moments
+from casp.notes import warnings_of
+from casp.plan.options import stored_shapes
 from casp.run import RunFolder
+from casp.seed import matrix_generator
 from casp.teacher import Teacher
 from casp.tuning import Training, tunable_tensors, tune_block
 from casp.walk import Visit, capture_inputs, walk
-
-
-def matrix_generator(seed: int, path: str) -> torch.Generator:
-    """The generator of one matrix: it depends on the seed and the path, not on what was done before."""
-    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def weighted_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
@@ -35,10 +35,12 @@ def weighted_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> fl
 class Method:
     """How a decoder is quantized: everything but the model and its data.
 
-    plan: path of every stored matrix -> its format; settings: the backend's knobs of the search; true_sequential: each
+    plan: path of every stored matrix -> its format; ranks: path of every linear that is to become low-rank -> its rank,
+    the formats of its factors standing in the plan; settings: the backend's knobs of the search; true_sequential: each
     group of matrices that share an input sees what the quantized earlier ones of the block produce (one pass over
     the calibration data a group instead of one a block); block_training: fine-tune the block after each group
-    (then always sequential), None to leave it; weighting: of the tokens, where second moments are collected here.
+    (then always sequential), None to leave it; weighting: of the tokens (see `casp.moments.weights`), one of those by
+    gradient only with moments collected before.
     """
 
     backend: Backend
@@ -47,7 +49,8 @@ class Method:
     seed: int = 0
     true_sequential: bool = True
     block_training: Training | None = None
-    weighting: Weighting | None = None
+    weighting: str = "none"
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
 
 def _quantize_matrix(
@@ -56,12 +59,13 @@ def _quantize_matrix(
     full_path: str,
     hessian: Tensor,
     method: Method,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     old, backend = visit.block.get_submodule(path), method.backend
     format = method.plan[full_path]
     weight = old.weight.detach().float()
     generator = matrix_generator(method.seed, full_path)
-    tensors = backend.quantize(weight, hessian, format, generator, name=full_path, **method.settings)
+    with warnings_of("casp.moments") as notes:
+        tensors = backend.quantize(weight, hessian, format, generator, name=full_path, **method.settings)
     new = backend.linear(
         old.out_features,
         old.in_features,
@@ -70,6 +74,12 @@ def _quantize_matrix(
         dtype=old.weight.dtype,
         device=visit.device,
     )
+    spoilt = [name for name, tensor in tensors.items() if not is_finite(tensor)]
+    if spoilt:
+        raise UserError(
+            f"{full_path}: its {spoilt[0]} would hold NaN or infinity, its weights are too large for the format; check "
+            "the checkpoint."
+        )
     if old.bias is not None:
         tensors = {**tensors, "bias": old.bias.detach()}
     new.load_state_dict(tensors)
@@ -79,36 +89,69 @@ def _quantize_matrix(
     return {
         "bits": round(bits, 4),
         "relative_error": weighted_error(weight, new.dequantize().float(), hessian),
+        **({"notes": notes} if notes else {}),
     }
+
+
+def _quantize_factors(
+    visit: Visit, path: str, full_path: str, moments: LinearMoments, method: Method, role: str
+) -> dict[str, dict[str, float]]:
+    """Low rank and both factors quantized, in place; the reports of the linear and of its factors, by role."""
+    old, backend, rank = visit.block.get_submodule(path), method.backend, method.ranks[full_path]
+    formats = [method.plan[f"{full_path}.{which}"] for which in FACTORS]
+    weight, hessian = old.weight.detach().float(), moments.hessian(method.weighting).to(visit.device)
+    gradients = moments.gradient_moment.to(visit.device)
+    made = quantized_factors(
+        weight, hessian, gradients, rank, formats, backend, method.seed, full_path, method.settings
+    )
+    parent, _, leaf = path.rpartition(".")
+    setattr(visit.block.get_submodule(parent), leaf, low_rank_module(old, rank, formats, backend, made))
+    shapes = stored_shapes(rank, *weight.shape)
+    sizes = [backend.bytes(format, *shape) for format, shape in zip(formats, shapes, strict=True)]
+    errors = (
+        weighted_error(made.wanted_down, made.down, made.moment),
+        weighted_error(made.wanted_up, made.up, made.inner_moment),
+    )
+    report = {
+        f"{role}.{which}": {"bits": round(8 * size / (rows * columns), 4), "relative_error": error}
+        for which, size, (rows, columns), error in zip(FACTORS, sizes, shapes, errors, strict=True)
+    }
+    whole = {
+        "rank": rank,
+        "bits": round(8 * sum(sizes) / weight.numel(), 4),
+        "relative_error": weighted_error(weight, made.dense(), hessian),
+    }
+    return {role: whole, **report}
 
 
 def quantize_block(
     visit: Visit,
     decoder: Decoder,
     method: Method,
-    hessians: list[tuple[list[str], Tensor]] | None = None,
+    moments: BlockMoments | None = None,
     targets: list[Tensor] | None = None,
 ) -> dict[str, Any]:
     """Quantize every matrix of one block in place; returns its report: bits and error by role, curves of tuning.
 
-    hessians: groups of matrices with their input's second moment, collected before; None: collected here.
+    moments: of the block's matrices, collected before; None: second moments are collected here.
     targets: what the block should put out, per batch, for `method.block_training`.
     """
     roles = {path: role for role, path in decoder.linears(visit.index, factors=True).items()}
-    groups = [group for group, _ in hessians] if hessians else visit.input_groups(list(roles))
+    groups = visit.input_groups(list(roles)) if moments is None else moments.groups
     one_by_one = method.true_sequential or method.block_training is not None
-    weights = None if hessians else token_weights(visit, method.weighting)
+    weights = token_weights(visit, method.weighting) if moments is None else None
     generator = matrix_generator(method.seed, f"{decoder.blocks[visit.index]} tuning")
-    linears: dict[str, dict[str, float]] = {}
+    linears: dict[str, dict[str, Any]] = {}
     tuning = []
     for stage in [[group] for group in groups] if one_by_one else [groups]:
-        if hessians is None:
-            moments = block_moments(visit, stage, weights)
-        else:
-            moments = [moment.to(visit.device) for group, moment in hessians if group in stage]
-        for group, hessian in zip(stage, moments, strict=True):
+        shared = block_moments(visit, stage, weights) if moments is None else [None] * len(stage)
+        for group, seen in zip(stage, shared, strict=True):
             for path in group:
                 full_path = f"{decoder.blocks[visit.index]}.{path}"
+                if full_path in method.ranks:
+                    linears |= _quantize_factors(visit, path, full_path, moments[path], method, roles[path])
+                    continue
+                hessian = seen if moments is None else moments[path].hessian(method.weighting).to(visit.device)
                 linears[roles[path]] = _quantize_matrix(visit, path, full_path, hessian, method)
         if method.block_training is not None:
             curve = tune_block(visit, targets, method.backend, method.block_training, generator)
@@ -123,20 +166,17 @@ def quantize_blocks(
     method: Method,
     device: torch.device,
     dtype: torch.dtype,
-    hessians: Hessians | None = None,
+    moments: Moments | None = None,
     teacher: Teacher | None = None,
 ) -> None:
     """Quantize all blocks into `run`; finished blocks of an earlier attempt are taken as they are.
 
-    hessians: collected before; teacher: the original model on the same batches, for block fine-tuning. With the first
+    moments: collected before; teacher: the original model on the same batches, for block fine-tuning. With the first
     and without the second no data is run through the model.
     """
-    needs_data = hessians is None or method.block_training is not None
+    needs_data = moments is None or method.block_training is not None
     for visit in run.walk(batches if needs_data else None, device, dtype):
-        known = None
-        if hessians is not None:
-            paths = decoder.linears(visit.index, factors=True).values()
-            known = hessians.read(visit.index, {path: visit.block.get_submodule(path).in_features for path in paths})
+        known = None if moments is None else moments.read(visit.index)
         targets = None if method.block_training is None else teacher.advance_to(visit.index)
         report = quantize_block(visit, decoder, method, known, targets)
         tuned = () if targets is None else tunable_tensors(visit.block, method.backend)

@@ -1,36 +1,49 @@
 """A run folder: a stage's work on its way to becoming a checkpoint, one shard for each finished block."""
 
-import json
 import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from casp.card import model_card
-from casp.folder import RUN_FILE, WORK_PREFIX, WorkFolder, write_atomically, write_json, write_shard
+from casp.digest import companions
+from casp.errors import UserError, told_as
+from casp.files import write_atomically, write_json, write_shard
+from casp.folder import WORK_PREFIX, WorkFolder
 from casp.models import Decoder
+from casp.reading.documents import read_json
+from casp.reading.header import read_header
+from casp.report import REPORT_FILE, merge_reports
 from casp.shards import INDEX
 from casp.swap import describe_modules, swap_modules
 from casp.walk import Visit, capture_inputs, walk
 
-REPORT_FILE = "casp_report.json"
-COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+_WRITTEN = ("config.json", INDEX, REPORT_FILE, "README.md")  # what `finish` makes itself besides the shards
 
 
 class RunFolder(WorkFolder):
     """The work of a stage whose outcome is a checkpoint."""
 
+    kind = "checkpoint"
+
     def _shard(self, index: int) -> Path:
         total = len(self.decoder.blocks) + 1
-        return self.folder / f"model-{index + 1:05d}-of-{total:05d}.safetensors"
+        return self.result / f"model-{index + 1:05d}-of-{total:05d}.safetensors"
 
     def _block_report(self, index: int) -> Path:
         return self.folder / f"{WORK_PREFIX}block-{index:05d}.json"
+
+    def _read_block_report(self, index: int) -> dict[str, dict[str, Any]]:
+        """{"modules", "report"} of a finished block."""
+        file = self._block_report(index)
+        found = read_json(file, "the work on a block", remedy=self.anew)
+        if not isinstance(found.get("modules"), dict) or not isinstance(found.get("report"), dict):
+            raise UserError(f"{file} is not what this run wrote; {self.anew}.")
+        return found
 
     def finished(self, index: int) -> bool:
         """Whether block `index` is on disk."""
@@ -57,22 +70,24 @@ class RunFolder(WorkFolder):
             else:
                 tensors[prefix + name] = tensor.to(decoder.dtype)
         tensors.update(decoder.shards.load(untouched))
+        self.check_sources()
         write_json(self._block_report(visit.index), {"modules": modules, "report": report})
         write_shard(self._shard(visit.index), tensors)
 
     def _restore(self, index: int, device: torch.device, dtype: torch.dtype) -> None:
         """Make block `index`, loaded from the source, what the finished shard says."""
         block, prefix = self.decoder.block(index), decoder_prefix(self.decoder, index)
-        modules = json.loads(self._block_report(index).read_text())["modules"]
-        swap_modules(block, {"backend": self.settings.get("backend"), "modules": missing_modules(block, modules)})
-        parameters = dict(block.named_parameters())
-        tensors = {}
-        for name, tensor in load_file(self._shard(index)).items():
-            name = name.removeprefix(prefix)
-            tensors[name] = tensor.to(
-                device, dtype if name in parameters and tensor.is_floating_point() else tensor.dtype
-            )
-        block.load_state_dict(tensors, assign=True)
+        modules, stored = self._read_block_report(index)["modules"], self.read_shard(self._shard(index))[0]
+        with told_as(f"{self._shard(index)} and its report do not fit the model", self.anew):
+            swap_modules(block, {"backend": self.settings.get("backend"), "modules": missing_modules(block, modules)})
+            parameters = dict(block.named_parameters())
+            tensors = {}
+            for name, tensor in stored.items():
+                name = name.removeprefix(prefix)
+                tensors[name] = tensor.to(
+                    device, dtype if name in parameters and tensor.is_floating_point() else tensor.dtype
+                )
+            block.load_state_dict(tensors, assign=True)
         block.requires_grad_(False)
 
     def walk(
@@ -114,7 +129,7 @@ class RunFolder(WorkFolder):
         """
         for index in range(len(self.decoder.blocks)):
             prefix = decoder_prefix(self.decoder, index)
-            stored = load_file(self._shard(index))
+            stored, _ = self.read_shard(self._shard(index))
             new = {name: tensors[name].to(stored[name].dtype) for name in stored if name in tensors}
             if any(not torch.equal(new[name].cpu(), stored[name]) for name in new):
                 write_shard(self._shard(index), {**stored, **new})
@@ -134,7 +149,7 @@ class RunFolder(WorkFolder):
         modules: dict[str, dict[str, Any]] = {}
         blocks = []
         for index in range(depth):
-            record = json.loads(self._block_report(index).read_text())
+            record = self._read_block_report(index)
             modules |= {decoder_prefix(decoder, index) + path: entry for path, entry in record["modules"].items()}
             blocks.append({"index": index, **record["report"]})
         changed = {name: tensor.to(decoder.dtype) for name, tensor in (rest_changes or {}).items()}
@@ -143,10 +158,10 @@ class RunFolder(WorkFolder):
         tensors = {stored: decoder.shards.read_stored(stored) for stored in sorted(rest)}
         write_shard(self._shard(depth), {**tensors, **changed})
         self._write_index(depth + 1)
-        for file in sorted(decoder.folder.iterdir()):
-            if file.suffix in COPIED and file.name not in ("config.json", INDEX, RUN_FILE, REPORT_FILE):
-                write_atomically(self.folder / file.name, file.read_bytes())
-        config = json.loads((decoder.folder / "config.json").read_text())
+        copied = [file for file in companions(decoder.folder) if file.name not in _WRITTEN]
+        for file in copied:
+            write_atomically(self.result / file.name, file.read_bytes())
+        config = read_json(decoder.folder / "config.json", "the config")
         config["quantization_config"] = {
             "quant_method": "casp",
             "version": 1,
@@ -159,24 +174,23 @@ class RunFolder(WorkFolder):
             {"stage": self.stage, "base_model": self.base_model, "settings": self.settings, "blocks": blocks}
             | dict(details or {}),
         )
-        write_json(self.folder / REPORT_FILE, report)
-        stored = sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
-        write_atomically(self.folder / "README.md", model_card(report, config["quantization_config"], stored).encode())
-        write_json(self.folder / "config.json", config)
-        return self.close()
+        write_json(self.result / REPORT_FILE, report)
+        stored = sum(file.stat().st_size for file in self.result.glob("*.safetensors"))
+        write_atomically(self.result / "README.md", model_card(report, config["quantization_config"], stored).encode())
+        write_json(self.result / "config.json", config)
+        shards = [self._shard(index).name for index in range(depth + 1)]
+        return self.close({*_WRITTEN, *shards, *(file.name for file in copied)})
 
     def _write_index(self, shards: int) -> None:
         weight_map, total = {}, 0
         for index in range(shards):
             shard = self._shard(index)
-            with shard.open("rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            for name, entry in header.items():
-                if name != "__metadata__":
-                    weight_map[name] = shard.name
-                    total += entry["data_offsets"][1] - entry["data_offsets"][0]
+            with self.reading(shard):
+                stored = read_header(shard)
+            weight_map |= dict.fromkeys(stored, shard.name)
+            total += sum(entry.bytes for entry in stored.values())
         write_json(
-            self.folder / INDEX,
+            self.result / INDEX,
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
         )
 
@@ -190,22 +204,3 @@ def missing_modules(block: torch.nn.Module, modules: dict[str, dict[str, Any]]) 
     """Those of `modules` that `block` does not hold yet."""
     present = describe_modules(block)
     return {path: entry for path, entry in modules.items() if present.get(path) != entry}
-
-
-def merge_reports(source: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """`report` with what an earlier stage's report in folder `source` says of each block filled in."""
-    earlier_file = source / REPORT_FILE
-    if not earlier_file.exists():
-        return {"stages": [_stage_entry(report)], **report}
-    earlier = json.loads(earlier_file.read_text())
-    blocks = []
-    for old, new in zip(earlier["blocks"], report["blocks"], strict=True):
-        linears = dict(old.get("linears", {}))
-        for role, values in new.get("linears", {}).items():
-            linears[role] = {**linears.get(role, {}), **values}
-        blocks.append({**old, **new, "linears": linears})
-    return {"stages": [*earlier["stages"], _stage_entry(report)], **report, "blocks": blocks}
-
-
-def _stage_entry(report: dict[str, Any]) -> dict[str, Any]:
-    return {"stage": report["stage"], "settings": report["settings"]}

@@ -5,10 +5,8 @@ Checkpoints on the hub often carry the names of an older release of transformers
 """
 
 import copy
-import hashlib
-import json
-import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,82 +18,48 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from casp.errors import UserError
+from casp.linear import QuantizedLinear
+from casp.reading.documents import read_json
+from casp.reading.files import is_there
+from casp.reading.header import DTYPES, WEIGHTS, Entry, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-SAMPLES, SAMPLE_BYTES = 16, 1 << 16
+MOST_INDEX_BYTES = 32 << 20
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Where one stored tensor lies: its shard, dtype (safetensors' name), shape and size in bytes."""
-
-    shard: Path
-    dtype: str
-    shape: tuple[int, ...]
-    bytes: int
-
-
-def _header(shard: Path) -> dict[str, dict]:
-    """The JSON header of a safetensors file, after checking that the file is as long as it says."""
-    remedy = "download or write it again"
-    try:
-        with shard.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= shard.stat().st_size:
-                raise UserError(f"{shard} is truncated or not a safetensors file; {remedy}.")
-            header = json.loads(file.read(length))
-    except FileNotFoundError as error:
-        raise UserError(f"{shard} is missing although the checkpoint's index names it; {remedy}.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{shard} has a damaged header; {remedy}.") from error
-    header.pop("__metadata__", None)
-    end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-    if shard.stat().st_size < 8 + length + end:
-        raise UserError(f"{shard} is truncated ({shard.stat().st_size} of {8 + length + end} bytes); {remedy}.")
-    return header
-
-
-def read_entries(folder: Path) -> dict[str, Entry]:
-    """Every tensor stored in a checkpoint folder, by its stored name."""
+def shard_names(folder: Path) -> list[str]:
+    """Names of a checkpoint's shards, all in its own folder; a single file goes before an index, as in transformers."""
+    if is_there(folder / SINGLE):
+        return [SINGLE]
     index = folder / INDEX
-    if index.exists():
-        try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
-            raise UserError(f"{index} is not a safetensors index; download or write it again.") from error
-    elif (folder / SINGLE).exists():
-        shards = [SINGLE]
-    else:
+    if not is_there(index):
         raise UserError(
             f"{folder} holds no {SINGLE} and no {INDEX}; convert the checkpoint to safetensors "
             "(save_pretrained of transformers does) or correct --model."
         )
+    weight_map = read_json(index, "the index", most=MOST_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise UserError(f"{index} is not a safetensors index; download or write it again.")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(
+                f"{index} names {name[:100]!r}, which is no .safetensors file of that folder; download it again."
+            )
+    return names
+
+
+def read_entries(folder: Path) -> dict[str, Entry]:
+    """Every tensor stored in a checkpoint folder, by its stored name."""
     entries: dict[str, Entry] = {}
-    for shard in shards:
-        for name, tensor in _header(folder / shard).items():
-            begin, end = tensor["data_offsets"]
-            entries[name] = Entry(folder / shard, tensor["dtype"], tuple(tensor["shape"]), end - begin)
+    for name in shard_names(folder):
+        if not is_there(folder / name):
+            raise UserError(
+                f"{folder / name} is missing although the checkpoint's index names it; download or write it again."
+            )
+        entries |= read_header(folder / name)
     return entries
-
-
-def content_hash(folder: Path) -> str:
-    """A hash that changes when the weights or the config of a checkpoint change.
-
-    Headers and config are hashed whole, the data of every shard at 16 places of 64 KiB: reading 140 GB
-    before each resumed run would cost more than the run saves.
-    """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    shards = sorted({entry.shard for entry in read_entries(folder).values()})
-    for shard in shards:
-        size = shard.stat().st_size
-        digest.update(f"{shard.name}:{size}".encode())
-        with shard.open("rb") as file:
-            digest.update(file.read(8 + int.from_bytes(file.read(8), "little")))
-            for k in range(SAMPLES):
-                file.seek(max(0, (size - SAMPLE_BYTES) * k // (SAMPLES - 1)), os.SEEK_SET)
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 @dataclass
@@ -109,9 +73,8 @@ class _Source:
 class Shards:
     """The stored tensors of a checkpoint, addressed by the names of `model` (which may be on meta)."""
 
-    def __init__(self, folder: Path, model: PreTrainedModel) -> None:
-        self.folder = folder
-        self.entries = read_entries(folder)
+    def __init__(self, entries: Mapping[str, Entry], model: PreTrainedModel) -> None:
+        self.entries = entries
         self._model = model
         mapping = get_model_conversion_mapping(model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -143,6 +106,72 @@ class Shards:
         """The stored tensors that make up the model's tensor `name`."""
         return [stored for stored, _ in self._sources[name].stored]
 
+    def check(self, folder: Path, blocks: str | None = None, within: tuple[str, ...] = ("",)) -> None:
+        """UserError unless the stored tensors are those that the model is made of, in type and shape; reads no data.
+
+        blocks: path of the list of decoder blocks, of which nothing may be stored that the model does not have; within:
+        what the names that are checked begin with.
+        """
+        whole = {name: tensor for name, tensor in self._model.state_dict().items() if name.startswith(within)}
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        packed = {
+            f"{path}.{name}"
+            for path, module in self._model.named_modules()
+            if isinstance(module, QuantizedLinear)
+            for name, _ in module.named_buffers(recurse=False)
+        }
+        for name, source in self._sources.items():
+            stored = source.stored[0][0]
+            entry = self.entries[stored]
+            if name not in whole:
+                if blocks is not None and name.startswith(blocks + "."):
+                    self._refuse_block(folder, blocks, name)
+                continue
+            if source.converter is not None:
+                continue
+            if entry.shape != tuple(whole[name].shape):
+                raise UserError(
+                    f"{stored} in {folder} has shape {entry.shape} where the config asks for "
+                    f"{tuple(whole[name].shape)}; config.json and the weights do not belong together."
+                )
+            if name in packed and DTYPES[entry.dtype] != whole[name].dtype:
+                raise UserError(
+                    f"{stored} in {folder} is stored as {entry.dtype}, its format has {whole[name].dtype}; make or "
+                    "download the checkpoint again."
+                )
+            if name in parameters and entry.dtype not in WEIGHTS:
+                raise UserError(
+                    f"{stored} in {folder} is stored as {entry.dtype}, which no weight is here; give the checkpoint in "
+                    "bfloat16, float16 or float32."
+                )
+        tied = self._model.all_tied_weights_keys
+        missing = [
+            name
+            for name, tensor in whole.items()
+            if tensor.is_meta and name not in self._sources and not self._is_tied(name, tied)
+        ]
+        if missing:
+            raise UserError(
+                f"{folder} lacks {missing[0]}"
+                + (f" and {len(missing) - 1} more tensors" if len(missing) > 1 else "")
+                + " that its config asks for; download or write the checkpoint again."
+            )
+
+    def _is_tied(self, name: str, tied: Mapping[str, str]) -> bool:
+        return tied.get(name) in self._sources or any(tied[other] == name for other in tied if other in self._sources)
+
+    def _refuse_block(self, folder: Path, blocks: str, name: str) -> None:
+        """UserError where `name` is of a block beyond the config's; what transformers passes over is let be."""
+        number = name.removeprefix(blocks + ".").partition(".")[0]
+        depth = self._model.config.get_text_config().num_hidden_layers
+        patterns = self._model._keys_to_ignore_on_load_unexpected or ()
+        beyond = number.isdecimal() and int(number) >= depth
+        if beyond and not any(re.search(pattern, name) for pattern in patterns):
+            raise UserError(
+                f"{folder} stores block {number}, its config asks for {depth} blocks; config.json and the weights do "
+                "not belong together."
+            )
+
     def _read(self, stored: str) -> Tensor:
         entry = self.entries[stored]
         try:
@@ -150,7 +179,7 @@ class Shards:
                 tensor = file.get_tensor(stored)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{entry.shard} is damaged ({error}); download or write it again.") from error
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if entry.dtype in WEIGHTS and not torch.isfinite(tensor).all():
             raise UserError(
                 f"{stored} in {entry.shard.name} holds NaN or infinite values; the checkpoint is damaged: "
                 "download or train it again."

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from casp.backend import load_backend
-from casp.errors import UserError
+from casp.errors import UserError, told_as
 from casp.linear import LowRankLinear, QuantizedLinear
 
 
@@ -43,11 +43,17 @@ def swap_modules(model: nn.Module, compression: Mapping[str, Any]) -> None:
             continue
         if not isinstance(old, nn.Linear):
             raise UserError(f"{path} is a {type(old).__name__}, not a linear; the checkpoint's config is damaged.")
+        if entry.get("rank", 1) > min(old.in_features, old.out_features):
+            raise UserError(
+                f"quantization_config gives {path} the rank {entry['rank']}, more than its size allows; the "
+                "checkpoint's config is damaged: make or download it again."
+            )
         bias, like = old.bias is not None, {"dtype": old.weight.dtype, "device": old.weight.device}
         if "rank" in entry:
             new = LowRankLinear(old.in_features, old.out_features, entry["rank"], bias, **like)
         else:
-            new = backend.linear(old.out_features, old.in_features, bias, entry["format"], **like)
+            with told_as(f"{path} has a format that {backend.name} does not know", "make the checkpoint again"):
+                new = backend.linear(old.out_features, old.in_features, bias, entry["format"], **like)
         setattr(parent, leaf, new)
 
 

@@ -19,8 +19,10 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from casp.backend import Backend
-from casp.folder import write_shard
+from casp.errors import UserError, told_as
+from casp.files import write_shard
 from casp.linear import QuantizedLinear
+from casp.reading.documents import parse_json
 from casp.walk import BatchInputs, Visit, first_output, moved
 
 VALIDATION_SHARE = 8  # one batch in so many is not trained on
@@ -112,13 +114,15 @@ def train(
     generator: torch.Generator,
     state: Path | None = None,
     progress: str | None = None,
+    name: str = "end to end",
 ) -> Curve:
     """Adam on `loss(batch number)`; the leaves end as they were at the best validation loss.
 
     Returns the curve: one entry per epoch, that before the first included, {"training", "validation"} (the loss of
     training is the mean during the epoch, None before the first). Stops early after two epochs without a better
     validation loss. state: a file kept after each epoch, from which an interrupted training goes on to the same
-    end; progress: a label for the bar, None for no bar.
+    end; progress: a label for the bar, None for no bar; name: of what is trained, for the UserError that a loss of NaN
+    or infinity is.
     """
     learn, check = split(batches)
     optimizer = torch.optim.Adam(masters.groups(training.learning_rate), betas=(0.9, 0.95))
@@ -126,9 +130,17 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, steps))
     orders = [torch.randperm(len(learn), generator=generator).tolist() for _ in range(training.epochs)]
 
+    def measured(value: Tensor) -> float:
+        found = value.item()
+        if not math.isfinite(found):
+            raise UserError(
+                f"{name}: the loss of fine-tuning is {found}; lower its learning rate, or run in a wider --dtype."
+            )
+        return found
+
     def validation() -> float:
         with torch.no_grad():
-            return sum(loss(i).item() for i in check) / len(check)
+            return sum(measured(loss(i)) for i in check) / len(check)
 
     if state is not None and state.exists():
         curve, best = load_state(state, masters, optimizer, schedule)
@@ -140,12 +152,13 @@ def train(
         for place in orders[len(curve) - 1]:
             optimizer.zero_grad()
             value = loss(learn[place])
+            now = measured(value)
             value.backward()
             optimizer.step()
             schedule.step()
-            total += value.item()
+            total += now
             bar.update()
-            bar.set_postfix_str(f"training {value.item():.4f}, validation {curve[-1]['validation']:.4f}")
+            bar.set_postfix_str(f"training {now:.4f}, validation {curve[-1]['validation']:.4f}")
         curve.append({"training": total / len(learn), "validation": validation()})
         if curve[-1]["validation"] < min(entry["validation"] for entry in curve[:-1]):
             best = masters.snapshot()
@@ -178,8 +191,9 @@ def load_state(
     file: Path, masters: Masters, optimizer: torch.optim.Adam, schedule: torch.optim.lr_scheduler.LambdaLR
 ) -> tuple[Curve, dict[str, Tensor]]:
     """Set leaves, optimizer and schedule as `save_state` left them; returns the curve and the best leaves."""
-    with safe_open(file, "pt") as stored:
-        curve = json.loads(stored.metadata()["curve"])
+    again = f"move {file.parent} away and run the same command again: it begins anew"
+    with told_as(f"{file}, what was learned so far, is damaged", again), safe_open(file, "pt") as stored:
+        curve = parse_json(stored.metadata()["curve"], f"the curve in {file}", again, list)
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a dict
     device = {name: leaf.device for name, leaf in masters.leaves.items()}
     masters.load({name: tensors[f"leaf {name}"] for name in device})
@@ -211,7 +225,7 @@ def tune_block(
         return relative_error(output, targets[number].to(visit.device), batch.tokens.to(visit.device))
 
     with torch.enable_grad():
-        curve = train(masters, loss, len(visit.inputs), training, generator)
+        curve = train(masters, loss, len(visit.inputs), training, generator, name=f"block {visit.index}")
     masters.write()
     return curve
 

@@ -5,19 +5,19 @@
 make the inputs of the next.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from casp.attention import AttentionCall, observe_attention
-from casp.errors import UserError
+from casp.errors import UserError, told_as
 from casp.heap import return_freed_memory
 from casp.models import Decoder
+from casp.moments.influence import BlockInfluence
 
 
 @dataclass
@@ -49,6 +49,15 @@ def moved(value: Any, device: torch.device) -> Any:
 def first_output(output: Any) -> Tensor:
     """The hidden states that a block returns, alone or first of a tuple."""
     return output[0] if isinstance(output, tuple) else output
+
+
+def require_finite(hidden: Tensor, tokens: Tensor, name: str) -> None:
+    """UserError where `hidden` (batch, tokens, hidden), what `name` put out, is not finite at one of `tokens`, bool."""
+    if not torch.isfinite(hidden[tokens]).all():
+        raise UserError(
+            f"{name} puts out NaN or infinity; check the model's weights and the calibration data, or run in a wider "
+            "--dtype."
+        )
 
 
 class _Recorder:
@@ -98,14 +107,20 @@ def capture_inputs(
                 key: value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
                 for key, value in batch.items()
             }
-            model.base_model(**given, use_cache=False)
+            with told_as(
+                f"the model in {decoder.folder} cannot take its calibration batches",
+                "its config, processor and weights do not belong together, download it again",
+            ):
+                model.base_model(**given, use_cache=False)
             ids = batch["input_ids"]
             mask = batch.get("attention_mask")
+            tokens = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+            require_finite(recorder.hidden.cpu(), tokens, f"what comes before the blocks of {decoder.folder}")
             recorded.append(
                 BatchInputs(
                     hidden=recorder.hidden.cpu(),
                     kwargs=[moved(kwargs, torch.device("cpu")) for kwargs in recorder.kwargs],
-                    tokens=torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool(),
+                    tokens=tokens,
                     images=ids == (-1 if decoder.image_token_id is None else decoder.image_token_id),
                 )
             )
@@ -129,7 +144,6 @@ class Visit:
     linears: Mapping[str, str]
     inputs: list[BatchInputs]
     device: torch.device
-    influence: list[float] = field(default_factory=list)
 
     @torch.no_grad()
     def replay(
@@ -182,44 +196,44 @@ class Visit:
             if output is not None:
                 output(here.hidden, left, here)
             if advance:
+                require_finite(left, here.tokens, f"block {self.index}")
                 batch.hidden = left.cpu()
 
     def input_groups(self, paths: list[str]) -> list[list[str]]:
-        """`paths` (relative to the block) grouped by the input they share, in the order of computation.
-
-        Modules of one group see one and the same tensor, so one second moment serves them all.
-        """
-        order: list[tuple[Tensor, list[str]]] = []
-
-        def see(path: str, x: Tensor) -> None:
-            for tensor, group in order:
-                if tensor is x:
-                    group.append(path)
-                    return
-            order.append((x, [path]))
-
-        self.replay({path: lambda x, _, path=path: see(path, x) for path in paths}, first=1)
-        unseen = set(paths) - {path for _, group in order for path in group}
-        if unseen:
-            raise UserError(f"block {self.index} never runs {sorted(unseen)[0]}; such blocks are not supported.")
-        return [group for _, group in order]
+        """`paths` (relative to the block) grouped by the input they share, see `shared_inputs`."""
+        entered: dict[str, Tensor] = {}
+        self.replay({path: lambda x, _, path=path: entered.setdefault(path, x) for path in paths}, first=1)
+        return shared_inputs(entered, paths, self.index)
 
     def advance(self) -> None:
         """Replace the cached inputs by the outputs of the block as it is now."""
         self.replay(advance=True)
 
     def block_influence(self) -> float:
-        """`1 - E[cos(x_l, x_{l+1})]` over the tokens, of the block as it is now (ShortGPT, arXiv 2403.03853)."""
-        total, count = 0.0, 0
+        """The block influence of the block as it is now, over the cached inputs."""
+        influence = BlockInfluence()
+        self.replay(output=lambda entered, left, batch: influence.add(entered, left, batch.tokens))
+        return influence.value(self.index)
 
-        def add(entered: Tensor, left: Tensor, batch: BatchInputs) -> None:
-            nonlocal total, count
-            cosine = F.cosine_similarity(entered.float(), left.float(), dim=-1)
-            total += cosine[batch.tokens].double().sum().item()
-            count += int(batch.tokens.sum())
 
-        self.replay(output=add)
-        return 1 - total / count
+def shared_inputs(entered: Mapping[str, Tensor], paths: Iterable[str], index: int) -> list[list[str]]:
+    """`paths` of block `index` grouped by the input they share, in the order of computation.
+
+    entered: path -> its input, in the order in which the modules ran. Modules of one group see one and the same
+    tensor, so one second moment serves them all. UserError where a path never ran.
+    """
+    order: list[tuple[Tensor, list[str]]] = []
+    for path, x in entered.items():
+        for tensor, group in order:
+            if tensor is x:
+                group.append(path)
+                break
+        else:
+            order.append((x, [path]))
+    unseen = sorted(set(paths) - entered.keys())
+    if unseen:
+        raise UserError(f"block {index} never runs {unseen[0]}; such blocks are not supported.")
+    return [group for _, group in order]
 
 
 def walk(

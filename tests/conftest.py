@@ -111,13 +111,17 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def llama_checkpoint(folder: Path) -> Path:
     """LlamaForCausalLM with grouped-query attention."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**decoder_settings())
-    return text_checkpoint(LlamaForCausalLM, config, tmp_path_factory.mktemp("models") / "tiny-llama", 1)
+    return text_checkpoint(LlamaForCausalLM, LlamaConfig(**decoder_settings()), folder, 1)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `llama_checkpoint` makes."""
+    return llama_checkpoint(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 @pytest.fixture(scope="session")
@@ -138,8 +142,7 @@ def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return text_checkpoint(Qwen3ForCausalLM, config, tmp_path_factory.mktemp("models") / "tiny-qwen3", 3)
 
 
-@pytest.fixture(scope="session")
-def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def llava_checkpoint(folder: Path) -> Path:
     """LlavaForConditionalGeneration: CLIP tower on 32x32 pictures (16 image tokens) and a tiny Llama."""
     from transformers import (
         CLIPVisionConfig,
@@ -169,7 +172,6 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
     )
-    folder = tmp_path_factory.mktemp("models") / "tiny-llava"
     save_model(randomise(LlavaForConditionalGeneration(config), 4), folder)
     processor = LlavaProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
@@ -182,6 +184,12 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `llava_checkpoint` makes."""
+    return llava_checkpoint(tmp_path_factory.mktemp("models") / "tiny-llava")
 
 
 @pytest.fixture(scope="session")

@@ -13,13 +13,20 @@ import pytest
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules after import of package:RuntimeWarning")
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted(path.relative_to(ROOT) for path in ROOT.glob("*/scripts/*.sh"))
+SCRIPTS = [
+    Path("compress.sh"),
+    Path("plan.sh"),
+    *sorted(path.relative_to(ROOT) for path in ROOT.glob("*/scripts/*.sh")),
+]
 #: What a script needs besides its defaults, with a model that does not exist.
 MISSPELT = "/nowhere/lama"
 NEEDS = {
     "compare.sh": [MISSPELT, "--output", "out"],
     "lm_eval.sh": ["--model", MISSPELT, "--tasks", "any"],
     "lmms_eval.sh": ["--model", MISSPELT, "--tasks", "any"],
+    "compress.sh": ["--model", MISSPELT, "--backend", "gptq"],
+    "plan.sh": ["--model", MISSPELT, "--backend", "gptq"],
+    "casp_vs_baseline.sh": None,  # takes built-in models
     "memory.sh": None,  # makes its own models
     "speed.sh": None,  # and its own layers
 }
@@ -101,6 +108,8 @@ def test_all_rooms_have_scripts():
         "SVD/scripts/svd_llama.sh",
         "GPTQ/scripts/quantize_llava.sh",
         "GPTQ/scripts/quantize_llama.sh",
+        "quip-sharp/scripts/hessian_offline_llava.sh",
+        "quip-sharp/scripts/hessian_offline_llama.sh",
         "quip-sharp/scripts/hfize_llava.sh",
         "quip-sharp/scripts/hfize_llama.sh",
         "quip-sharp/scripts/quantize_finetune_llava.sh",

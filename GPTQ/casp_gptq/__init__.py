@@ -1,0 +1,1 @@
+import casp  # noqa: F401 - first: what a Ctrl-C does while the other libraries load

@@ -4,10 +4,13 @@ import argparse
 
 from casp.cli import Parser, add_common_arguments, run_main
 from casp.errors import UserError
+from casp.numbers import real, whole
 from casp.stage import add_quantizing_arguments, quantize_stage
 from casp_gptq.backend import GPTQ
-from casp_gptq.export import check_exportable, export_gptq
+from casp_gptq.export import check_exportable, export_folder, export_gptq
 from casp_gptq.grid import BITS
+
+ON_THE_WAY = "none"  # token weights without moments collected before; others have not been measured with GPTQ
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--bits", type=int, default=2, help="bits a code: 2, 3, 4 or 8 (default: %(default)s)")
     flags.add_argument(
         "--group-size",
-        type=int,
+        type=whole(-1),
         default=128,
         help="columns that share a scale and a zero; need not divide the width; -1: whole rows (default: %(default)s)",
     )
@@ -40,24 +43,24 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_argument(
         "--damping",
-        type=float,
+        type=real(0, 1),
         default=0.01,
         help="added to the Hessian's diagonal, as a share of its mean (default: %(default)s)",
     )
     flags.add_argument(
         "--clip-search",
-        type=int,
+        type=whole(0, 1000),
         default=20,
         metavar="STEPS",
         help="shrunken ranges tried for each group; 0: minimum and maximum as they are (default: %(default)s)",
     )
     flags.add_argument(
         "--sweeps",
-        type=int,
+        type=whole(0, 1000),
         default=2,
         help="rounds of refinement after GPTQ's own pass, a count; 0: plain GPTQ (default: %(default)s)",
     )
-    add_quantizing_arguments(flags)
+    add_quantizing_arguments(flags, ON_THE_WAY)
     flags.add_argument(
         "--export",
         choices=["gptq"],
@@ -67,12 +70,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """UserError for numbers outside their range."""
-    if not 0 < args.damping < 1:
-        raise UserError(f"--damping {args.damping:g} is not between 0 and 1; 0.01 is usual.")
-    for flag in ("clip_search", "sweeps"):
-        if getattr(args, flag) < 0:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is negative; give 0 or more.")
+    """UserError for flags that do not go together."""
+    overhead = (16 + args.bits) / args.group_size  # a float16 scale and a zero of as many bits as a code
+    if overhead > args.bits:
+        raise UserError(
+            f"--group-size {args.group_size} takes {args.bits + overhead:g} bits a weight with --bits {args.bits}, "
+            "more of them for scales and zeros than for codes; give larger groups."
+        )
     if args.export and (args.bits_budget is not None or args.target_bytes_of is not None):
         raise UserError("--export writes one bit width for all layers; leave it or the byte budget out.")
 
@@ -80,9 +84,9 @@ def check_flags(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Quantize one model."""
     args = parser().parse_args(argv)
-    check_flags(args)
     backend = GPTQ()
     format = backend.format(args.bits, args.group_size)
+    check_flags(args)
     ladder = [{**format, "bits": bits} for bits in BITS if bits >= args.bits]
     search = {
         "symmetric": args.symmetric,
@@ -91,11 +95,11 @@ def main(argv: list[str] | None = None) -> None:
         "clip_steps": args.clip_search,
         "sweeps": args.sweeps,
     }
-    check = check_exportable if args.export else None
-    output = quantize_stage(args, backend, ladder, search, f"gptq-{args.bits}bit", check)
+    check, beside = (check_exportable, export_folder) if args.export else (None, None)
+    label = f"gptq-{args.bits}bit"
+    output = quantize_stage(args, backend, ladder, search, label, check, beside=beside, on_the_way=ON_THE_WAY)
     if args.export:
-        plain = output.with_name(output.name + "-gptqmodel")
-        print(f"wrote {export_gptq(output, plain, args.symmetric)} for gptqmodel")
+        print(f"wrote {export_gptq(output, export_folder(output), args.symmetric)} for gptqmodel")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
 """GPTQ as a backend of the core: formats, exact bytes, tensors in and out."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from casp_gptq.gptq import Quantized, gptq_quantize
-from casp_gptq.grid import check_format
+from casp_gptq.grid import BITS, check_format
 from casp_gptq.linear import GPTQLinear, tensor_shapes
 from casp_gptq.packing import pack
+
+GROUP_SIZES = (128, 64)  # that a plan chooses from
 
 
 def pack_tensors(quantized: Quantized, bits: int) -> dict[str, Tensor]:
@@ -25,11 +28,20 @@ class GPTQ:
     """The backend "gptq". A format is {"bits": 2|3|4|8, "group_size": columns that share a scale, -1 for all}."""
 
     name = "gptq"
+    draft = MappingProxyType({"sweeps": 0, "clip_steps": 10})
 
     def format(self, bits: int, group_size: int = 128) -> dict[str, int]:
         """The format of these settings; UserError when there is none."""
         check_format(bits, group_size)
         return {"bits": bits, "group_size": group_size}
+
+    def formats(
+        self, out_features: int, in_features: int, *, tuned: bool = False, group_size: int | None = None
+    ) -> list[dict[str, int]]:
+        """Every width in groups of `GROUP_SIZES`, or of `group_size`, in ascending bytes; all can be tuned."""
+        sizes = GROUP_SIZES if group_size is None else (group_size,)
+        found = [self.format(bits, size) for bits in BITS for size in sizes]
+        return sorted(found, key=lambda format: self.bytes(format, out_features, in_features))
 
     def bytes(self, format: Mapping[str, Any], out_features: int, in_features: int) -> int:
         """Exact bytes of codes, packed zeros and scales (padding to multiples of 32 included)."""

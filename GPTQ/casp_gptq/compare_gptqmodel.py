@@ -21,11 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from casp.backend import load_backend
 from casp.budget import uniform_plan
 from casp.calibration import calibration_batches, fingerprint
-from casp.cli import Parser, add_common_arguments, model_folder, positive_int, run_main
+from casp.cli import Parser, add_common_arguments, model_folder, run_main
 from casp.errors import UserError
-from casp.folder import write_json
-from casp.hessians import block_moments
+from casp.files import write_json
 from casp.models import Decoder
+from casp.moments.forward import block_moments
+from casp.numbers import count
+from casp.outputs import check_file
 from casp.quantize import Method, quantize_blocks, weighted_error
 from casp.run import RunFolder
 from casp.walk import capture_inputs, walk
@@ -153,9 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = Parser(prog="python -m casp_gptq.compare_gptqmodel", description=__doc__)
     add_common_arguments(flags, default_model="demo-llama")
     flags.set_defaults(samples=16, sequence_length=512, output=Path("eval/results/gptqmodel.json"))
-    flags.add_argument(
-        "--blocks", type=positive_int, default=2, help="first blocks used, a count (default: %(default)s)"
-    )
+    flags.add_argument("--blocks", type=count, default=2, help="first blocks used, a count (default: %(default)s)")
     flags.add_argument("--bits", type=int, default=2, help="bits a code: 2, 3, 4 or 8 (default: %(default)s)")
     flags.add_argument("--group-size", type=int, default=64, help="columns that share a scale (default: %(default)s)")
     flags.add_argument("--damping", type=float, default=0.01, help="share of the mean diagonal (default: %(default)s)")
@@ -168,6 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = flags.parse_args(argv)
     source = model_folder(args.model)
+    check_file(args.output, [{"matrix_by_matrix", "settings", "versions"}], [source])
     if importlib.util.find_spec("gptqmodel") is None:
         raise UserError("gptqmodel is not installed; install the extra: pip install -r requirements-gptqmodel.txt.")
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")

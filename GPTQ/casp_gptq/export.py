@@ -4,23 +4,19 @@ The packed tensors are the same; what differs is the config, one index tensor a 
 one width and group size for the whole model, no low-rank layers, sizes in whole runs of 32 and whole groups.
 """
 
-import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from torch import Tensor
 
 from casp.budget import matrices
 from casp.errors import UserError
-from casp.folder import write_atomically, write_json, write_shard
+from casp.export import export_checkpoint, uniform_format
 from casp.models import Decoder
+from casp.reading.documents import read_json
 from casp_gptq.packing import RUN
 
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # those that gptqmodel's kernels take
-_INDEX = "model.safetensors.index.json"
-_NOT_COPIED = {"config.json", _INDEX, "casp_run.json", "casp_report.json", "README.md"}
 
 CARD = """# GPTQ checkpoint
 
@@ -39,19 +35,7 @@ def common_format(modules: dict[str, dict], shapes: dict[str, tuple[int, int, in
 
     modules: path -> entry of the quantization_config; shapes: path -> (block, out_features, in_features).
     """
-    for path, entry in modules.items():
-        if "rank" in entry:
-            raise UserError(
-                f"{path} is a low-rank layer, which a plain GPTQ checkpoint cannot hold; leave out --export or start "
-                "from the original model (--from-original)."
-            )
-    formats = {json.dumps(entry["format"], sort_keys=True) for entry in modules.values()}
-    if len(formats) != 1:
-        raise UserError(
-            "a plain GPTQ checkpoint has one bit width for all layers, this model has several; leave out --export or "
-            "the byte budget."
-        )
-    format = json.loads(formats.pop())
+    format = uniform_format(modules, "GPTQ")
     if format["group_size"] not in GROUP_SIZES:
         raise UserError(
             f"gptqmodel reads groups of {', '.join(map(str, GROUP_SIZES))} columns, not of {format['group_size']}; "
@@ -78,38 +62,22 @@ def check_exportable(decoder: Decoder, format: dict[str, int]) -> None:
     common_format({**(decoder.compression or {}).get("modules", {}), **modules}, shapes)
 
 
+def export_folder(output: Path) -> Path:
+    """Where the export of `output` goes: OUTPUT-gptqmodel, beside it."""
+    return output.with_name(output.name + "-gptqmodel")
+
+
 def export_gptq(folder: Path, output: Path, symmetric: bool) -> Path:
     """Write the CASP checkpoint `folder` as a plain GPTQ checkpoint `output`, complete or not at all.
 
-    An `output` that holds an earlier export is replaced; UserError when it holds anything else. symmetric: the
-    grid that `folder` was quantized with; kernels that need symmetric zeros go by it.
+    UserError when `output` holds anything but the export of the same checkpoint. symmetric: the grid that `folder`
+    was quantized with; kernels that need symmetric zeros go by it.
     """
     decoder = Decoder.open(folder)
-    config = json.loads((folder / "config.json").read_text())
-    modules, shapes = config["quantization_config"]["modules"], matrices(decoder)
-    format = common_format(modules, {path: shapes[path] for path in modules})
-    _refuse_foreign(output)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-
-    weight_map, total = {}, 0
-    for shard in sorted(folder.glob("*.safetensors")):
-        tensors = load_file(shard)
-        for path, (_, _, columns) in shapes.items():
-            if f"{path}.qweight" in tensors:
-                width = columns if format["group_size"] == -1 else format["group_size"]
-                tensors[f"{path}.g_idx"] = (torch.arange(columns) // width).to(torch.int32)
-        write_shard(partial / shard.name, tensors)
-        weight_map |= dict.fromkeys(tensors, shard.name)
-        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    write_json(partial / _INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-    for file in sorted(folder.iterdir()):
-        if file.name not in _NOT_COPIED and file.suffix not in (".safetensors", ".log"):
-            write_atomically(partial / file.name, file.read_bytes())
-    card = CARD.format(**format, grid="symmetric" if symmetric else "asymmetric")
-    write_atomically(partial / "README.md", card.encode())
-    config["quantization_config"] = {
+    modules = read_json(folder / "config.json", "the config")["quantization_config"]["modules"]
+    shapes = {path: shape for path, shape in matrices(decoder).items() if path in modules}
+    format = common_format(modules, shapes)
+    config = {
         "quant_method": "gptq",
         "checkpoint_format": "gptq_v2",
         **format,
@@ -120,19 +88,13 @@ def export_gptq(folder: Path, output: Path, symmetric: bool) -> Path:
         "pack_dtype": "int32",
         "block_name_to_quantize": decoder.blocks_path,
     }
-    write_json(partial / "config.json", config)
-    shutil.rmtree(output, ignore_errors=True)
-    os.replace(partial, output)
-    return output
 
+    def rewrite(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        for path, (_, _, columns) in shapes.items():
+            if f"{path}.qweight" in tensors:
+                width = columns if format["group_size"] == -1 else format["group_size"]
+                tensors[f"{path}.g_idx"] = (torch.arange(columns) // width).to(torch.int32)
+        return tensors
 
-def _refuse_foreign(output: Path) -> None:
-    """UserError unless `output` is absent or an earlier export."""
-    if not output.exists():
-        return
-    try:
-        method = json.loads((output / "config.json").read_text())["quantization_config"]["quant_method"]
-    except (OSError, ValueError, KeyError, TypeError):
-        method = None
-    if method != "gptq":
-        raise UserError(f"{output} holds other files; move it away or choose another --output.")
+    card = CARD.format(**format, grid="symmetric" if symmetric else "asymmetric")
+    return export_checkpoint(folder, output, "gptq", rewrite, config, card)

@@ -6,6 +6,7 @@ costs `(sum_{i<j} D_i R_ij + D_j R_jj)^2`, so the best value for it is `w_j + su
 very number that the paper's updates produce (QuIP, arXiv 2307.13304, Theorem 6), without inverting anything.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -147,7 +148,7 @@ def gptq_quantize(
 
     back = torch.argsort(order)
     codes, target = codes[back], target[back]
-    if sweeps:
+    if sweeps and damping < math.inf:  # what has no factor, damped or not, is nothing to descend on
         codes, scales = refine(target, hessian, codes, scales, zeros, bounds, bits, damping, sweeps)
     return Quantized(
         codes=codes.T.to(torch.uint8).contiguous(),

@@ -1,4 +1,4 @@
-"""The linear layer that holds GPTQ's packed tensors; plain PyTorch, the reference for kernels."""
+"""The linear layer that holds GPTQ's packed tensors; unpacking in plain PyTorch, the reference for kernels."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from casp.kernels import has_operator, run, warn_of_plain_pytorch
 from casp.linear import QuantizedLinear
 from casp_gptq.grid import check_format, group_bounds
+from casp_gptq.kernels import Layer
 from casp_gptq.packing import packed_rows, unpack
 
 
@@ -25,7 +27,7 @@ def tensor_shapes(
 
 
 class GPTQLinear(QuantizedLinear):
-    """`y = x W^T + b`, W held as packed codes and unpacked for the duration of each call.
+    """`y = x W^T + b`, W held as packed codes; where there is no kernel, unpacked for the duration of each call.
 
     Buffers: qweight int32, qzeros int32, scales float16, see `tensor_shapes` and `casp_gptq.packing`. Column j
     belongs to group j // group_size. format: {"bits": 2|3|4|8, "group_size": int}.
@@ -56,3 +58,14 @@ class GPTQLinear(QuantizedLinear):
         for g, (first, last) in enumerate(group_bounds(self.in_features, width)):
             dense[first:last].sub_(zeros[g]).mul_(scales[g])
         return dense.T
+
+    def kernel(self) -> Layer:
+        """What `casp.kernels` runs."""
+        return Layer(self.qweight, self.qzeros, self.scales, self.bits, self.group_size, self.bias, self.dequantize)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., in_features) to (..., out_features) of x's dtype, differentiable in x; see `Layer`."""
+        layer = self.kernel()
+        if not has_operator(layer.operator, x.device.type):
+            warn_of_plain_pytorch(x.device.type)
+        return run(layer, x)

@@ -6,6 +6,7 @@ Paper: Gholami et al., CASP, CVPR 2025, arXiv 2503.05936.
 """
 
 import argparse
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,14 +23,18 @@ from casp.cli import (
 )
 from casp.errors import UserError
 from casp.linear import LowRankLinear
+from casp.lowrank import factor, rank_for
 from casp.models import Decoder
-from casp.quantize import matrix_generator
+from casp.moments.density import attention_density, density_batches
+from casp.moments.find import add_moments_argument, find_moments
+from casp.moments.store import REMEDY, BlockMoments
+from casp.notes import warnings_of
+from casp.numbers import real
 from casp.run import RunFolder
+from casp.seed import matrix_generator
+from casp.stage import base_model, calibration_files
 from casp.walk import Visit
-from casp_svd.decompose import factor, rank_for
-from casp_svd.statistics import Moments, attention_density, attention_moments, input_moments
-
-DENSITY_SAMPLES = 64  # chats differ: means over 16 of them lie 30 points apart in some blocks of demo-llava
+from casp_svd.statistics import Whitening, attention_moments, input_moments
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -38,20 +43,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add_common_arguments(parser, default_model="llava-hf/llava-1.5-7b-hf")
     parser.add_argument(
         "--whitening",
-        choices=["none", "input", "attention"],
+        choices=["none", "input", "attention", "gradient"],
         default="attention",
         help="what an error of a matrix is measured by: none = its entries, input = the layer's own output "
-        "(the paper), attention = the output of the attention (default: %(default)s)",
+        "(the paper), attention = the output of the attention, gradient = the model's loss, which needs moments "
+        "collected before (default: %(default)s)",
     )
+    add_moments_argument(parser)
     parser.add_argument(
         "--keep-ratio",
-        type=float,
+        type=real(0, 1),
         default=0.25,
         help="share of the weights of W_q and W_k to keep, in (0, 1] (default: %(default)s, the paper's)",
     )
     parser.add_argument(
         "--damping",
-        type=float,
+        type=real(0, 1000, least_too=True),
         default=0.01,
         help="added to the diagonal of each second moment, in units of its mean (default: %(default)s)",
     )
@@ -59,20 +66,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def gather_moments(
-    visit: Visit, whitening: str, paths: dict[str, str], generator: torch.Generator
-) -> dict[str, Moments]:
-    """Role ("q", "k") -> its moments; {} when `whitening` is none."""
+    visit: Visit, whitening: str, paths: dict[str, str], generator: torch.Generator, known: BlockMoments | None
+) -> dict[str, Whitening]:
+    """Role ("q", "k") -> what it is whitened by; {} when `whitening` is none. known: moments collected before."""
     if whitening == "none":
         return {}
+    if whitening == "gradient":
+        found = {role: known[paths[role]] for role in "qk"}
+        return {role: Whitening(one.hessian("gradient"), one.gradient_moment) for role, one in found.items()}
     if whitening == "input":
-        shared = input_moments(visit, paths["q"])
+        shared = input_moments(visit, paths["q"]) if known is None else Whitening(known[paths["q"]].hessian("none"))
         return {"q": shared, "k": shared}
     of_query, of_key = attention_moments(visit, paths["q"], paths["k"], paths["o"], generator)
     return {"q": of_query, "k": of_key}
 
 
 def low_rank(
-    linear: nn.Linear, rank: int, moments: Moments | None, damping: float, name: str
+    linear: nn.Linear, rank: int, moments: Whitening | None, damping: float, name: str
 ) -> tuple[LowRankLinear, float]:
     """`linear` as a LowRankLinear of its dtype and device, and the share of its weighted energy that is lost."""
     weight = linear.weight.detach()
@@ -98,11 +108,15 @@ def compress_block(
     damping: float,
     bits: int,
     generator: torch.Generator,
-) -> dict[str, dict[str, float]]:
+    known: BlockMoments | None = None,
+) -> dict[str, dict[str, Any]]:
     """Factor W_q and W_k of one block in place; role -> {"rank", "bits", "relative_error"} of the factored.
 
-    name: the block's path; bits: what one stored number takes. A matrix whose rank would save nothing stays as
-    it is. UserError for a block whose queries and keys do not come from dense linears of their own.
+    "notes" besides, a list of sentences, where something was warned of.
+
+    name: the block's path; bits: what one stored number takes; known: moments collected before. A matrix whose rank
+    would save nothing stays as it is. UserError for a block whose queries and keys do not come from dense linears of
+    their own.
     """
     for role in ("q", "k", "o"):
         if role not in visit.linears:
@@ -118,30 +132,39 @@ def compress_block(
         rank = rank_for(keep_ratio, linear.out_features, linear.in_features)
         if rank is not None:
             ranks[role] = rank
-    moments = gather_moments(visit, whitening, visit.linears, generator) if ranks else {}
+    moments = gather_moments(visit, whitening, visit.linears, generator, known) if ranks else {}
     report = {}
     for role, rank in ranks.items():
         path = visit.linears[role]
-        module, error = low_rank(linears[role], rank, moments.get(role), damping, f"{name}.{path}")
+        with warnings_of("casp") as notes:
+            module, error = low_rank(linears[role], rank, moments.get(role), damping, f"{name}.{path}")
         parent, _, leaf = path.rpartition(".")
         setattr(visit.block.get_submodule(parent), leaf, module)
         kept = rank * (module.in_features + module.out_features) / (module.in_features * module.out_features)
-        report[role] = {"rank": rank, "bits": bits * kept, "relative_error": error}
+        report[role] = {
+            "rank": rank,
+            "bits": bits * kept,
+            "relative_error": error,
+            **({"notes": notes} if notes else {}),
+        }
     return report
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the stage: block by block, each fed what the compressed blocks before it produce."""
     args = parse(arguments)
-    rank_for(args.keep_ratio, 1, 1)  # a bad ratio is told before anything is fetched
-    if not 0 <= args.damping < float("inf"):
-        raise UserError(f"--damping {args.damping:g} is negative or not finite; give a number such as 0.01")
     device = pick_device(args.device)
     decoder = Decoder.open(model_folder(args.model))
     dtype = pick_dtype(args.dtype, device, decoder.dtype)
-    batches = calibration_batches(
-        decoder.folder, args.dataset, args.samples, args.sequence_length, args.seed, args.batch_size
-    )
+    needed = {"gradient": "gradient", "input": "none"}.get(args.whitening)
+    moments = find_moments(args, decoder, low_rank=False, weighting=needed)
+    if args.whitening == "gradient" and moments is None:
+        raise UserError(f"--whitening gradient needs moments collected before; run {REMEDY}, or give --moments.")
+    batches = None
+    if moments is None or args.whitening == "attention":
+        batches = calibration_batches(
+            decoder.folder, args.dataset, args.samples, args.sequence_length, args.seed, args.batch_size
+        )
     settings = {
         "whitening": args.whitening,
         "keep_ratio": args.keep_ratio,
@@ -151,18 +174,28 @@ def main(arguments: list[str] | None = None) -> None:
         "sequence_length": args.sequence_length,
         "dtype": str(dtype).removeprefix("torch."),
         "seed": args.seed,
+        **({} if moments is None else {"moments": moments.identity(decoder)}),
     }
     output = args.output or default_output(args.model, "svd")
-    run = RunFolder(output, decoder, "svd", args.model, settings, fingerprint(batches))
+    run = RunFolder(
+        output,
+        decoder,
+        "svd",
+        base_model(decoder.folder, args.model),
+        settings,
+        fingerprint(batches or []),
+        [*calibration_files(args.dataset), *([] if moments is None else [moments.folder])],
+    )
     if run.done:
         print(f"{output} is finished already")
         return
-    density_batches = -(-DENSITY_SAMPLES // args.batch_size)
+    few = density_batches(args.batch_size)
     for visit in run.walk(batches, device, dtype):
         name = decoder.blocks[visit.index]
+        known = None if moments is None else moments.read(visit.index)
         report = {
-            "block_influence": visit.block_influence(),
-            "attention_density": attention_density(visit, density_batches),
+            "block_influence": visit.block_influence() if known is None else known.influence,
+            "attention_density": attention_density(visit, few) if known is None else known.density,
         }
         report["linears"] = compress_block(
             visit,
@@ -172,6 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
             args.damping,
             8 * decoder.dtype.itemsize,
             matrix_generator(args.seed, name),
+            known,
         )
         run.save(visit, report)
     run.finish()

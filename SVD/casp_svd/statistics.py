@@ -1,20 +1,19 @@
-"""What stage 1 measures of a block: the moments that whiten W_q and W_k, and how dense its attention is."""
+"""What stage 1 measures of a block: the moments that whiten W_q and W_k."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from casp.attention import AttentionCall
-from casp.hessians import block_moments
 from casp.moments import SecondMoment
+from casp.moments.forward import block_moments
 from casp.walk import BatchInputs, Visit
 
 
 @dataclass
-class Moments:
+class Whitening:
     """The two moments of one projection.
 
     hessian: (in, in) of its inputs; output_moment: (out, out) of the directions of its outputs in which an
@@ -25,9 +24,9 @@ class Moments:
     output_moment: Tensor | None = None
 
 
-def input_moments(visit: Visit, query: str) -> Moments:
+def input_moments(visit: Visit, query: str) -> Whitening:
     """The moment of the input that the query and the key projection share: the whitening of CASP and SVD-LLM."""
-    return Moments(*block_moments(visit, [[query]]))
+    return Whitening(*block_moments(visit, [[query]]))
 
 
 @contextmanager
@@ -53,7 +52,7 @@ def tracked_outputs(projections: list[nn.Module]) -> Iterator[list[Tensor]]:
 
 def attention_moments(
     visit: Visit, query: str, key: str, output: str, generator: torch.Generator
-) -> tuple[Moments, Moments]:
+) -> tuple[Whitening, Whitening]:
     """The moments under which an error of W_q or W_k costs what it changes in the attention's output.
 
     query, key, output: paths of the projections relative to the block; generator: of the probes, on the CPU.
@@ -94,42 +93,6 @@ def attention_moments(
     with tracked_outputs(projections) as leaves:
         visit.replay({query: enter, output: leave})
     of_query, of_key = (
-        Moments(moment.value(), gradient.value()) for moment, gradient in zip(inputs, gradients, strict=True)
+        Whitening(moment.value(), gradient.value()) for moment, gradient in zip(inputs, gradients, strict=True)
     )
     return of_query, of_key
-
-
-DENSITY_MASS = 0.95
-DENSITY_QUERIES = 64  # of each sequence, evenly spaced: to sort every row would take longer than all the rest
-
-
-def attention_density(visit: Visit, batches: int) -> dict[str, float | None]:
-    """Share of the attention entries in use, for image keys and for text keys: {"image", "text"}.
-
-    An entry (query, head, key that the query may see) is in use when it belongs to the fewest that together
-    hold 95% of the query's attention. The paper's density is the share of entries that are not zero; after a
-    softmax none is, so the rest of 5% counts as zero. None where there is no key of that kind. Measured on the
-    first `batches` batches, at evenly spaced queries.
-    """
-    used = dict.fromkeys(("image", "text"), 0)
-    visible = dict.fromkeys(used, 0)
-
-    def see(call: AttentionCall, batch: BatchInputs) -> None:
-        tokens = call.query.shape[2]
-        rows = torch.linspace(0, tokens - 1, min(tokens, DENSITY_QUERIES), device=call.query.device).long()
-        kinds = {"image": batch.images & batch.tokens, "text": ~batch.images & batch.tokens}
-        # Probabilities of sharp heads underflow to 0; those of a query of zeros are 0 only behind the mask.
-        blank = replace(call, query=torch.zeros_like(call.query))
-        may_see = (blank.probabilities(0)[:, rows] > 0) & batch.tokens[:, rows, None]
-        entries = {kind: keys[:, None, :] & may_see for kind, keys in kinds.items()}
-        for head in range(call.query.shape[1]):
-            probabilities = call.probabilities(head)[:, rows]
-            ordered, order = probabilities.sort(dim=-1, descending=True)
-            before = ordered.cumsum(-1) - ordered
-            in_use = torch.zeros_like(probabilities, dtype=torch.bool).scatter(-1, order, before < DENSITY_MASS)
-            for kind, of_kind in entries.items():
-                visible[kind] += int(of_kind.sum())
-                used[kind] += int((in_use & of_kind).sum())
-
-    visit.replay(attention=see, first=batches)
-    return {kind: used[kind] / visible[kind] if visible[kind] else None for kind in used}

@@ -14,7 +14,6 @@ from collections.abc import Callable
 import torch
 from casp_eval.data import load_text
 from casp_eval.perplexity import text_windows
-from casp_svd.decompose import factor, rank_for
 from casp_svd.statistics import tracked_outputs
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,9 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from casp.attention import AttentionCall
 from casp.calibration import calibration_batches
-from casp.cli import Parser, add_common_arguments, model_folder, pick_device, positive_int, run_main
+from casp.cli import Parser, add_common_arguments, model_folder, pick_device, run_main
+from casp.lowrank import factor, rank_for
 from casp.models import Decoder
 from casp.moments import SecondMoment
+from casp.numbers import count
 from casp.walk import BatchInputs, Visit, capture_inputs, walk
 
 CANDIDATES: dict[str, tuple[str, str | None]] = {
@@ -140,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_common_arguments(parser, default_model="demo-llama")
     parser.add_argument("--keep-ratio", type=float, default=0.25, help="share of weights kept (default: %(default)s)")
     parser.add_argument("--damping", type=float, default=0.01, help="as in the stage (default: %(default)s)")
-    parser.add_argument("--windows", type=positive_int, default=6, help="validation windows (default: %(default)s)")
+    parser.add_argument("--windows", type=count, default=6, help="validation windows (default: %(default)s)")
     args = parser.parse_args(arguments)
     device, dtype = pick_device(args.device), torch.float32
     decoder = Decoder.open(model_folder(args.model))

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
-from casp.calibration.sources import Chat, find, first_line
-from casp.errors import UserError
+from casp.calibration.sources import Chat, find
+from casp.errors import UserError, told_as
+from casp.reading.config import open_config
+from casp.reading.pretrained import check_ids, open_processor, open_tokenizer
 
 __all__ = ["calibration_batches", "fingerprint"]
 
@@ -38,7 +39,7 @@ def calibration_batches(
         if value < 1:
             raise UserError(f"{name} must be at least 1, not {value}")
     folder = Path(folder)
-    config = AutoConfig.from_pretrained(folder)
+    config = open_config(folder)
     multimodal = getattr(config, "vision_config", None) is not None
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and sequence_length > positions:
@@ -51,12 +52,16 @@ def calibration_batches(
     if isinstance(found, list):
         if not multimodal:
             raise UserError(f"{dataset} has images, but {folder} is a text model: use a text set")
-        return _chat_batches(found, folder, batch_size, positions, rng)
-    tokenizer = _load(AutoTokenizer, folder)
+        batches = _chat_batches(found, folder, batch_size, positions, rng)
+        for batch in batches:
+            check_ids(batch["input_ids"], config, folder)
+        return batches
+    tokenizer = open_tokenizer(folder)
     if isinstance(found, str):
         windows = _windows_of_text(found, dataset, tokenizer, samples, sequence_length, rng)
     else:
         windows = _windows_of_documents(found, dataset, tokenizer, samples, sequence_length, rng)
+    check_ids(torch.stack(windows), config, folder)
     parts = torch.stack(windows).split(batch_size)
     return [{"input_ids": ids.clone(), "attention_mask": torch.ones_like(ids)} for ids in parts]
 
@@ -120,9 +125,7 @@ def _chat_batches(
     chats: list[Chat], folder: Path, batch_size: int, positions: int | None, rng: random.Random
 ) -> list[dict[str, Tensor]]:
     """Chats of like length together, so that little is padding; the batches in random order."""
-    processor = _load(AutoProcessor, folder)
-    if not hasattr(processor, "image_processor"):
-        raise UserError(f"{folder} has no image processor: copy the original model's processor files there")
+    processor = open_processor(folder)
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
 
@@ -140,11 +143,10 @@ def _chat_batches(
     # size) and lets an error name its row, at the price of preparing each picture twice.
     lengths: dict[int, int] = {}
     for number, chat in enumerate(chats):
-        try:
+        with told_as(
+            f"the processor of {folder} cannot take {chat.source}", "use the original model's processor files"
+        ):
             lengths[number] = render([chat])["input_ids"].shape[1]
-        except Exception as error:  # the template and the processor are the checkpoint's: anything may come
-            reason = first_line(error)
-            raise UserError(f"the processor of {folder} cannot take {chat.source}: {reason}") from error
         if positions is not None and lengths[number] > positions:
             raise UserError(
                 f"{chat.source} makes {lengths[number]} tokens, more than the model's {positions} positions:"
@@ -155,15 +157,3 @@ def _chat_batches(
     batches = [render([chats[i] for i in order[start : start + batch_size]]) for start in starts]
     rng.shuffle(batches)
     return batches
-
-
-def _load(kind: type[AutoTokenizer] | type[AutoProcessor], folder: Path) -> Any:
-    """The tokenizer or the processor of a checkpoint."""
-    try:
-        return kind.from_pretrained(folder)
-    except (OSError, ValueError, ImportError) as error:
-        what = "tokenizer" if kind is AutoTokenizer else "processor"
-        reason = first_line(error)
-        raise UserError(
-            f"cannot load the {what} of {folder} ({reason}): copy the original model's files there"
-        ) from error

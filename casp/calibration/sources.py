@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from casp.errors import UserError
+from casp.errors import UserError, in_brief
+from casp.reading.pictures import open_picture
+from casp.reading.texts import read_prose, read_rows, string_of
 
 if TYPE_CHECKING:
     import datasets
@@ -122,22 +124,13 @@ def find(dataset: str, multimodal: bool, samples: int, rng: random.Random) -> st
         return [Chat(q.image, q.question, q.answer, f"picture {q.scene} of demo-images") for q in questions]
     if dataset in HUB:
         return _hub_text(dataset, rng)
-    path = Path(dataset).expanduser()
+    path = Path(dataset)
+    if dataset.startswith("~/"):
+        path = path.expanduser()
     if path.suffix not in (".txt", ".jsonl"):
         names = ", ".join((*HUB, *BUILT_IN))
         raise UserError(f"there is no data set '{dataset}': use {names}, or a local .txt or .jsonl file")
-    try:
-        content = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read the calibration file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"the calibration file {path} is not UTF-8 text: convert it first") from error
-    return content if path.suffix == ".txt" else _jsonl(path, content, samples, rng)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an exception says, for a sentence about it."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return read_prose(path) if path.suffix == ".txt" else _jsonl(path, samples, rng)
 
 
 def _hub_text(dataset: str, rng: random.Random) -> str | Iterator[str]:
@@ -174,53 +167,34 @@ def _documents(dataset: str, parts: list[datasets.IterableDataset], rng: random.
 
 def _unreachable(dataset: str, error: Exception) -> UserError:
     return UserError(
-        f"cannot load the data set '{dataset}' from the hub ({first_line(error)}): check the connection, or"
+        f"cannot load the data set '{dataset}' from the hub ({in_brief(error)}): check the connection, or"
         " give --dataset a local .txt or .jsonl file or 'demo'"
     )
 
 
-def _jsonl(path: Path, content: str, samples: int, rng: random.Random) -> str | list[Chat]:
+def _jsonl(path: Path, samples: int, rng: random.Random) -> str | list[Chat]:
     """The text of all rows, or the chats of `samples` rows drawn at random; every row is checked."""
-    rows: list[tuple[int, dict[str, str]]] = []
+    rows: list[tuple[str, dict[str, str]]] = []
     kind: tuple[str, ...] = ()
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"line {number} of {path} is not JSON: correct or remove it") from error
-        fields = ("text",) if isinstance(row, dict) and "text" in row else ("image", "question", "answer")
-        if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in fields):
+    for number, row in read_rows(path):
+        source = f"line {number} of {path}"
+        fields = ("text",) if "text" in row else ("image", "question", "answer")
+        if not all(field in row for field in fields):
             raise UserError(
-                f'line {number} of {path} has neither {{"text"}} nor {{"image", "question", "answer"}} as'
-                " strings: correct or remove it"
+                f"{source} has neither {{'text'}} nor {{'image', 'question', 'answer'}} as strings:"
+                " correct or remove it"
             )
         if kind and fields != kind:
             raise UserError(
-                f"line {number} of {path} is of another kind than the lines before it: keep text and images"
-                " in separate files"
+                f"{source} is of another kind than the lines before it: keep text and images in separate files"
             )
         kind = fields
-        rows.append((number, row))
-    if not rows:
-        raise UserError(f"{path} has no usable rows: give it one JSON object per line")
+        rows.append((source, {field: string_of(row, field, source) for field in fields}))
     if kind == ("text",):
         return "\n\n".join(row["text"] for _, row in rows)
     if len(rows) < samples:
         raise UserError(f"{path} has only {len(rows)} rows for {samples} samples: lower --samples or add rows")
-    chats = []
-    for number, row in rng.sample(rows, samples):
-        source = f"line {number} of {path}"
-        chats.append(Chat(_open(path.parent / row["image"], source), row["question"], row["answer"], source))
-    return chats
-
-
-def _open(path: Path, source: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{source} names the image {path}, which does not open: correct the path or replace the file"
-        ) from error
+    return [
+        Chat(open_picture(path.parent / row["image"], source), row["question"], row["answer"], source)
+        for source, row in rng.sample(rows, samples)
+    ]

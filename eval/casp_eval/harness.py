@@ -8,8 +8,9 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from casp.errors import UserError
-from casp_eval.options import add_model_argument, add_output_argument, at_least
+from casp.errors import UserError, in_brief
+from casp.numbers import whole
+from casp_eval.options import add_model_argument, add_output_argument
 
 
 def add_harness_arguments(parser: argparse.ArgumentParser, harness: str) -> None:
@@ -23,12 +24,12 @@ def add_harness_arguments(parser: argparse.ArgumentParser, harness: str) -> None
         help=f"names of {harness}'s tasks or groups, with commas between",
     )
     parser.add_argument("--include-path", type=Path, help="folder with task files of your own, YAML (default: none)")
-    parser.add_argument("--limit", type=at_least(1), help="documents per task, a count (default: all)")
+    parser.add_argument("--limit", type=whole(1), help="documents per task, a count (default: all)")
     parser.add_argument(
-        "--num-fewshot", type=at_least(0), help="examples before each question, a count (default: the task's own)"
+        "--num-fewshot", type=whole(0), help="examples before each question, a count (default: the task's own)"
     )
     parser.add_argument(
-        "--batch-size", type=at_least(1), default=8, help="requests at a time, a count (default: %(default)s)"
+        "--batch-size", type=whole(1), default=8, help="requests at a time, a count (default: %(default)s)"
     )
 
 
@@ -59,8 +60,7 @@ def named_failures(tasks: list[str]) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"the tasks {', '.join(tasks)} cannot be run ({first.rstrip('.')}); check the connection to the hub, or "
+            f"the tasks {', '.join(tasks)} cannot be run ({in_brief(error)}); check the connection to the hub, or "
             "the task's own file."
         ) from error

@@ -13,7 +13,7 @@ from typing import Any
 from casp.cli import Parser, add_device_arguments, model_folder, run_main
 from casp_eval.harness import add_harness_arguments, check_harness, check_tasks, named_failures
 from casp_eval.loading import Checkpoint, open_checkpoint
-from casp_eval.options import write_figure
+from casp_eval.options import check_output, write_figure
 
 
 def evaluate(
@@ -60,6 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add_device_arguments(parser)
     options = parser.parse_args(arguments)
+    check_output(options)
     model_folder(options.model)
     check_harness(options, "lm_eval", "lm-eval")
     results = evaluate(

@@ -12,7 +12,7 @@ from typing import Any
 from casp.cli import Parser, add_device_arguments, model_folder, run_main
 from casp_eval.harness import add_harness_arguments, check_harness, check_tasks, named_failures
 from casp_eval.loading import Checkpoint, open_checkpoint
-from casp_eval.options import write_figure
+from casp_eval.options import check_output, write_figure
 
 
 def manifest() -> Any:
@@ -61,6 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_harness_arguments(parser, "lmms-eval")
     add_device_arguments(parser)
     options = parser.parse_args(arguments)
+    check_output(options)
     model_folder(options.model)
     check_harness(options, "lmms_eval", "lmms-eval")
     checkpoint = open_checkpoint(options.model, options.device, options.dtype)

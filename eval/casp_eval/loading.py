@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
     GenerationConfig,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -23,7 +20,11 @@ from transformers.utils import logging
 
 import casp  # noqa: F401  (registers the quantization method "casp" with transformers)
 from casp.cli import model_folder, pick_device, pick_dtype
-from casp.errors import UserError
+from casp.errors import UserError, in_brief, told_as
+from casp.models import check_weights
+from casp.reading.config import open_config, quantization_of
+from casp.reading.pretrained import check_ids, open_processor, open_tokenizer
+from casp.shards import read_entries
 
 Messages = list[dict[str, Any]]
 
@@ -61,16 +62,22 @@ class Checkpoint:
                 "to the folder, or evaluate its text perplexity alone"
             )
         user = _message("user", question, images, self.is_multimodal)
-        before = self.chat.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
-        if answer is None:
-            return before, ""
-        reply = _message("assistant", answer, 0, self.is_multimodal)
-        whole = self.chat.apply_chat_template([user, reply], tokenize=False)
+        with told_as(f"the chat template of {self.folder} cannot be filled in", "copy the original model's there"):
+            before = self.chat.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
+            if answer is None:
+                return before, ""
+            reply = _message("assistant", answer, 0, self.is_multimodal)
+            whole = self.chat.apply_chat_template([user, reply], tokenize=False)
         end = whole.rfind(answer) + len(answer)
         if whole.startswith(before) and end > len(before):
             return before, whole[len(before) : end]
         # Some templates render a past answer unlike the one being written (without its reasoning block, say).
         return before, answer
+
+    def running(self) -> AbstractContextManager[None]:
+        """Around what runs the model: what its config, weights and processor make impossible is a UserError."""
+        remedy = "its config, processor and weights do not belong together, make or download it again"
+        return told_as(f"{self.folder} cannot be run", remedy)
 
     def encode(self, texts: list[str], images: list[list[Any]] | None, padding_side: str) -> dict[str, Tensor]:
         """Model inputs for rendered prompts, padded to the longest, on the model's device and dtype.
@@ -85,10 +92,12 @@ class Checkpoint:
             # A template that writes the first token itself must not get a second one.
             "add_special_tokens": not (bos and texts[0].startswith(bos)),
         }
-        if images is not None:
-            batch = self.processor(text=texts, images=images, **options)
-        else:
-            batch = self.tokenizer(texts, **options)
+        with told_as(f"the processor of {self.folder} cannot take a question", "copy the original model's files there"):
+            if images is not None:
+                batch = self.processor(text=texts, images=images, **options)
+            else:
+                batch = self.tokenizer(texts, **options)
+        check_ids(batch["input_ids"], self.config, self.folder)
         return {
             name: value.to(self.device, self.model.dtype if value.is_floating_point() else None)
             for name, value in batch.items()
@@ -117,22 +126,6 @@ def require_images(folder: Path, config: Any) -> None:
         )
 
 
-def read_config(folder: Path) -> Any:
-    """The checkpoint's configuration; UserError when it has none that transformers can read."""
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder} has no readable config.json ({_first_line(error)}): give the folder of a checkpoint"
-        ) from error
-
-
-def compression_of(config: Any) -> dict[str, Any]:
-    """The `quantization_config` of a model's configuration as a dict; empty for a model that is not compressed."""
-    found = getattr(config, "quantization_config", None) or {}
-    return found if isinstance(found, dict) else found.to_dict()
-
-
 def open_checkpoint(model: str, device: str, dtype: str) -> Checkpoint:
     """Load a folder, hub id or built-in name for evaluation.
 
@@ -140,45 +133,38 @@ def open_checkpoint(model: str, device: str, dtype: str) -> Checkpoint:
     products are several times slower, else the checkpoint's own).
     """
     folder = model_folder(model)
-    config = read_config(folder)
+    config = open_config(folder)
     place = pick_device(device)
     number = pick_dtype(dtype, place, config.dtype or torch.float32)
+    _check_stored(folder, config)
     multimodal = is_multimodal(config)
+    processor = open_processor(folder) if multimodal else None
+    tokenizer = processor.tokenizer if multimodal else open_tokenizer(folder)
     auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+    remedy = "make or download it again"
+    # Safetensors alone: the other format is a pickle, which runs what it holds.
+    options = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
     try:
         with _quiet_transformers():
-            loaded, info = auto.from_pretrained(folder, dtype=number, output_loading_info=True)
+            loaded, info = auto.from_pretrained(folder, dtype=number, output_loading_info=True, **options)
     except ImportError as error:
-        method = compression_of(config).get("quant_method", config.model_type)
+        method = quantization_of(config).get("quant_method", config.model_type)
         raise UserError(
-            f"{folder} needs a package that is not installed to be read ({method}: {_first_line(error)}): install it"
+            f"{folder} needs a package that is not installed to be read ({method}: {in_brief(error)}): install it"
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, torch.OutOfMemoryError) as error:
-        raise UserError(
-            f"{folder} cannot be loaded ({_first_line(error)}): it is damaged, incomplete or of an unknown kind; "
-            "make or download it again"
-        ) from error
-    except Exception as error:
-        # safetensors has an exception of its own, not derived from any of the above.
-        if type(error).__module__.split(".")[0] not in ("safetensors", "safetensors_rust"):
-            raise
-        raise UserError(
-            f"{folder} has a damaged safetensors file ({_first_line(error)}): make or download it again"
-        ) from error
+    except UserError:
+        raise
+    except Exception as error:  # safetensors and strict configs have exceptions of their own
+        raise UserError(f"{folder} cannot be loaded ({in_brief(error)}): {remedy}") from error
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         raise UserError(
             f"{folder} lacks {len(names)} tensors (first: {names[0]}), which would be evaluated as random numbers: "
-            "make or download it again"
+            f"{remedy}"
         )
-    try:
-        processor = AutoProcessor.from_pretrained(folder) if multimodal else None
-        tokenizer = processor.tokenizer if multimodal else AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        kind = "processor" if multimodal else "tokenizer"
-        raise UserError(
-            f"{folder} has no usable {kind} ({_first_line(error)}): copy the original model's {kind} files into it"
-        ) from error
+    for name, tensor in loaded.state_dict().items():
+        if tensor.is_floating_point() and tensor.itemsize > 1 and not torch.isfinite(tensor).all():
+            raise UserError(f"{name} in {folder} holds NaN or infinity: {remedy}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked out wherever it stands
     loaded = loaded.to(place).eval()
@@ -186,17 +172,25 @@ def open_checkpoint(model: str, device: str, dtype: str) -> Checkpoint:
     return Checkpoint(folder, config, loaded, tokenizer, processor, place)
 
 
+def _check_stored(folder: Path, config: Any) -> None:
+    """UserError where the stored weights are not what the config describes, before any of them is read."""
+    if quantization_of(config).get("quant_method", "casp") == "casp":
+        check_weights(folder)
+    else:
+        read_entries(folder)
+
+
 def _greedy(own: GenerationConfig, tokenizer: Any) -> GenerationConfig:
     """Plain greedy decoding: of the model's own settings keep the special tokens, not its sampling or penalties."""
     eos = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
+    for token in (own.bos_token_id, *(eos if isinstance(eos, list) else [eos])):
+        if token is not None and not (type(token) is int and 0 <= token < 1 << 31):
+            raise UserError(
+                f"generation_config.json names {str(token)[:40]!r} as a token; copy the original model's file there"
+            )
     return GenerationConfig(
         do_sample=False, bos_token_id=own.bos_token_id, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id
     )
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".:")
 
 
 @contextmanager

@@ -16,12 +16,16 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from casp.cli import Parser, positive_int, run_main
+from casp.cli import Parser, run_main
 from casp.demo.models import build
-from casp.folder import write_json
+from casp.files import write_json
 from casp.models import Decoder
+from casp.numbers import count
+from casp.outputs import check_file
+from casp.reading.config import open_config
+from casp.reading.pretrained import open_tokenizer
 
 TEN_TIMES = {
     "hidden_size": 1536,
@@ -50,10 +54,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     flags = Parser(prog="memory.sh", description=__doc__.splitlines()[0])
     flags.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    flags.add_argument("--samples", type=positive_int, default=4, help="calibration samples (default: %(default)s)")
-    flags.add_argument(
-        "--sequence-length", type=positive_int, default=256, help="tokens per sample (default: %(default)s)"
-    )
+    flags.add_argument("--samples", type=count, default=4, help="calibration samples (default: %(default)s)")
+    flags.add_argument("--sequence-length", type=count, default=256, help="tokens per sample (default: %(default)s)")
     return flags
 
 
@@ -61,7 +63,7 @@ def random_model(config: PretrainedConfig, tokenizer_from: Path, folder: Path) -
     """A randomly initialised bfloat16 checkpoint of `config` in `folder`."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer_from).save_pretrained(folder)
+    open_tokenizer(tokenizer_from).save_pretrained(folder)
 
 
 def peak_bytes(arguments: list[str]) -> int:
@@ -111,8 +113,9 @@ def measure(config: PretrainedConfig, tokenizer_from: Path, samples: int, sequen
 def main() -> None:
     """Measure both models and the libraries alone."""
     args = parser().parse_args()
+    check_file(args.output, [{"libraries_bytes", "checkpoint_ratio", "peak_ratio"}])
     small = build("demo-llama")
-    configs = {"demo-llama's shape": AutoConfig.from_pretrained(small), "ten times": AutoConfig.from_pretrained(small)}
+    configs = {"demo-llama's shape": open_config(small), "ten times": open_config(small)}
     configs["ten times"].update(TEN_TIMES)
     result: dict[str, object] = {"libraries_bytes": peak_bytes(["-c", "import casp_gptq.__main__"])}
     for name, config in configs.items():

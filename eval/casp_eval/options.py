@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from casp.demo import NAMES
 from casp.errors import UserError
-from casp.folder import write_atomically
+from casp.files import write_atomically
+from casp.numbers import seed, whole
+from casp.outputs import check_file
 
-
-def at_least(least: int) -> Callable[[str], int]:
-    """An argparse type: a whole number, `least` or more."""
-
-    def number(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text} is not at least {least}")
-        return value
-
-    number.__name__ = "whole number"  # argparse names the type so when int() fails
-    return number
+MOST_NEW_TOKENS = 1 << 16
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
@@ -39,24 +29,27 @@ def add_output_argument(parser: argparse.ArgumentParser) -> None:
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     """How much text is scored: --windows and --sequence-length."""
     parser.add_argument(
-        "--windows", type=at_least(0), default=64, help="windows of text scored, 0 = all (default: %(default)s)"
+        "--windows", type=whole(0), default=64, help="windows of text scored, 0 = all (default: %(default)s)"
     )
     parser.add_argument(
-        "--sequence-length", type=at_least(2), default=512, help="tokens in a window (default: %(default)s)"
+        "--sequence-length", type=whole(2), default=512, help="tokens in a window (default: %(default)s)"
     )
 
 
 def add_question_arguments(parser: argparse.ArgumentParser, file_from: str) -> None:
     """Which questions are asked and how long answers may be; `file_from`: the flag that takes a .jsonl of questions."""
     parser.add_argument(
-        "--questions", type=at_least(0), default=300, help="questions asked, 0 = all (default: %(default)s)"
+        "--questions", type=whole(0), default=300, help="questions asked, 0 = all (default: %(default)s)"
     )
     parser.add_argument(
-        "--max-new-tokens", type=at_least(1), default=8, help="longest answer, in tokens (default: %(default)s)"
+        "--max-new-tokens",
+        type=whole(1, MOST_NEW_TOKENS),
+        default=8,
+        help="longest answer, in tokens (default: %(default)s)",
     )
     parser.add_argument(
         "--seed",
-        type=int,
+        type=seed,
         default=0,
         help=f"which questions are drawn from a .jsonl ({file_from}) longer than --questions (default: %(default)s)",
     )
@@ -65,8 +58,16 @@ def add_question_arguments(parser: argparse.ArgumentParser, file_from: str) -> N
 def add_batch_argument(parser: argparse.ArgumentParser) -> None:
     """--batch-size."""
     parser.add_argument(
-        "--batch-size", type=at_least(1), default=8, help="windows or questions at a time (default: %(default)s)"
+        "--batch-size", type=whole(1), default=8, help="windows or questions at a time (default: %(default)s)"
     )
+
+
+def check_output(options: argparse.Namespace) -> None:
+    """UserError, before anything is measured, where --output is an input or not a file of such figures."""
+    if options.output is not None:
+        given = (options.model, getattr(options, "dataset", None), getattr(options, "include_path", None))
+        inputs = [Path(name) for name in given if name and Path(name).exists()]
+        check_file(options.output, [{"model", "dataset", "perplexity"}, {"model", "results"}], inputs)
 
 
 def write_figure(figure: dict[str, Any], output: Path | None) -> None:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from casp.cli import Parser, add_device_arguments, run_main
 from casp.errors import UserError
+from casp.reading.pretrained import check_ids
 from casp_eval.data import HUB_TEXTS, TEXTS, load_text
 from casp_eval.loading import Checkpoint, open_checkpoint
 from casp_eval.options import (
@@ -24,6 +25,7 @@ from casp_eval.options import (
     add_model_argument,
     add_output_argument,
     add_text_arguments,
+    check_output,
     write_figure,
 )
 from casp_eval.scoring import token_losses
@@ -64,8 +66,8 @@ def mean_loss(model: nn.Module, windows: Tensor, batch_size: int, progress: str 
 
 def perplexity(loss: float, of: str) -> float:
     """exp(loss); `of` names the checkpoint. UserError for NaN; the largest float where exp would overflow."""
-    if math.isnan(loss):
-        raise UserError(f"{of} predicts NaN: its weights or scales are damaged, make it again")
+    if not math.isfinite(loss):
+        raise UserError(f"{of} predicts NaN or infinity: its weights or scales are damaged, make it again")
     return math.exp(min(loss, 709.0))  # exp(710) has no float; a model that bad may still appear in a table
 
 
@@ -74,7 +76,9 @@ def text_perplexity(
 ) -> dict[str, Any]:
     """{"perplexity", "windows", "sequence_length", "tokens"} of a text; see the module for the protocol."""
     windows = text_windows(checkpoint.tokenizer, text, length, count)
-    loss = mean_loss(checkpoint.model, windows, batch_size, progress)
+    check_ids(windows, checkpoint.config, checkpoint.folder)
+    with checkpoint.running():
+        loss = mean_loss(checkpoint.model, windows, batch_size, progress)
     return {
         "perplexity": perplexity(loss, str(checkpoint.folder)),
         "windows": len(windows),
@@ -97,6 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_text_arguments(parser)
     add_batch_argument(parser)
     options = parser.parse_args(arguments)
+    check_output(options)
     text = load_text(options.dataset)
     checkpoint = open_checkpoint(options.model, options.device, options.dtype)
     figure = text_perplexity(

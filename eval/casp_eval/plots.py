@@ -5,6 +5,7 @@ Colours are Okabe and Ito's, told apart by colour-blind readers; every series ha
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from casp.files import write_atomically
 from casp.models import Decoder
-from casp_eval.report import Row, stage_report
+from casp.report import read_report
+from casp_eval.report import Row
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
@@ -34,6 +37,10 @@ STYLE = {
     "figure.dpi": 150,
     "legend.frameon": False,
 }
+
+
+FIGURES = ("quality_vs_bpw", "bits_and_ranks", "attention_density", "fine_tuning")
+"""Names of the files that `draw` makes."""
 
 
 @dataclass
@@ -72,7 +79,7 @@ def block_details(folder: Path) -> BlockDetails:
                 ranks.setdefault(role, [np.nan] * len(decoder.blocks))[index] = rank
         bits.append(8 * stored / weights)
     details = BlockDetails(bits, ranks)
-    report = stage_report(folder) or {}
+    report = read_report(folder) or {}
     details.end_to_end = report.get("end_to_end", [])
     blocks = report.get("blocks", [])
     if len(blocks) == len(bits):
@@ -101,21 +108,16 @@ def _number(value: float | None) -> float:
 
 def draw(rows: list[Row], details: list[BlockDetails], folder: Path) -> list[Path]:
     """Draw every figure that the data allow into `folder`; the paths of the PNG files, in reading order."""
-    figures = {
-        "quality_vs_bpw": quality(rows),
-        "bits_and_ranks": bits_and_ranks(rows, details),
-        "attention_density": attention_density(rows, details),
-        "fine_tuning": fine_tuning(rows, details),
-    }
+    drawn = (quality(rows), bits_and_ranks(rows, details), attention_density(rows, details), fine_tuning(rows, details))
     paths = []
-    for name, figure in figures.items():
+    for name, figure in zip(FIGURES, drawn, strict=True):
         path = folder / f"{name}.png"
         if figure is None:
             path.unlink(missing_ok=True)  # left by an earlier comparison of other checkpoints
             continue
-        temporary = folder / f"{name}.partial.png"
-        figure.savefig(temporary, bbox_inches="tight")
-        temporary.replace(path)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", bbox_inches="tight")
+        write_atomically(path, picture.getvalue())
         pyplot.close(figure)
         paths.append(path)
     return paths
@@ -281,6 +283,9 @@ def _step(axis: Axes, values: list[float], index: int, label: str, linestyle: st
     axis.plot(values, drawstyle="steps-mid", label=label, **style)
 
 
+_LARGEST = 1e12  # of a perplexity on an axis: that of a damaged model has three hundred digits
+
+
 def _log_bits(side: Any, axis: Axes, values: list[float]) -> None:
     """A log2 scale for bits with a tick at every whole format inside the range."""
     low, high = min(values) / 1.25, max(values) * 1.25
@@ -296,8 +301,9 @@ def _log_bits(side: Any, axis: Axes, values: list[float]) -> None:
 
 
 def _log_quality(axis: Axes, values: list[float]) -> None:
-    """A log scale with plain numbers: 1-2-5 steps within three decades, powers of ten beyond."""
-    low, high = min(values) / 1.3, max(values) * 1.3
+    """A log scale with plain numbers: 1-2-5 steps within three decades, powers of ten beyond; it ends at 10^12."""
+    low, high = (min(value, _LARGEST) for value in (min(values) / 1.3, max(values)))
+    high = max(1.3 * high, 2 * low)
     axis.set_yscale("log")
     axis.set_ylim(low, high)
     steps = (1, 2, 5) if high / low < 1000 else (1,)

@@ -16,13 +16,15 @@ import torch
 from tqdm import tqdm
 
 from casp.cli import Parser, add_device_arguments, model_folder, run_main
+from casp.reading.config import open_config
 from casp_eval.data import SCENES, Item, load_questions
-from casp_eval.loading import Checkpoint, open_checkpoint, read_config, require_images
+from casp_eval.loading import Checkpoint, open_checkpoint, require_images
 from casp_eval.options import (
     add_batch_argument,
     add_model_argument,
     add_output_argument,
     add_question_arguments,
+    check_output,
     write_figure,
 )
 from casp_eval.perplexity import perplexity
@@ -73,7 +75,8 @@ def answer_loss(
         ends = inputs["attention_mask"].sum(dim=1).tolist()
         for row, (end, (before, answer)) in enumerate(zip(ends, rendered, strict=True)):
             keep[row, end - 1 - answer_length(checkpoint.tokenizer, before, answer) : end - 1] = True
-        losses = token_losses(checkpoint.model, inputs, ids.roll(-1, dims=1), keep)
+        with checkpoint.running():
+            losses = token_losses(checkpoint.model, inputs, ids.roll(-1, dims=1), keep)
         total += losses.double().sum().item()
         tokens += losses.numel()
     return total / tokens, tokens
@@ -88,7 +91,8 @@ def answers(
     for batch in tqdm(_batches(items, batch_size), desc=progress, disable=progress is None, leave=False):
         prompts = [checkpoint.prompt(item.question, 1)[0] for item in batch]
         inputs = checkpoint.encode(prompts, [[item.image] for item in batch], "left")
-        output = checkpoint.model.generate(**inputs, max_new_tokens=max_new_tokens)
+        with checkpoint.running():
+            output = checkpoint.model.generate(**inputs, max_new_tokens=max_new_tokens)
         new = output[:, inputs["input_ids"].shape[1] :]
         given += checkpoint.tokenizer.batch_decode(new, skip_special_tokens=True)
     return given
@@ -139,9 +143,10 @@ def main(arguments: list[str] | None = None) -> None:
     add_question_arguments(parser, "--dataset")
     add_batch_argument(parser)
     options = parser.parse_args(arguments)
+    check_output(options)
     items = load_questions(options.dataset, options.questions, options.seed)
     folder = model_folder(options.model)
-    require_images(folder, read_config(folder))
+    require_images(folder, open_config(folder))
     checkpoint = open_checkpoint(options.model, options.device, options.dtype)
     loss = answer_perplexity(checkpoint, items, options.batch_size, progress="answers scored")
     given = answers(checkpoint, items, options.batch_size, options.max_new_tokens, progress="questions asked")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from casp.card import RESULTS_BEGIN, RESULTS_END
 from casp.errors import UserError
-from casp.folder import write_atomically
-from casp.run import REPORT_FILE
-from casp_eval.loading import compression_of
+from casp.files import write_atomically
+from casp.reading.config import quantization_of
 
 Row = dict[str, Any]
 
@@ -23,17 +21,6 @@ of the right answers, given image and question. *Exact match*: share of question
 after trimming, lower-casing and dropping a final dot; in brackets the 95% Wilson interval. A dash: not applicable."""
 
 
-def stage_report(folder: Path) -> dict[str, Any] | None:
-    """The casp_report.json that the stages leave in a checkpoint; None in a checkpoint that they did not make."""
-    path = folder / REPORT_FILE
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable JSON: delete it, or make the checkpoint again") from error
-
-
 def method_name(config: Any, report: dict[str, Any] | None) -> str:
     """What was done to a checkpoint, in a few words: "bf16", "SVD 25%", "GPTQ 2-bit g64", "CASP-GPTQ 2-3-bit",
     "QuIP# 2-bit + block and e2e FT".
@@ -41,7 +28,7 @@ def method_name(config: Any, report: dict[str, Any] | None) -> str:
     From the quantization_config that CASP wrote into the model's configuration; `report` gives the keep ratio when
     it has one.
     """
-    compression = compression_of(config)
+    compression = quantization_of(config)
     if not compression:
         name = str(config.dtype or "float32").removeprefix("torch.")
         return DENSE.get(name, name)

@@ -1,4 +1,4 @@
-"""Speed of QuIP#'s layers against dense ones: batch 1 to 16, as in generation, and the prefill of a long prompt.
+"""Speed of quantized layers against dense ones: batch 1 to 16, as in generation, and the prefill of a long prompt.
 
 Weights are cold, as they are in a model: each round runs every contender once, and the weights that are read in turn do
 not fit the last cache. Figures are medians of rounds; beside them stands the best round, which other work on the
@@ -17,40 +17,52 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from casp_quip_sharp.compiled import operators
-from casp_quip_sharp.kernels import implementations, product
-from casp_quip_sharp.linear import QuipSharpLinear, padded
 from torch import Tensor
 from torch.nn import functional as F
 
-from casp.cli import Parser, pick_device, positive_int, run_main
+from casp.cli import Parser, pick_device, run_main
 from casp.errors import UserError
-from casp.folder import write_json
+from casp.files import write_json
+from casp.kernels import implementations, operators, run
+from casp.numbers import whole
+from casp.outputs import check_file
 from casp_eval import ggml
+from casp_eval.generation_speed import measure_generation
+from casp_eval.random_layers import FAMILIES, GPTQ, bits_of, random_layer
 
-COLUMNS = ("backend", "what", "bits", "shape", "batch")
+COLUMNS = ("backend", "codebook", "what", "bits", "shape", "batch")
 TIMES = ("seconds", "dense_seconds", "dense_float32_seconds")
 LONG = 64  # vectors from which on a fifth of the rounds is enough
 Contender = Callable[[], Tensor]
 
 
 class Name(NamedTuple):
-    """Who runs: quip-sharp, torch or llama.cpp; what it computes (see the file's "what"); bits a weight."""
+    """Who runs: quip-sharp, gptq, torch or llama.cpp; codebook; what it computes (the file's "what"); bits."""
 
     backend: str
+    codebook: str
     what: str
     bits: float
 
 
-DENSE, DENSE_FLOAT32 = Name("torch", "dense", 16), Name("torch", "dense", 32)
+DENSE, DENSE_FLOAT32 = Name("torch", "none", "dense", 16), Name("torch", "none", "dense", 32)
+
+
+LEAST_WEIGHTS, MOST_WEIGHTS, MOST_FEATURES = 1 << 16, 1 << 28, 1 << 18
+"""Weights of a layer: of smaller ones it takes thousands to fill a cache, a larger one fills the memory."""
 
 
 def shape(text: str) -> tuple[int, int]:
     """Argparse type: OUTxIN, outputs and inputs of a layer."""
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    found = re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", text)
     if found is None:
-        raise argparse.ArgumentTypeError(f"{text} is not OUTxIN, say 4096x11008")
-    return int(found[1]), int(found[2])
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not OUTxIN, say 4096x11008")
+    out_features, in_features = int(found[1]), int(found[2])
+    if not LEAST_WEIGHTS <= out_features * in_features <= MOST_WEIGHTS:
+        raise argparse.ArgumentTypeError(f"{text} is not a layer of {LEAST_WEIGHTS} to {MOST_WEIGHTS} weights")
+    if max(out_features, in_features) > MOST_FEATURES:
+        raise argparse.ArgumentTypeError(f"{text} has a side of more than {MOST_FEATURES}, which no layer has")
+    return out_features, in_features
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_argument(
         "--batches",
-        type=positive_int,
+        type=whole(1, 1 << 14),
         nargs="+",
         default=[1, 4, 16, 1024],
         help="vectors multiplied at once, counts (default: 1 4 16 1024)",
@@ -80,8 +92,22 @@ def parser() -> argparse.ArgumentParser:
         help="bits per weight (default: 1 2 3 4)",
     )
     flags.add_argument(
+        "--codebooks",
+        nargs="+",
+        choices=FAMILIES,
+        default=list(FAMILIES),
+        help=f"of QuIP#'s layers, and {GPTQ} for GPTQ's (default: {' '.join(FAMILIES)})",
+    )
+    flags.add_argument(
+        "--generate",
+        type=whole(1, 4096),
+        metavar="N",
+        help="measure instead how fast a Llama of the 1B shape with random weights writes N tokens at batch 1 "
+        "(default: none)",
+    )
+    flags.add_argument(
         "--repeats",
-        type=positive_int,
+        type=whole(1, 10_000),
         default=25,
         help=f"rounds that a median is taken of, a count; a fifth for {LONG} vectors or more (default: %(default)s)",
     )
@@ -114,20 +140,8 @@ def device_name(device: torch.device) -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def random_layer(bits: int, out_features: int, in_features: int, device: torch.device) -> QuipSharpLinear:
-    """A layer of random codes and signs."""
-    layer = QuipSharpLinear(out_features, in_features, False, {"bits": bits})
-    for buffer in layer.buffers():
-        if buffer.dtype == torch.uint8:
-            buffer.random_(0, 256)
-        elif buffer.dtype == torch.int16:
-            buffer.random_(-(2**15), 2**15)
-        else:
-            buffer.fill_(1 / 64)
-    return layer.to(device)
-
-
 def contenders(
+    codebooks: list[str],
     bits: list[int],
     out_features: int,
     in_features: int,
@@ -137,7 +151,7 @@ def contenders(
 ) -> tuple[dict[Name, Contender], int]:
     """Functions that run each once, with weights of its own; and the bytes of all weights."""
     x = torch.randn(batch, in_features, device=device)
-    half, rotated = x.to(torch.bfloat16), torch.randn(batch, padded(in_features), device=device)
+    half = x.to(torch.bfloat16)
     weight = torch.randn(out_features, in_features, device=device)
     dense = weight.to(torch.bfloat16)
     found: dict[Name, Contender] = {
@@ -145,17 +159,24 @@ def contenders(
         DENSE_FLOAT32: lambda: F.linear(x, weight),
     }
     size = weight.nbytes + dense.nbytes
-    for width in bits:
-        layers = [random_layer(width, out_features, in_features, device) for _ in range(2)]
-        size += sum(buffer.nbytes for layer in layers for buffer in layer.buffers())
-        codes, residual_codes = layers[0].codes, getattr(layers[0], "residual_codes", None)
-        arguments = (rotated, codes, residual_codes, width, torch.bfloat16)
-        found[Name("quip-sharp", "kernel", width)] = lambda arguments=arguments: product(*arguments)
-        found[Name("quip-sharp", "layer", width)] = lambda layer=layers[1]: layer(half)
+    for codebook in codebooks:
+        for width in bits_of(codebook, bits):
+            layers = [random_layer(codebook, width, out_features, in_features, device) for _ in range(2)]
+            size += sum(buffer.nbytes for layer in layers for buffer in layer.buffers())
+            if codebook == GPTQ:
+                found[Name(GPTQ, "none", "layer", width)] = lambda layer=layers[1]: layer(half)
+                continue
+            first = layers[0]
+            kernel = first.codebook.product(first._buffers, out_features, first.columns, torch.bfloat16)
+            rotated = torch.randn(batch, first.columns, device=device)
+            found[Name("quip-sharp", codebook, "kernel", width)] = lambda kernel=kernel, x=rotated: run(kernel, x)
+            found[Name("quip-sharp", codebook, "layer", width)] = lambda layer=layers[1]: layer(half)
     if library is not None and device.type == "cpu" and in_features % ggml.BLOCK == 0:
         blocks = ggml.random_blocks(out_features, in_features)
         size += blocks.nbytes
-        found[Name("llama.cpp", "layer", 8 * ggml.BLOCK_BYTES / ggml.BLOCK)] = ggml.Product(library, blocks, x)
+        found[Name("llama.cpp", "IQ2_XXS", "layer", 8 * ggml.BLOCK_BYTES / ggml.BLOCK)] = ggml.Product(
+            library, blocks, x
+        )
     return found, size
 
 
@@ -171,6 +192,7 @@ def seconds_of(run: Contender, device: torch.device) -> float:
 
 
 def measure(
+    codebooks: list[str],
     bits: list[int],
     out_features: int,
     in_features: int,
@@ -180,7 +202,7 @@ def measure(
     library: ggml.Library | None = None,
 ) -> list[dict[str, object]]:
     """The rows of one shape and batch."""
-    arguments = (bits, out_features, in_features, batch, device, library)
+    arguments = (codebooks, bits, out_features, in_features, batch, device, library)
     first, size = contenders(*arguments)
     copies = -(-2 * last_cache_bytes(device) // size)
     sets = [first, *(contenders(*arguments)[0] for _ in range(copies - 1))]
@@ -230,13 +252,17 @@ def print_table(rows: list[dict[str, object]]) -> None:
 def main() -> None:
     """Measure every shape and batch and write speed.json."""
     args = parser().parse_args()
+    check_file(args.output / "speed.json", [{"device", "implementation", "rows"}])
     device = pick_device(args.device)
     library = None if args.ggml is None else ggml.Library(args.ggml)
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {args.output} cannot be made ({error.strerror}); choose another folder.") from error
-    chosen = next(one.name for one in implementations() if one.can(torch.zeros(1, 8, device=device)))
+    sample = random_layer("e8p", 2, 8, 8, device)
+    kernel = sample.codebook.product(sample._buffers, 8, sample.columns, torch.float32)
+    vector = torch.zeros(1, 8, device=device)
+    chosen = next(one.name for one in implementations() if one.can(kernel, vector))
     result = {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -248,14 +274,19 @@ def main() -> None:
         "repeats": args.repeats,
         "dense": "torch.nn.functional.linear in bfloat16, and in float32, on the same device in the same rounds",
         "what": "kernel: the product with the decoded codes; layer: QuipSharpLinear on bfloat16, transforms "
-        "included, or llama.cpp's product in IQ2_XXS on float32, rounding to 8 bits included",
+        "included, GPTQLinear with groups of 128, or llama.cpp's product in IQ2_XXS on float32, rounding to 8 bits "
+        "included",
         "rows": [],
     }
     print(f"{result['device']}, {result['threads']} threads, {chosen}; medians of {args.repeats} rounds, cold weights")
+    if args.generate is not None:
+        result["generation"] = measure_generation(args.generate, device)
+        write_json(args.output / "speed.json", result)
+        return
     print_headings()
     for out_features, in_features in args.shapes:
         for batch in args.batches:
-            rows = measure(args.bits, out_features, in_features, batch, device, args.repeats, library)
+            rows = measure(args.codebooks, args.bits, out_features, in_features, batch, device, args.repeats, library)
             print_table(rows)
             result["rows"] += rows
             write_json(args.output / "speed.json", result)

@@ -1,12 +1,10 @@
 """Quantize and fine-tune: `python -m casp_quip_sharp --model ... --bits 2`."""
 
 import argparse
-from pathlib import Path
 
 from casp.backend import Format
 from casp.cli import Parser, add_common_arguments, run_main
-from casp.errors import UserError
-from casp.hessians import Hessians, add_weighting_argument
+from casp.numbers import real, whole
 from casp.stage import FineTuning, add_quantizing_arguments, add_tuning_arguments, quantize_stage
 from casp_quip_sharp.backend import QuipSharp
 from casp_quip_sharp.codebook import FAMILIES, codebook_of, rates
@@ -44,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_argument(
         "--damping",
-        type=float,
+        type=real(0, 1),
         default=0.01,
         help="added to the Hessian's diagonal, as a share of its mean (default: %(default)s)",
     )
@@ -57,29 +55,13 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_argument(
         "--sweeps",
-        type=int,
+        type=whole(0, 1000),
         help="most rounds of coordinate descent after LDLQ, a count; none follows one that gained little "
         "(default: 4 with e8p, 1 with the trellis)",
     )
-    flags.add_argument(
-        "--hessians",
-        type=Path,
-        metavar="DIR",
-        help="output of the Hessian stage for this model (default: collect them on the way, each from what the blocks "
-        "quantized before put out)",
-    )
-    add_weighting_argument(flags)
     add_tuning_arguments(flags, block_rate=BLOCK_RATE, end_to_end_rate=END_TO_END_RATE)
     add_quantizing_arguments(flags)
     return flags
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """UserError for numbers outside their range."""
-    if not 0 < args.damping < 1:
-        raise UserError(f"--damping {args.damping:g} is not between 0 and 1; 0.01 is usual.")
-    if args.sweeps is not None and args.sweeps < 0:
-        raise UserError(f"--sweeps {args.sweeps} is negative; give 0 or more.")
 
 
 def label(format: Format, tuning: FineTuning) -> str:
@@ -94,7 +76,6 @@ def label(format: Format, tuning: FineTuning) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Quantize one model."""
     args = parser().parse_args(argv)
-    check_flags(args)
     tuning = FineTuning.from_flags(args)
     backend = QuipSharp()
     backend.format(args.bits, False, args.codebook, args.trellis_states)
@@ -105,17 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     ]
     sweeps = codebook_of(ladder[0]).effort.sweeps if args.sweeps is None else args.sweeps
     search = {"damping": args.damping, "search_scale": args.scale_search, "sweeps": sweeps}
-    hessians = None if args.hessians is None else Hessians(args.hessians)
-    quantize_stage(
-        args,
-        backend,
-        ladder,
-        search,
-        label(ladder[0], tuning),
-        tuning=tuning,
-        hessians=hessians,
-        token_weights=args.token_weights,
-    )
+    quantize_stage(args, backend, ladder, search, label(ladder[0], tuning), tuning=tuning)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from casp_quip_sharp.codebook import codebook_of
+from casp_quip_sharp.codebook import FAMILIES, codebook_of, rates
 from casp_quip_sharp.linear import TUNED, QuipSharpLinear, tensor_shapes
 from casp_quip_sharp.quantize import quantize_matrix
 
@@ -16,6 +17,8 @@ class QuipSharp:
     """The backend "quip-sharp". A format names bits and codebook, and "vectors": "tuned" where these are real."""
 
     name = "quip-sharp"
+    codebooks = FAMILIES
+    draft = MappingProxyType({"sweeps": 1, "search_scale": False})
 
     def format(self, bits: int, tuned: bool = False, codebook: str = "e8p", states: int = 8) -> dict[str, Any]:
         """The format of this width, its vectors as signs or, to be tuned, real; UserError when there is none."""
@@ -28,6 +31,12 @@ class QuipSharp:
             format |= {"vectors": TUNED}
         tensor_shapes(format, 1, 1)
         return format
+
+    def formats(
+        self, out_features: int, in_features: int, *, tuned: bool = False, codebook: str = "trellis", states: int = 8
+    ) -> list[dict[str, Any]]:
+        """One format a width, in ascending bytes; tuned: with real vectors; codebook, states: as in `format`."""
+        return [self.format(bits, tuned, codebook, states) for bits in sorted(rates(codebook, states))]
 
     def bytes(self, format: Mapping[str, Any], out_features: int, in_features: int) -> int:
         """Exact bytes of codes (inputs padded to whole groups), packed signs or vectors, and the scale."""

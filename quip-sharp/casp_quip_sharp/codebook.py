@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from casp.errors import UserError
+from casp_quip_sharp.kernels import Arguments, Product
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -65,9 +66,11 @@ class Codebook(Protocol):
     def points(self, stored: Mapping[str, Tensor], out_features: int, columns: int) -> Tensor:
         """What the stored codes stand for, in units of the scale: (out, columns) float32."""
 
-    def product(self, x: Tensor, stored: Mapping[str, Tensor], out_features: int, dtype: torch.dtype) -> Tensor:
-        """`x P^T`, (..., out) float32, of x (..., columns) float32 and these points; factors rounded to no less than
-        `dtype`. Differentiable in x."""
+    def product(self, stored: Mapping[str, Tensor], out_features: int, columns: int, dtype: torch.dtype) -> Product:
+        """The kernel of `x P^T` of x (vectors, columns) and these points; factors rounded to no less than `dtype`."""
+
+    def layer(self, stored: Mapping[str, Tensor]) -> tuple[str, Arguments]:
+        """The operator of quiptools that computes a whole layer, and its arguments that describe the codes."""
 
 
 FAMILIES = ("e8p", "trellis")

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from casp_quip_sharp.compiled import operators
+from casp.kernels import operators
 from casp_quip_sharp.orders import LARGEST_ORDER, construction, hadamard_matrix
 
 _RADIX = 16  # four butterfly levels as one small matrix product: a quarter of the passes over memory
@@ -155,13 +155,13 @@ def transform(x: Tensor, inverse: bool = False) -> Tensor:
 
 
 @cache
-def _factors(plan: Plan, inverse: bool, device: torch.device) -> list[Tensor]:
+def factors(plan: Plan, inverse: bool, device: torch.device) -> list[Tensor]:
     """The dense factors, float32, in the order in which they are applied after Sylvester's."""
-    factors = [_dense("hartley", plan.hartley, torch.float32, device)] if plan.hartley > 1 else []
+    found = [_dense("hartley", plan.hartley, torch.float32, device)] if plan.hartley > 1 else []
     for order in reversed(plan.orders):
         matrix = _dense("hadamard", order, torch.float32, device)
-        factors.append(matrix.T.contiguous() if inverse else matrix)
-    return factors
+        found.append(matrix.T.contiguous() if inverse else matrix)
+    return found
 
 
 def has_kernel(plan: Plan) -> bool:
@@ -171,8 +171,8 @@ def has_kernel(plan: Plan) -> bool:
 
 def transform_compiled(x: Tensor, plan: Plan, inverse: bool, instruction_set: str = "") -> Tensor:
     """The same by quiptools, for float32 on a CPU; "" is its fastest instruction set."""
-    factors = _factors(plan, inverse, x.device)
-    return operators().transform(x.reshape(-1, x.shape[-1]), factors, plan.power, instruction_set).view(x.shape)
+    parts = factors(plan, inverse, x.device)
+    return operators().transform(x.reshape(-1, x.shape[-1]), parts, plan.power, instruction_set).view(x.shape)
 
 
 def transform_reference(x: Tensor, plan: Plan, inverse: bool) -> Tensor:

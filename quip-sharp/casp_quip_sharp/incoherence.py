@@ -8,7 +8,7 @@ once fine-tuning has moved them (section 5), a real vector in their place.
 import torch
 from torch import Tensor
 
-from casp_quip_sharp.compiled import operators
+from casp.kernels import operators
 from casp_quip_sharp.hadamard import transform
 
 

@@ -1,36 +1,24 @@
-"""The product of activations and codes, `x P^T`, by the fastest implementation that can do it.
+"""The product of activations and codes, `x P^T`, and the whole layer around it, as kernels of `casp.kernels`.
 
-`Reference` decodes P in plain PyTorch and multiplies. It works for everything, is differentiable in x, and is what the
-kernels of `quiptools` are tested against. They multiply up to 16 vectors straight from the codes; for more, they decode
-in tiles and leave the product to the matrix library.
+A codebook's product decodes P in plain PyTorch and multiplies, or has an operator of quiptools that multiplies up to 16
+vectors straight from the codes; for more, it decodes in tiles and leaves the product to the matrix library.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from casp.kernels import has_operator, multiplies_natively, run, warn_of_plain_pytorch
 from casp_quip_sharp.codebooks import STAGES, UNIT, decode, half_patterns, odd_negatives, table
-from casp_quip_sharp.compiled import has_cuda_kernels, operators, warn_of_plain_pytorch
+from casp_quip_sharp.hadamard import Plan, factors, has_kernel, transform_plan
 
 # The product before the scale is some 30 times the output: float16 would overflow where outputs are large.
 _HEADROOM = 32
-LARGEST_DIRECT_BATCH = 16  # the most vectors that the kernels multiply straight from the codes
-
-
-class Implementation(Protocol):
-    """One way to compute the product."""
-
-    name: str
-
-    def can(self, x: Tensor) -> bool:
-        """Whether it takes these vectors, (batch, in) float32, on their device, outside or inside of training."""
-
-    def product(self, x: Tensor, codes: Tensor, residual_codes: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
-        """What `product` of this module says, for x (batch, in)."""
+Arguments = tuple[object, ...]
 
 
 def decoded(codes: Tensor, residual_codes: Tensor | None, bits: int) -> Tensor:
@@ -49,21 +37,6 @@ def multiply(x: Tensor, points: Tensor, dtype: torch.dtype) -> Tensor:
     return F.linear((x / _HEADROOM).to(dtype), points.to(dtype)).float() * _HEADROOM
 
 
-@dataclass(frozen=True)
-class Reference:
-    """Decode, then multiply in `dtype`: plain PyTorch, any device."""
-
-    name: str = "reference"
-
-    def can(self, x: Tensor) -> bool:
-        """Always."""
-        return True
-
-    def product(self, x: Tensor, codes: Tensor, residual_codes: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
-        """See `Implementation`."""
-        return multiply(x, decoded(codes, residual_codes, bits), dtype)
-
-
 @cache
 def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """What the kernels look up, (256, 8) float32 both: patterns, with the sign that parity asks for, and E8 points."""
@@ -72,86 +45,107 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(patterns).to(device, torch.float32), table("e8", device).float() * UNIT
 
 
-def _arguments(codes: Tensor, residual_codes: Tensor | None, bits: int) -> tuple[Tensor | float | None, ...]:
-    """What every operator of quiptools takes to know the matrix."""
+def e8p_arguments(codes: Tensor, residual_codes: Tensor | None, bits: int) -> Arguments:
+    """What every operator of quiptools takes to know a matrix of E8 codes."""
     return codes, residual_codes, *_tables(codes.device), STAGES[bits][-1].scale
 
 
-def _needs_gradient(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and x.requires_grad
+@dataclass(frozen=True)
+class Product:
+    """`x P^T`, (vectors, out) float32, of x (vectors, in) float32; factors may be rounded to `dtype`.
+
+    operator: of quiptools; matrix: its arguments that describe P; points: P itself, (out, in) float32.
+    """
+
+    operator: str
+    matrix: Arguments
+    points: Callable[[], Tensor]
+    dtype: torch.dtype
+    trains: bool = False
+
+    def fits(self, x: Tensor) -> bool:
+        """See `Kernel`."""
+        return True
+
+    def arguments(self) -> Arguments:
+        """See `Kernel`."""
+        on_cpu = self.matrix[0].device.type == "cpu"
+        return *self.matrix, torch.float32 if on_cpu and not multiplies_natively(self.dtype) else self.dtype
+
+    def reference(self, x: Tensor) -> Tensor:
+        """See `Kernel`."""
+        return multiply(x, self.points(), self.dtype)
+
+    def weight(self) -> Tensor:
+        """See `Kernel`."""
+        return self.points()
 
 
-@cache
-def _multiplies_natively(dtype: torch.dtype) -> bool:
-    """Whether this CPU has instructions for products in `dtype`; without them float32 is several times faster."""
-    if dtype == torch.bfloat16:
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return dtype == torch.float16 and torch.cpu._is_amx_fp16_supported()
+def e8p_product(codes: Tensor, residual_codes: Tensor | None, bits: int, dtype: torch.dtype) -> Product:
+    """The product with a matrix of E8 codes: (out, in / 8), int16 or at 1 bit uint8; residual_codes at 3 and 4 bits."""
+    matrix = e8p_arguments(codes, residual_codes, bits)
+    return Product("product", matrix, lambda: decoded(codes, residual_codes, bits), dtype)
+
+
+def multiply_codes(x: Tensor, product: Product, out_features: int) -> Tensor:
+    """`x P^T`, (..., out) float32, by the fastest implementation; a warning says once where there is only the plain."""
+    vectors = x.reshape(-1, x.shape[-1])
+    if not has_operator(product.operator, x.device.type):
+        warn_of_plain_pytorch(x.device.type)
+    return run(product, vectors).view(*x.shape[:-1], out_features)
 
 
 @dataclass(frozen=True)
-class CompiledCPU:
-    """The kernels of one instruction set, in float32 whatever `dtype` allows.
+class Layer:
+    """`y = U^T W~ V x + b`, x (..., in) and y (..., out) of x's dtype, in one operator.
 
-    Only many vectors are multiplied in `dtype`, where the CPU has instructions for that.
+    operator, matrix: as of `Product`; in_vector, out_vector: packed signs (uint8) or floats, of the padded inputs and
+    of the outputs; scale: multiplies out_vector, None for 1; plain: the whole in PyTorch; dense: the weight.
     """
 
-    instruction_set: str
+    operator: str
+    matrix: Arguments
+    in_vector: Tensor
+    out_vector: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+    columns: int
+    rows: int
+    dtype: torch.dtype
+    plain: Callable[[Tensor], Tensor]
+    dense: Callable[[], Tensor]
 
     @property
-    def name(self) -> str:
-        """cpu-avx2 and the like."""
-        return f"cpu-{self.instruction_set}"
+    def trains(self) -> bool:
+        """See `Kernel`."""
+        tensors = (self.in_vector, self.out_vector, self.scale, self.bias)
+        return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
-    def can(self, x: Tensor) -> bool:
-        """Anything on a CPU outside of training."""
-        return x.device.type == "cpu" and not _needs_gradient(x)
+    def fits(self, x: Tensor) -> bool:
+        """Where quiptools has the transforms of both sides."""
+        return all(has_kernel(transform_plan(width)) for width in (self.columns, self.rows))
 
-    def product(self, x: Tensor, codes: Tensor, residual_codes: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
-        """See `Implementation`."""
-        arguments = _arguments(codes, residual_codes, bits)
-        if len(x) > LARGEST_DIRECT_BATCH and _multiplies_natively(dtype):
-            return multiply(x, operators().decode(*arguments, self.instruction_set), dtype)
-        return operators().product(x, *arguments, self.instruction_set)
+    def arguments(self) -> Arguments:
+        """See `Kernel`."""
+        device = self.out_vector.device
+        into, back = transform_plan(self.columns), transform_plan(self.rows)
+        return (
+            *self.matrix,
+            *_side(self.in_vector, into, False, device),
+            *_side(self.out_vector, back, True, device),
+            self.scale,
+            self.bias,
+            multiplies_natively(self.dtype),
+        )
 
+    def reference(self, x: Tensor) -> Tensor:
+        """See `Kernel`."""
+        return self.plain(x)
 
-@dataclass(frozen=True)
-class CompiledCUDA:
-    """The CUDA kernels: straight from the codes for small batches, in float32; else decode and cuBLAS in `dtype`."""
-
-    name: str = "cuda"
-
-    def can(self, x: Tensor) -> bool:
-        """Anything on a CUDA device outside of training."""
-        return x.device.type == "cuda" and not _needs_gradient(x)
-
-    def product(self, x: Tensor, codes: Tensor, residual_codes: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
-        """See `Implementation`."""
-        arguments = _arguments(codes, residual_codes, bits)
-        if len(x) > LARGEST_DIRECT_BATCH:
-            return multiply(x, operators().decode(*arguments), dtype)
-        return operators().product(x, *arguments)
+    def weight(self) -> Tensor:
+        """See `Kernel`."""
+        return self.dense()
 
 
-@cache
-def implementations() -> tuple[Implementation, ...]:
-    """Those of this machine, the fastest first; the reference, which can do everything, is last."""
-    if operators() is None:
-        return (Reference(),)
-    on_cpu = (CompiledCPU(name) for name in operators().instruction_sets())
-    on_cuda = (CompiledCUDA(),) if has_cuda_kernels() else ()
-    return (*on_cpu, *on_cuda, Reference())
-
-
-def product(x: Tensor, codes: Tensor, residual_codes: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
-    """`x P^T`, (..., out) float32, for the P (out, in) that `codes` stand for in units of the scale.
-
-    x: (..., in) float32, in a multiple of 8; codes: (out, in / 8), int16 or at 1 bit uint8; residual_codes: at 3 and 4
-    bits (out, in / 8), uint8 or int16; dtype: what the factors may be rounded to. Where autograd needs the gradient in
-    x, the reference computes the product; where only the kernels of this device are missing, a warning says so once.
-    """
-    vectors = x.reshape(-1, x.shape[-1])
-    chosen = next(one for one in implementations() if one.can(vectors))
-    if isinstance(chosen, Reference) and not _needs_gradient(vectors):
-        warn_of_plain_pytorch(x.device.type)
-    return chosen.product(vectors, codes, residual_codes, bits, dtype).view(*x.shape[:-1], len(codes))
+def _side(vector: Tensor, plan: Plan, inverse: bool, device: torch.device) -> Arguments:
+    return vector, factors(plan, inverse, device), plan.power

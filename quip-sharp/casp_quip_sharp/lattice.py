@@ -9,7 +9,7 @@ from torch import Tensor
 from casp.errors import UserError
 from casp_quip_sharp.codebook import Effort, Shapes
 from casp_quip_sharp.codebooks import GAUSSIAN_SCALE, GROUP, STAGES
-from casp_quip_sharp.kernels import decoded, product
+from casp_quip_sharp.kernels import Arguments, Product, decoded, e8p_arguments, e8p_product
 from casp_quip_sharp.ldlq_compiled import descend_block_compiled, round_block_compiled
 from casp_quip_sharp.search import descend_block_reference, round_block_reference
 
@@ -63,6 +63,10 @@ class Lattice:
         """See `Codebook`."""
         return decoded(stored["codes"], stored.get("residual_codes"), self.bits)
 
-    def product(self, x: Tensor, stored: Mapping[str, Tensor], out_features: int, dtype: torch.dtype) -> Tensor:
+    def product(self, stored: Mapping[str, Tensor], out_features: int, columns: int, dtype: torch.dtype) -> Product:
         """See `Codebook`."""
-        return product(x, stored["codes"], stored.get("residual_codes"), self.bits, dtype)
+        return e8p_product(stored["codes"], stored.get("residual_codes"), self.bits, dtype)
+
+    def layer(self, stored: Mapping[str, Tensor]) -> tuple[str, Arguments]:
+        """See `Codebook`."""
+        return "layer", e8p_arguments(stored["codes"], stored.get("residual_codes"), self.bits)

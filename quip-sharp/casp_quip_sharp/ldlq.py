@@ -7,6 +7,7 @@ where `N_k = E_k + sum_{j>k} E_j A_jk`. So the value wanted for group k, once th
 is 8 columns for the lattice E8 and one column for a trellis.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -37,14 +38,15 @@ def block_ldl(hessian: Tensor, damping: float, group: int, name: str = "weight")
 
     UserError as `damped_cholesky`.
     """
-    lower, _ = damped_cholesky(hessian, damping, name)
+    lower, used = damped_cholesky(hessian, damping, name)
     corners = _corners(lower, group)
     if group == 1:
         feedback = lower / corners[:, 0, 0]
     else:
         inverse = torch.linalg.solve_triangular(corners, torch.eye(group).to(corners).expand_as(corners), upper=False)
         feedback = torch.einsum("igj,gjk->igk", lower.unflatten(1, (-1, group)), inverse).reshape(lower.shape)
-    damped = ((hessian + hessian.T) / 2).float()
+    # Without a factor of its own the Hessian counts by its diagonal alone, in the sweeps as in the feedback.
+    damped = ((hessian + hessian.T) / 2).float() if used < math.inf else torch.zeros_like(lower, dtype=torch.float32)
     damped.diagonal().copy_(lower.square().sum(1))  # damping has moved nothing else; cheaper than the whole product
     return Factors(damped, feedback.float())
 

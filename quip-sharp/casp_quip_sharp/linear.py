@@ -8,9 +8,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from casp.errors import UserError
+from casp.kernels import run
 from casp.linear import QuantizedLinear
 from casp_quip_sharp.codebook import Codebook, codebook_of
 from casp_quip_sharp.incoherence import original_weight, packed_signs, rotate, rotate_back, unpack_signs
+from casp_quip_sharp.kernels import Layer, multiply_codes
 
 SIGNS, TUNED = "signs", "tuned"  # how a format stores the vectors of both sides
 
@@ -80,14 +82,27 @@ class QuipSharpLinear(QuantizedLinear):
         """The dense (out_features, in_features) weight, float32."""
         return original_weight(self.points(), *self.vectors())[:, : self.in_features]
 
+    def _layer(self, dtype: torch.dtype) -> Layer:
+        operator, matrix = self.codebook.layer(self._buffers)
+        if self.is_tuned:
+            sides = self.in_vector, self.out_vector, None
+        else:
+            sides = self.in_signs, self.out_signs, self.scale
+        sizes = self.columns, self.out_features
+        return Layer(operator, matrix, *sides, self.bias, *sizes, dtype, self._plain, self.dequantize)
+
+    def _plain(self, x: Tensor) -> Tensor:
+        """The layer by parts, each by what is fastest on its device; differentiable in tuned vectors too."""
+        out_vector, in_vector = self.vectors()
+        extra = self.columns - self.in_features
+        rotated = rotate(F.pad(x.float(), (0, extra)) if extra else x.float(), in_vector)
+        product = self.codebook.product(self._buffers, self.out_features, self.columns, x.dtype)
+        y = rotate_back(multiply_codes(rotated, product, self.out_features), out_vector)
+        return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_features) to (..., out_features) of x's dtype; factors are rounded to no less than that.
 
         Differentiable in x and in tuned vectors.
         """
-        out_vector, in_vector = self.vectors()
-        extra = self.columns - self.in_features
-        rotated = rotate(F.pad(x.float(), (0, extra)) if extra else x.float(), in_vector)
-        product = self.codebook.product(rotated, self._buffers, self.out_features, x.dtype)
-        y = rotate_back(product, out_vector)
-        return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
+        return run(self._layer(x.dtype), x)

@@ -32,6 +32,8 @@ def nearest_e8p_one(vector, tables, size, order, top):
             size[i] = abs(u)
             norm += u * u
             total += size[i]
+        if not norm < np.inf:  # no order among NaN: the places below would lie anywhere
+            return 0
         for i in range(8):  # counting the larger ones takes no branches, unlike any sort of eight numbers
             place = 0
             for j in range(8):

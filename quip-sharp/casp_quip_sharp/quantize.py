@@ -1,5 +1,6 @@
 """One weight matrix from floats to QuIP#'s tensors: scales, incoherence, LDLQ, sweeps."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -163,6 +164,8 @@ def quantize_matrix(
         for vector in in_vectors
     ]
     usual = gaussian_scale(bases[0].weight, codebook)
+    if not math.isfinite(usual) or not all(torch.isfinite(basis.weight).all() for basis in bases):
+        raise UserError(f"{name}: its weights are too large, up to {weight.abs().max():.1e}; check the checkpoint.")
     if usual and search_scale:
         chosen, rounded = round_best(rank_scales(bases, codebook), codebook, sweeps)
     else:

@@ -1,8 +1,8 @@
 """Weighted error and seconds of the codebooks, state sizes and numbers of sweeps on matrices of a model.
 
-    bash python.sh quip-sharp/experiments/error_against_time.py --model demo-llama --hessians DIR --output FILE.json
+    bash python.sh quip-sharp/experiments/error_against_time.py --model demo-llama --moments DIR --output FILE.json
 
-`--hessians` is the output of quip-sharp/scripts/hfize_llama.sh. Errors are `tr(D H D^T) / tr(W H W^T)`, the geometric
+`--moments` is the output of quip-sharp/scripts/hfize_llama.sh. Errors are `tr(D H D^T) / tr(W H W^T)`, the geometric
 mean over the matrices; seconds are CPU time of one thread for all of them.
 """
 
@@ -14,10 +14,12 @@ import torch
 from casp_quip_sharp.backend import QuipSharp
 
 from casp.cli import Parser, model_folder, run_main
-from casp.folder import write_json
-from casp.hessians import Hessians
+from casp.files import write_json
 from casp.models import Decoder
-from casp.quantize import matrix_generator, weighted_error
+from casp.moments.find import ON_THE_WAY
+from casp.moments.store import Moments
+from casp.quantize import weighted_error
+from casp.seed import matrix_generator
 
 BLOCKS = (0, 3, 12, 25)
 SWEEPS = (0, 1, 2, 3, 4)
@@ -25,16 +27,14 @@ SWEEPS = (0, 1, 2, 3, 4)
 
 def problems(model: str, folder: Path, blocks: list[int]) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
     """(path, weight float32, Hessian) of the linears of some blocks, one of each group that shares its input."""
-    decoder, hessians = Decoder.open(model_folder(model)), Hessians(folder)
+    decoder, moments = Decoder.open(model_folder(model)), Moments(folder)
     found = []
     for index in blocks:
         block = decoder.load_block(index, torch.device("cpu"), torch.float32)
-        paths = decoder.linears(index).values()
-        known = hessians.read(index, {path: block.get_submodule(path).in_features for path in paths})
-        for group, hessian in known:
-            found.append(
-                (f"{decoder.blocks[index]}.{group[0]}", block.get_submodule(group[0]).weight.detach(), hessian)
-            )
+        known = moments.read(index)
+        for path, *_ in known.groups:
+            weight = block.get_submodule(path).weight.detach()
+            found.append((f"{decoder.blocks[index]}.{path}", weight, known[path].hessian(ON_THE_WAY)))
     return found
 
 
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     flags = Parser(prog="error_against_time.py", description=__doc__.splitlines()[0])
     flags.add_argument("--model", default="demo-llama", help="folder or name (default: %(default)s)")
-    flags.add_argument("--hessians", type=Path, required=True, help="output of the Hessian stage for this model")
+    flags.add_argument("--moments", type=Path, required=True, help="output of the moments' stage for this model")
     flags.add_argument("--bits", type=int, nargs="+", default=[2], help="bits a weight (default: %(default)s)")
     flags.add_argument("--blocks", type=int, nargs="+", default=BLOCKS, help="blocks (default: %(default)s)")
     flags.add_argument(
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure everything and write it."""
     args = parser().parse_args(argv)
     torch.set_num_threads(1)
-    matrices, rows = problems(args.model, args.hessians, args.blocks), []
+    matrices, rows = problems(args.model, args.moments, args.blocks), []
     backend = QuipSharp()
     for bits in args.bits:
         formats = [backend.format(bits)] + [backend.format(bits, False, "trellis", states) for states in args.states]

@@ -4,7 +4,7 @@
 # Defaults are the paper's: LLaVA-1.5-7B (calibrated on images and text), 2 bits. Flags given here are passed on to the stage, --help explains each.
 # Some uses:
 #   bash quip-sharp/scripts/quantize_finetune_llava.sh --model demo-llava              the built-in model
-#   bash quip-sharp/scripts/quantize_finetune_llava.sh --hessians DIR --bits 4      with the output of hfize_llava.sh
+#   bash quip-sharp/scripts/quantize_finetune_llava.sh --moments DIR --bits 4       with the output of hessian_offline_llava.sh
 #   bash quip-sharp/scripts/quantize_finetune_llava.sh --ft-epochs 0                quantize only
 # After SVD/scripts/svd_llava.sh it takes that stage's output and spends the bytes which the low-rank W_q and W_k freed
 # on more bits where block influence is highest (CASP-QuIP#); --from-original quantizes the model itself.

@@ -304,7 +304,7 @@ def test_unknown_set(tiny_llama: Path, name: str):
 
 
 def test_unreadable_files(tiny_llama: Path, tmp_path: Path):
-    with pytest.raises(UserError, match=r"missing.txt: No such file"):
+    with pytest.raises(UserError, match=r"missing.txt cannot be read .no such file"):
         batches(tiny_llama, tmp_path / "missing.txt")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match=r"latin.txt is not UTF-8"):
@@ -314,12 +314,12 @@ def test_unreadable_files(tiny_llama: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{not json", "line 3 of .* is not JSON"),
-        ("[1, 2]", "line 3 of .* has neither"),
+        ("{not json", "line 3 of .* is not valid JSON"),
+        ("[1, 2]", "line 3 of .* does not hold a JSON object"),
         ('{"image": "0.png", "question": "q"}', "line 3 of .* has neither"),
-        ('{"image": "0.png", "question": "q", "answer": 3}', "line 3 of .* has neither"),
+        ('{"image": "0.png", "question": "q", "answer": 3}', "line 3 of .* has no text in quotes"),
         ('{"text": "words"}', "line 3 of .* another kind"),
-        ('{"image": "none.png", "question": "q", "answer": "a"}', "line 3 of .*none.png, which does not open"),
+        ('{"image": "none.png", "question": "q", "answer": "a"}', "line 3 of .*none.png cannot be read .no such file"),
         ('{"image": "chats.jsonl", "question": "q", "answer": "a"}', "line 3 of .* does not open"),
     ],
 )
@@ -334,7 +334,7 @@ def test_bad_rows_are_named(tiny_llava: Path, chat_file: Path, line: str, messag
 def test_truncated_image(tiny_llava: Path, chat_file: Path):
     picture = chat_file.parent / "4.png"
     picture.write_bytes(picture.read_bytes()[:60])
-    with pytest.raises(UserError, match=r"line 5 of .*4.png, which does not open"):
+    with pytest.raises(UserError, match=r"line 5 of .*4.png does not open"):
         batches(tiny_llava, chat_file, samples=10)
 
 

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CLIPConfig, GPT2Config, GPT2LMHeadModel
 
 from casp.cli import model_folder, pick_device, stage_input
+from casp.digest import content_hash
 from casp.errors import UserError
 from casp.models import Decoder
-from casp.shards import INDEX, content_hash
+from casp.shards import INDEX
 
 CPU = torch.device("cpu")
 
@@ -144,7 +145,7 @@ def damage_vision_only(folder: Path) -> None:
         (damage_header, "damaged header"),
         (damage_empty, "truncated or not a safetensors file"),
         (damage_remove, "missing"),
-        (damage_index, "not a safetensors index"),
+        (damage_index, "index.* is not valid JSON"),
         (damage_pickled, "convert the checkpoint to safetensors"),
         (damage_config, "no-such-model"),
         (damage_json, r"config\.json"),

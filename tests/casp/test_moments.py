@@ -1,10 +1,17 @@
+"""Second moments against plain products in float64, their packed form, and the damped Cholesky factor."""
+
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from casp.errors import UserError
-from casp.moments import SecondMoment, damped_cholesky
+from casp.moments import SecondMoment, damped_cholesky, second_moment
+from casp.moments.second_moment import packed, unpacked
 
 
 @pytest.fixture
@@ -42,6 +49,37 @@ def test_half_precision_inputs_are_multiplied_in_float32(generator):
     moment.add(x)
     expected = x.double().T @ x.double() / 1000
     torch.testing.assert_close(moment.value(), expected, rtol=1e-5, atol=1e-6)
+
+
+@given(size=st.integers(1, 1200), tokens=st.integers(1, 40), seed=st.integers(0, 2**31))
+@settings(deadline=None, max_examples=25)
+def test_panels_make_the_whole_matrix(size, tokens, seed):
+    """Widths on all sides of a panel's 512 rows; the triangle is the upper half row after row."""
+    x = torch.randn(tokens, size, generator=torch.Generator().manual_seed(seed))
+    moment = SecondMoment(size)
+    moment.add(x)
+    value, expected = moment.value(), x.double().T @ x.double() / tokens
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(value, value.T)
+    rows, columns = torch.triu_indices(size, size)
+    assert torch.equal(moment.triangle(), value[rows, columns].float())
+    assert torch.equal(packed(value), moment.triangle())
+    assert torch.equal(unpacked(moment.triangle()), value.float())
+
+
+def test_no_triangle():
+    with pytest.raises(ValueError, match="5 numbers"):
+        unpacked(torch.zeros(5))
+
+
+def test_wide_sums_are_kept_in_single_precision(monkeypatch, generator):
+    monkeypatch.setattr(second_moment, "WIDEST_DOUBLE", 8)
+    x = torch.randn(300, 9, generator=generator)
+    moment = SecondMoment(9)
+    for part in x.split(50):
+        moment.add(part)
+    assert moment.value().dtype == torch.float32
+    torch.testing.assert_close(moment.value().double(), x.double().T @ x.double() / 300, rtol=1e-4, atol=1e-6)
 
 
 def test_nothing_added_is_zero():
@@ -94,9 +132,30 @@ def test_cholesky_of_nan_names_the_layer(bad):
         damped_cholesky(matrix, 0.01, "layers.7")
 
 
-def test_cholesky_of_no_second_moment_is_refused():
+def test_what_is_no_second_moment(caplog):
     with pytest.raises(UserError, match="negative"):
         damped_cholesky(torch.diag(torch.tensor([1.0, -1.0])), 0.01, "layer")
     hopeless = torch.tensor([[1e-9, 1e9], [1e9, 1e-9]])
-    with pytest.raises(UserError, match="no Cholesky factor"):
-        damped_cholesky(hopeless, 0.0, "layer")
+    lower, damping = damped_cholesky(hopeless, 0.0, "layer")
+    assert damping == float("inf")
+    assert torch.equal(lower, lower.diagonal().diag())  # each column for itself: rounding without feedback
+    assert "layer: no Cholesky factor" in caplog.text
+
+
+@pytest.mark.slow
+def test_the_widest_matrix_of_70b_fits():
+    """28,672 wide: sum, triangle and the matrix read back take at most 8 GB together."""
+    program = """
+import resource, torch
+from casp.moments.second_moment import SecondMoment, unpacked
+moment = SecondMoment(28672)
+x = torch.randn(64, 28672)
+moment.add(x)
+triangle = moment.triangle()
+del moment
+matrix = unpacked(triangle)
+assert torch.allclose(matrix[-300:, :5], x[:, -300:].T @ x[:, :5] / 64, atol=1e-4)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 8

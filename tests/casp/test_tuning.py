@@ -173,7 +173,7 @@ def test_what_may_move(tiny_llama, tmp_path, toy_site):
 def test_end_to_end(tiny_llama, tmp_path, toy_site, checkpointing):
     run, backend, teacher = toy_run(tiny_llama, tmp_path / "out")
     decoder = run.decoder
-    scales = {name: tensor for shard in run.folder.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+    scales = {name: tensor for shard in run.result.glob("*.safetensors") for name, tensor in load_file(shard).items()}
     generator = torch.Generator().manual_seed(0)
     wrong = {
         name: s * (0.4 + 1.2 * torch.rand(s.shape, generator=generator, dtype=s.dtype))

@@ -19,6 +19,10 @@ class ToyLinear(QuantizedLinear):
 
 class Toy:
     name = "toy"
+    draft = {}
+
+    def formats(self, out_features, in_features, *, tuned=False, **words):
+        return [{"bits": bits} for bits in (2, 4, 8)]
 
     def bytes(self, format, out_features, in_features):
         return out_features * in_features + 2 * out_features

@@ -130,10 +130,13 @@ def test_the_seed_draws_from_a_long_file(pictures):
         ('{"image": "0.png", "question": "What?"', "line 1 of"),
         ('{"image": "0.png", "question": "What?"}', "line 1 of"),
         ("[1]", "line 1 of"),
-        ('{"image": "0.png", "question": "What?", "answer": " "}', "has an empty answer"),
-        ('{"image": "9.png", "question": "What?", "answer": "cat"}', "does not open (no such file)"),
-        ('{"image": "bad.jsonl", "question": "What?", "answer": "cat"}', "not a picture"),
-        ("", "has no questions"),
+        ('{"image": "0.png", "question": "What?", "answer": " "}', "or a blank one, as 'answer'"),
+        ('{"image": "9.png", "question": "What?", "answer": "cat"}', "9.png cannot be read (no such file)"),
+        (
+            '{"image": "bad.jsonl", "question": "What?", "answer": "cat"}',
+            "bad.jsonl does not open (cannot identify image file",
+        ),
+        ("", "has no usable rows"),
     ],
 )
 def test_bad_questions_are_named(refused, tiny_llava, tmp_path, row, message):

@@ -4,35 +4,50 @@ import json
 
 import pytest
 import torch
-from casp_eval import speed
+from casp_eval import generation_speed, speed
 
 
 def test_rows_and_table(run_module, tmp_path):
-    words = ["--shapes", "24x40", "16x64", "--batches", "1", "80", "--bits", "1", "3", "--repeats", "2"]
+    words = ["--shapes", "256x264", "320x256", "--batches", "1", "80", "--bits", "1", "3", "--repeats", "2"]
     done = run_module("casp_eval.speed", "--output", tmp_path / "new", *words, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "new/speed.json").read_text())
     assert result["device"]
     assert result["threads"] >= 1
     assert result["implementation"].startswith(("cpu-", "reference"))
-    rows = {(row["what"], row["bits"], row["shape"], row["batch"]): row for row in result["rows"]}
+    rows = {(row["codebook"], row["what"], row["bits"], row["shape"], row["batch"]): row for row in result["rows"]}
+    kinds = [
+        (codebook, what, bits) for codebook in ("e8p", "trellis") for what in ("kernel", "layer") for bits in (1, 3)
+    ]
     assert set(rows) == {
-        (what, bits, shape, batch)
-        for what in ("kernel", "layer")
-        for bits in (1, 3)
-        for shape in ("24x40", "16x64")
+        (*kind, shape, batch)
+        for kind in (*kinds, ("none", "layer", 3))
+        for shape in ("256x264", "320x256")
         for batch in (1, 80)
     }
     for row in rows.values():
-        assert (row["backend"], row["device"]) == ("quip-sharp", "cpu")
+        assert row["backend"] == ("gptq" if row["codebook"] == "none" else "quip-sharp")
+        assert row["device"] == "cpu"
         assert row["speedup_vs_dense"] == pytest.approx(row["dense_seconds"] / row["seconds"])
         assert 0 < row["dense_float32_least_seconds"] <= row["dense_float32_seconds"]
         assert 0 < row["least_seconds"] <= row["seconds"]
         assert 0 < row["dense_least_seconds"] <= row["dense_seconds"]
     table = done.stdout.splitlines()
     assert len(table) == 2 + len(rows)
-    assert table[1].split()[:7] == ["backend", "what", "bits", "shape", "batch", "seconds", "dense"]
-    assert all(len(line.split()) == 13 for line in table[2:])
+    assert table[1].split()[:8] == ["backend", "codebook", "what", "bits", "shape", "batch", "seconds", "dense"]
+    assert all(len(line.split()) == 14 for line in table[2:])
+
+
+def test_generation_measures_every_kind_of_linear_and_leaves_the_head():
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape |= {"num_key_value_heads": 1, "vocab_size": 50}
+    rows = generation_speed.measure_generation(8, torch.device("cpu"), shape, rounds=1)
+    assert [(row["codebook"], row["bits"]) for row in rows] == [("dense", 16), *generation_speed.QUANTIZED]
+    assert rows[0]["speedup_vs_dense"] == 1
+    model = generation_speed.random_llama(shape, torch.device("cpu"))
+    assert len(generation_speed.linears_of(model)) == 7
+    generation_speed.put(model, {"layers.0.self_attn.q_proj": torch.nn.Identity()})
+    assert isinstance(model.model.layers[0].self_attn.q_proj, torch.nn.Identity)
 
 
 def test_weights_of_a_round_exceed_the_last_cache(monkeypatch):
@@ -48,7 +63,7 @@ def test_weights_of_a_round_exceed_the_last_cache(monkeypatch):
 
     monkeypatch.setattr(speed, "contenders", counted)
     monkeypatch.setattr(speed, "last_cache_bytes", lambda device: 2**16)
-    speed.measure([2], 64, 64, 1, cpu, 1)
+    speed.measure(["e8p"], [2], 64, 64, 1, cpu, 1)
     assert sum(made) >= 2 * 2**16 > sum(made[1:])
 
 

@@ -16,6 +16,8 @@ from casp.budget import original_bytes
 from casp.checkpoint import size
 from casp.errors import UserError
 from casp.models import Decoder
+from casp.moments import __main__ as moments
+from casp.moments.find import COLLECTED
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,7 @@ def test_a_byte_budget_is_met_and_never_exceeded(stage, tiny_llama, tmp_path):
 
 
 def test_the_plain_export_holds_the_same_tensors(stage, tiny_llama, tmp_path):
-    for _ in range(2):  # an earlier export is replaced
+    for _ in range(2):  # the second finds both finished
         stage("--model", tiny_llama, "--bits", 4, "--output", tmp_path / "out", "--export", "gptq")
     plain = tmp_path / "out-gptqmodel"
     config = json.loads((plain / "config.json").read_text())["quantization_config"]
@@ -119,22 +121,25 @@ def test_what_a_plain_checkpoint_cannot_hold_is_said_before_any_work(stage, tiny
         stage("--model", tiny_llama, "--output", output, "--export", "gptq", "--group-size", 64)
     with pytest.raises(UserError, match="groups of"):
         stage("--model", tiny_llama, "--output", output, "--export", "gptq", "--group-size", 48)
-    with pytest.raises(UserError, match="one bit width"):
+    with pytest.raises(UserError, match=r"one (bit width|format)"):
         stage("--model", tiny_llama, "--output", output, "--export", "gptq", "--bits-budget", 4)
     mixed = {"a": {"format": {"bits": 2, "group_size": 32}}, "b": {"format": {"bits": 3, "group_size": 32}}}
-    with pytest.raises(UserError, match="one bit width"):
+    with pytest.raises(UserError, match=r"one (bit width|format)"):
         common_format(mixed, {})
     with pytest.raises(UserError, match="multiples of 32"):
         common_format({"a": mixed["a"]}, {"a": (0, 40, 64)})
     assert not list(tmp_path.iterdir())
 
 
-def test_an_export_replaces_nothing_of_others(stage, tiny_llama, tmp_path):
-    (tmp_path / "out-gptqmodel").mkdir()
-    (tmp_path / "out-gptqmodel" / "thesis.txt").write_text("do not touch")
-    with pytest.raises(UserError, match="holds other files"):
+@pytest.mark.parametrize(
+    ("name", "said"), [("out-gptqmodel", "holds other files"), ("out-gptqmodel.partial", r"holds thesis\.txt")]
+)
+def test_an_export_replaces_nothing_of_others_and_says_so_before_any_work(stage, tiny_llama, tmp_path, name, said):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.txt").write_text("do not touch")
+    with pytest.raises(UserError, match=said):
         stage("--model", tiny_llama, "--bits", 4, "--output", tmp_path / "out", "--export", "gptq")
-    assert (tmp_path / "out-gptqmodel" / "thesis.txt").exists()
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == [name, f"{name}/thesis.txt"]
 
 
 @pytest.mark.parametrize(
@@ -172,3 +177,18 @@ def test_a_weight_that_is_not_a_number_is_named_and_nothing_looks_finished(stage
     with pytest.raises(UserError, match=r"layers\.1\."):
         stage("--model", broken, "--bits", 4, "--no-true-sequential", "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_moments_collected_before(stage, texts, tiny_llama, tmp_path):
+    collect = ["--samples", "4", "--sequence-length", "32", "--dataset", str(texts), "--device", "cpu"]
+    moments.main(["--model", str(tiny_llama), *collect, "--output", str(tmp_path / "moments")])
+    used = {}
+    for name, flags in {
+        "plain": [],
+        "default": ["--moments", tmp_path / "moments"],
+        "asked": ["--moments", tmp_path / "moments", "--token-weights", "gradient"],
+    }.items():
+        stage("--model", tiny_llama, "--output", tmp_path / name, *flags)
+        used[name] = json.loads((tmp_path / name / "casp_report.json").read_text())["settings"]["token_weights"]
+    assert used == {"plain": "none", "default": COLLECTED, "asked": "gradient"}
+    assert not torch.equal(logits(tmp_path / "default"), logits(tmp_path / "asked"))

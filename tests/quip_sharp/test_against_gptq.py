@@ -12,8 +12,8 @@ from casp_gptq.backend import GPTQ
 from casp_quip_sharp.backend import QuipSharp
 
 from casp.calibration import calibration_batches
-from casp.hessians import block_moments
 from casp.models import Decoder
+from casp.moments.forward import block_moments
 from casp.quantize import weighted_error
 from casp.walk import capture_inputs, walk
 

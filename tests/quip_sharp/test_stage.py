@@ -4,18 +4,18 @@ import json
 
 import pytest
 import torch
-from casp_quip_sharp import hessians
 from casp_quip_sharp.__main__ import label, main
 from casp_quip_sharp.backend import QuipSharp
 from casp_quip_sharp.linear import QuipSharpLinear
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-import casp.hessians
 import casp.tuning
 from casp.budget import original_bytes
 from casp.checkpoint import resident_bytes, size
 from casp.errors import UserError
 from casp.models import Decoder
+from casp.moments import __main__ as moments
+from casp.moments.find import COLLECTED, ON_THE_WAY
 from casp.stage import FineTuning
 
 
@@ -61,7 +61,11 @@ def test_checkpoint_loads_and_saves_again(request, stage, tmp_path, name):
 def test_llava(stage, tiny_llava, tmp_path):
     stage("--model", tiny_llava, "--bits", 3, "--output", tmp_path / "out")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    assert sum(isinstance(module, QuipSharpLinear) for module in model.modules()) % 7 == 0
+    decoder = Decoder.open(tiny_llava)
+    expected = {f"{block}.{path}" for i, block in enumerate(decoder.blocks) for path in decoder.linears(i).values()}
+    found = {name for name, module in model.named_modules() if isinstance(module, QuipSharpLinear)}
+    assert found == expected
+    assert len(found) == 21
 
 
 def test_trellis(stage, tiny_llama, tmp_path):
@@ -91,7 +95,7 @@ def test_low_rank_factors_and_freed_bytes(stage, low_rank, tiny_llama, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     linears = [module for module in model.modules() if isinstance(module, QuipSharpLinear)]
     assert {module.in_features for module in linears} >= {7, 12}
-    assert {module.format["bits"] for module in linears} > {2}  # the freed bytes were spent
+    assert {module.codebook.bits for module in linears} > {2}  # the freed bytes were spent
     assert torch.isfinite(logits(model)).all()
 
 
@@ -177,43 +181,64 @@ def test_killed_while_fine_tuning_it_ends_with_the_same_bytes(stage, tiny_llama,
     assert files[0] == files[1]
 
 
-def test_hessians_collected_before(stage, texts, tiny_llama, tiny_qwen2, tmp_path):
-    folder = tmp_path / "hessians"
+def test_moments_collected_before(stage, texts, tiny_llama, tiny_qwen2, tmp_path):
+    folder = tmp_path / "moments"
     collect = ["--samples", "4", "--sequence-length", "32", "--dataset", str(texts), "--device", "cpu"]
-    hessians.main(["--model", str(tiny_llama), *collect, "--output", str(folder)])
-    given = ["--model", tiny_llama, "--hessians", folder, "--output", tmp_path / "given"]
+    moments.main(["--model", str(tiny_llama), *collect, "--output", str(folder)])
+    given = ["--model", tiny_llama, "--moments", folder, "--output", tmp_path / "given", "--token-weights", "attention"]
     stage(*given)
     stage(*given, "--samples", 8)  # no data is read, so these flags make no other run
     stage("--model", tiny_llama, "--hessians", folder, "--output", tmp_path / "tuned", "--ft-epochs", 1)
     stage("--model", tiny_llama, "--no-true-sequential", "--output", tmp_path / "collected")
-    given, collected = (
-        json.loads((tmp_path / name / "casp_report.json").read_text())["blocks"] for name in ("given", "collected")
+    given, collected, tuned = (
+        json.loads((tmp_path / name / "casp_report.json").read_text()) for name in ("given", "collected", "tuned")
     )
+    assert tuned["settings"]["token_weights"] == COLLECTED
     # The first block sees the same inputs either way.
-    assert given[0]["linears"].keys() == collected[0]["linears"].keys()
-    for role, entry in given[0]["linears"].items():
-        assert entry["relative_error"] == pytest.approx(collected[0]["linears"][role]["relative_error"], rel=0.05)
+    given, collected = given["blocks"][0]["linears"], collected["blocks"][0]["linears"]
+    assert given.keys() == collected.keys()
+    for role, entry in given.items():
+        assert entry["relative_error"] == pytest.approx(collected[role]["relative_error"], rel=0.05)
     with pytest.raises(UserError, match="another model"):
-        stage("--model", tiny_qwen2, "--hessians", folder, "--output", tmp_path / "out")
+        stage("--model", tiny_qwen2, "--moments", folder, "--output", tmp_path / "out")
 
 
-def test_killed_while_collecting_hessians(texts, tiny_llama, tmp_path, monkeypatch):
-    flags = ["--model", str(tiny_llama), "--samples", "4", "--sequence-length", "32", "--dataset", str(texts)]
-    flags += ["--device", "cpu", "--token-weights", "attention"]
-    hessians.main([*flags, "--output", str(tmp_path / "whole")])
-    real, calls = casp.hessians.write_shard, 0
+def test_moments_are_found_where_they_are_filed(stage, texts, tiny_llama, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    collect = ["--samples", "4", "--sequence-length", "32", "--dataset", str(texts), "--device", "cpu"]
+    moments.main(["--model", str(tiny_llama), *collect])
+    folder = f"runs/{tiny_llama.name}/moments"
+    told = {}
+    for name, flags in {
+        "found": [],
+        "others": ["--samples", 3],
+        "none": ["--moments", "none"],
+        "norm": ["--token-weights", "none+gradient"],
+    }.items():
+        capsys.readouterr()
+        stage("--model", tiny_llama, "--output", name, *flags)
+        settings = json.loads((tmp_path / name / "casp_report.json").read_text())["settings"]
+        told[name] = capsys.readouterr().out, "moments" in settings, settings["token_weights"]
+    assert f"using {folder}, moments collected before" in told["found"][0]
+    assert f"not using {folder}, collected with --samples 4" in told["others"][0]
+    assert folder not in told["none"][0]
+    assert [entry[1:] for entry in told.values()] == [
+        (True, COLLECTED),
+        (False, ON_THE_WAY),
+        (False, ON_THE_WAY),
+        (True, "none+gradient"),
+    ]
+    with pytest.raises(UserError, match=r"gradient-norm needs moments.*hessian_offline"):
+        stage("--model", tiny_llama, "--output", "out", "--token-weights", "gradient-norm")
 
-    def dies(*args):
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            raise KeyboardInterrupt
-        real(*args)
 
-    monkeypatch.setattr(casp.hessians, "write_shard", dies)
-    with pytest.raises(KeyboardInterrupt):
-        hessians.main([*flags, "--output", str(tmp_path / "out")])
-    monkeypatch.undo()
-    hessians.main([*flags, "--output", str(tmp_path / "out")])
-    for file in (tmp_path / "whole").glob("*.safetensors"):
-        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+@pytest.mark.parametrize("codebook", ["e8p", "trellis"])
+def test_constant_calibration_text(stage, tiny_llama, tmp_path, codebook):
+    """All tokens alike: every moment has rank 1, and rotating it leaves entries of its diagonal below 0."""
+    text = tmp_path / "constant.txt"
+    text.write_text("a" * 4000)
+    tuned = ["--ft-epochs", 1, "--bits", 2, "--codebook", codebook]
+    stage("--model", tiny_llama, "--output", tmp_path / "out", *tuned, "--dataset", text)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.isfinite(logits(model)).all()

@@ -6,7 +6,6 @@ from dataclasses import asdict
 import pytest
 import torch
 from casp_quip_sharp.codebook import codebook_of
-from casp_quip_sharp.compiled import operators
 from casp_quip_sharp.trellis.codebook import Trellis
 from casp_quip_sharp.trellis.columns import (
     descend_columns,
@@ -20,6 +19,8 @@ from casp_quip_sharp.trellis.train import EFFORTS, MADE, Effort, find_masks, fin
 from casp_quip_sharp.trellis.walks import _search, nearest_walks, walk_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from casp.kernels import operators
 
 needs_kernels = pytest.mark.skipif(operators() is None, reason="needs quiptools")
 BOUNDS = {(8, 1): 0.278, (8, 2): 0.0748, (8, 3): 0.0199, (8, 4): 0.0056, (10, 2): 0.0719, (12, 2): 0.0712}

@@ -15,7 +15,6 @@ BLOCK = 16  # kBlock of cpu_kernels.h
 
 PROGRAM = """
 #define QUIPTOOLS_ISA wide
-#define QUIPTOOLS_NAME "wide"
 #define QUIPTOOLS_LANES 16
 #define QUIPTOOLS_LANE_SHIFTS 1
 #include "cpu_kernels_source.h"

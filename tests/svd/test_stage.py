@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from casp_svd.__main__ import main
-from casp_svd.decompose import rank_for
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -18,7 +17,10 @@ from casp.checkpoint import size
 from casp.errors import UserError
 from casp.folder import LOG_FILE
 from casp.linear import LowRankLinear
+from casp.lowrank import rank_for
 from casp.models import Decoder
+from casp.moments import __main__ as moments
+from casp.moments.store import Moments
 from casp.run import RunFolder
 
 ROOT = Path(__file__).parents[2]
@@ -224,3 +226,49 @@ def test_scripts_run_as_typed(script, model, request, tmp_path, calibration):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads((output / "casp_report.json").read_text())["settings"]["keep_ratio"] == 0.25
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_llava"])
+def test_whitening_by_moments_collected_before(name, request, tmp_path, calibration):
+    """By the loss's gradient, and by inputs as they are in the original model: no data is read then."""
+    source = request.getfixturevalue(name)
+    collected = tmp_path / "moments"
+    moments.main(flags(source, collected, calibration))
+    losses = {}
+    dataset = str(calibration["images" if "llava" in name else "text"])
+    unseen = calibration_batches(source, dataset, 16, 48, 1, 4)
+    text = torch.cat([(batch["input_ids"] >= 4).flatten() for batch in unseen])
+
+    def predictions(folder: Path) -> torch.Tensor:
+        model = load(folder)
+        logits = [model(**batch).logits.double().log_softmax(-1).flatten(0, 1) for batch in unseen]
+        return torch.cat(logits)[text]
+
+    with torch.no_grad():
+        before = predictions(source)
+        for whitening in ("none", "input", "gradient"):
+            output = tmp_path / whitening / source.name
+            asked = ["--whitening", whitening, "--keep-ratio", "0.6", "--moments", str(collected)]
+            main([*flags(source, output, calibration), *asked])
+            after = predictions(output)
+            losses[whitening] = (before.exp() * (before - after)).sum(-1).mean().item()
+            report = json.loads((output / "casp_report.json").read_text())
+            known = Moments(collected).read(1)
+            assert report["blocks"][1]["block_influence"] == known.influence
+            assert report["blocks"][1]["attention_density"] == known.density
+    assert losses["gradient"] < losses["none"]
+
+
+def test_whitening_by_gradient_needs_moments(tiny_llama, tmp_path, calibration):
+    with pytest.raises(UserError, match="hessian_offline"):
+        main([*flags(tiny_llama, tmp_path / "out", calibration), "--whitening", "gradient"])
+
+
+def test_what_was_warned_of_stands_in_the_report(tiny_llama, tmp_path, calibration):
+    """One token a sample and no damping: the moment of the inputs has no factor without more of it."""
+    few = ["--whitening", "input", "--damping", "0", "--samples", "1", "--sequence-length", "4"]
+    main([*flags(tiny_llama, tmp_path / "out", calibration), *few])
+    blocks = json.loads((tmp_path / "out" / "casp_report.json").read_text())["blocks"]
+    notes = [note for block in blocks for role in "qk" for note in block["linears"][role]["notes"]]
+    assert len(notes) >= 6
+    assert all("no Cholesky factor" in note for note in notes)

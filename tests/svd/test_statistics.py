@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from casp_svd.statistics import DENSITY_MASS, attention_density, attention_moments, input_moments
+from casp_svd.statistics import attention_moments, input_moments
 
 from casp.models import Decoder
+from casp.moments.density import MASS, attention_density
 from casp.walk import capture_inputs, walk
 
 CPU = torch.device("cpu")
@@ -125,7 +126,7 @@ def test_density_of_uniform_attention(tiny_llava):
     found = attention_density(visit, 1)
     is_image = [4 <= key < 20 for key in range(22)]
     visible = {kind: sum(is_image[k] == (kind == "image") for q in range(22) for k in range(q + 1)) for kind in found}
-    used = sum(math.ceil(DENSITY_MASS * n) for n in range(1, 23))
+    used = sum(math.ceil(MASS * n) for n in range(1, 23))
     total = found["image"] * visible["image"] + found["text"] * visible["text"]
     assert total == pytest.approx(used, abs=0.5)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from casp_quip_sharp.codebook import Effort, Shapes
-from casp_quip_sharp.kernels import multiply
+from casp_quip_sharp.kernels import Arguments, Product
 from casp_quip_sharp.trellis.columns import descend_columns, round_columns
 from casp_quip_sharp.trellis.layout import STRIP, from_storage, stored_bytes, to_storage
 from casp_quip_sharp.trellis.tables import table, values
@@ -69,9 +69,15 @@ class Trellis:
         known = self.values(symbols.device)
         return torch.cat([known[walk_states(strip, self.bits, self.states)] for strip in symbols.split(STRIP)])
 
-    def product(self, x: Tensor, stored: Mapping[str, Tensor], out_features: int, dtype: torch.dtype) -> Tensor:
+    def _coding(self) -> Arguments:
+        found = table(self.states, self.bits)
+        return self.bits, *found.kernel_tensors()
+
+    def product(self, stored: Mapping[str, Tensor], out_features: int, columns: int, dtype: torch.dtype) -> Product:
         """See `Codebook`."""
-        vectors = x.reshape(-1, x.shape[-1])
-        return multiply(vectors, self.points(stored, out_features, x.shape[-1]), dtype).view(
-            *x.shape[:-1], out_features
-        )
+        matrix = (stored["codes"], out_features, *self._coding())
+        return Product("trellis_product", matrix, lambda: self.points(stored, out_features, columns), dtype)
+
+    def layer(self, stored: Mapping[str, Tensor]) -> tuple[str, Arguments]:
+        """See `Codebook`."""
+        return "trellis_layer", (stored["codes"], *self._coding())

@@ -8,7 +8,7 @@ between groups of 16 columns only; down one column every column sees the errors 
 import torch
 from torch import Tensor
 
-from casp_quip_sharp.compiled import operators, warn_of_slow_rounding
+from casp.kernels import operators, warn_of_slow_rounding
 from casp_quip_sharp.trellis.layout import STRIP
 from casp_quip_sharp.trellis.walks import nearest_walks, walk_states
 

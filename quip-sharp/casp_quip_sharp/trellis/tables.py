@@ -39,6 +39,10 @@ class Table:
         """The number of the entry of every state, (2^states) int64."""
         return entry_numbers(self.states, self.masks)
 
+    def kernel_tensors(self) -> tuple[Tensor, Tensor | None]:
+        """Entries, int8, and masks, uint8, as quiptools takes them; entries by state, and no masks, for wide states."""
+        return _kernel_tensors(self)
+
     def values(self, device: torch.device | str = "cpu") -> Tensor:
         """What every state stands for, (2^states) float32."""
         return (torch.tensor(self.entries)[self.entry_numbers()].float() * UNIT).to(device)
@@ -54,6 +58,14 @@ def entry_numbers(states: int, masks: tuple[int, ...]) -> Tensor:
             parity ^= parity >> shift
         number |= (parity & 1) << i
     return number
+
+
+@cache
+def _kernel_tensors(table: Table) -> tuple[Tensor, Tensor | None]:
+    entries = torch.tensor(table.entries, dtype=torch.int8)
+    if table.states > 8:
+        return entries[table.entry_numbers()], None
+    return entries, torch.tensor(table.masks, dtype=torch.uint8)
 
 
 @cache

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from casp.cli import Parser, run_main
 from casp.errors import UserError
-from casp.folder import write_atomically
-from casp_quip_sharp.compiled import operators
+from casp.files import write_atomically
+from casp.kernels import operators
 from casp_quip_sharp.trellis.layout import STRIP
 from casp_quip_sharp.trellis.tables import FILE, UNIT, Table, entry_numbers
 from casp_quip_sharp.trellis.walks import walk_states

@@ -11,7 +11,6 @@
 #endif
 
 #define QUIPTOOLS_ISA avx2
-#define QUIPTOOLS_NAME "avx2"
 #define QUIPTOOLS_LANES 8
 #define QUIPTOOLS_LANE_SHIFTS 1
 #include "cpu_kernels_source.h"

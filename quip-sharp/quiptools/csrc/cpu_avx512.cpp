@@ -11,7 +11,6 @@
 #endif
 
 #define QUIPTOOLS_ISA avx512
-#define QUIPTOOLS_NAME "avx512"
 #define QUIPTOOLS_LANES 16
 #define QUIPTOOLS_LANE_SHIFTS 1
 #include "cpu_kernels_source.h"

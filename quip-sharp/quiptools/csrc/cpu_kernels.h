@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "instruction_sets.h"
+
 namespace quiptools {
 
 constexpr int64_t kGroup = 8;       // weights to a code
@@ -27,8 +29,6 @@ struct Matrix {
 constexpr int64_t kRowBlock = 8;
 
 struct Kernels {
-  const char* isa;
-
   // out (end - begin, groups * 8): the decoded rows.
   void (*decode)(const Matrix& m, int64_t begin, int64_t end, float* out);
 
@@ -44,7 +44,19 @@ struct Kernels {
   // out[i][k] = sum_j matrix[i][j] x[j][k] for i in [begin, end), k in [0, inner); matrix (order, order).
   void (*dense)(const float* matrix, const float* x, float* out, int64_t order, int64_t inner, int64_t begin,
                 int64_t end);
+
+  // n signs, +-1, of packed bits, 1 = negative, the lowest bit first.
+  void (*signs)(const uint8_t* packed, int64_t n, float* out);
+
+  // out[i] = x[i] * factors[i], of floats and of bfloat16.
+  void (*load_floats)(const float* x, const float* factors, int64_t n, float* out);
+  void (*load_bfloat16)(const uint16_t* x, const float* factors, int64_t n, float* out);
+
+  // The nearest bfloat16.
+  void (*store_bfloat16)(const float* x, int64_t n, uint16_t* out);
 };
+
+const Kernels& float_kernels(Isa isa);
 
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();   // null where this compiler does not target x86

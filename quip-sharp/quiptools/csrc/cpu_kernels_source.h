@@ -9,28 +9,17 @@
 
 #include "cpu_kernels.h"
 
+#include "cpu_vectors_source.h"
+
 namespace quiptools::QUIPTOOLS_ISA {
 namespace {
 
-#define INLINE inline __attribute__((always_inline))
-
-constexpr int64_t kLanes = QUIPTOOLS_LANES;
 constexpr int64_t kAtOnce = kLanes / kGroup; // groups to a register
 
-typedef float Floats8 __attribute__((vector_size(32)));
-typedef float Floats __attribute__((vector_size(4 * QUIPTOOLS_LANES)));
-typedef uint32_t Words8 __attribute__((vector_size(32)));
-typedef uint32_t Words __attribute__((vector_size(4 * QUIPTOOLS_LANES)));
 typedef uint16_t Codes __attribute__((vector_size(2 * kBlock), may_alias));
 typedef uint16_t UnalignedCodes __attribute__((vector_size(2 * kBlock), aligned(2), may_alias));
-typedef float Unaligned8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint32_t UnalignedWords8 __attribute__((vector_size(32), aligned(2), may_alias));
-typedef float Unaligned __attribute__((vector_size(4 * QUIPTOOLS_LANES), aligned(4), may_alias));
 
-INLINE Floats8 load8(const float* p) { return *reinterpret_cast<const Unaligned8*>(p); }
-INLINE Floats load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
-INLINE void store8(float* p, Floats8 v) { *reinterpret_cast<Unaligned8*>(p) = v; }
-INLINE void store(float* p, Floats v) { *reinterpret_cast<Unaligned*>(p) = v; }
 INLINE Floats8 flip8(Floats8 v, Words8 signs) { return (Floats8)((Words8)v ^ signs); }
 INLINE Floats flip(Floats v, Floats signs) { return (Floats)((Words)v ^ (Words)signs); }
 
@@ -334,81 +323,9 @@ void product(const Matrix& m, const float* x, const float* quarter_sums, int64_t
   FOR_BOOKS(multiply, m, x, quarter_sums, batch, begin, end, stride, y);
 }
 
-// Butterflies within a register of eight: distance 1, 2 and 4.
-INLINE Floats8 butterflies8(Floats8 v) {
-  const Floats8 one = {1, -1, 1, -1, 1, -1, 1, -1}, two = {1, 1, -1, -1, 1, 1, -1, -1}, four = {1, 1, 1, 1, -1, -1, -1, -1};
-  v = __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6) + v * one;
-  v = __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5) + v * two;
-  return __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3) + v * four;
-}
-
-void sylvester(float* x, int64_t count, int64_t power) {
-  for (int64_t n = 0; n < count; n++, x += power) {
-    int64_t distance = 1;
-    if (power >= 8) {
-      for (int64_t i = 0; i < power; i += 8) store8(x + i, butterflies8(load8(x + i)));
-      distance = 8;
-    }
-    // Two levels to a pass over memory.
-    for (; distance >= 8 && distance * 4 <= power; distance *= 4) {
-      for (int64_t i = 0; i < power; i += 4 * distance) {
-        for (int64_t k = i; k < i + distance; k += 8) {
-          Floats8 a = load8(x + k), b = load8(x + k + distance);
-          Floats8 c = load8(x + k + 2 * distance), d = load8(x + k + 3 * distance);
-          Floats8 ab = a + b, a_b = a - b, cd = c + d, c_d = c - d;
-          store8(x + k, ab + cd);
-          store8(x + k + distance, a_b + c_d);
-          store8(x + k + 2 * distance, ab - cd);
-          store8(x + k + 3 * distance, a_b - c_d);
-        }
-      }
-    }
-    for (; distance < power; distance *= 2) {
-      for (int64_t i = 0; i < power; i += 2 * distance) {
-        for (int64_t k = i; k < i + distance; k++) {
-          float a = x[k], b = x[k + distance];
-          x[k] = a + b;
-          x[k + distance] = a - b;
-        }
-      }
-    }
-  }
-}
-
-template <int rows>
-INLINE void dense_rows(const float* matrix, const float* x, float* out, int64_t order, int64_t inner, int64_t i) {
-  int64_t k = 0;
-  for (; k + 16 <= inner; k += 16) {
-    Floats8 low[rows] = {}, high[rows] = {};
-    for (int64_t j = 0; j < order; j++) {
-      Floats8 a = load8(x + j * inner + k), b = load8(x + j * inner + k + 8);
-      for (int r = 0; r < rows; r++) {
-        float weight = matrix[(i + r) * order + j];
-        low[r] += a * weight;
-        high[r] += b * weight;
-      }
-    }
-    for (int r = 0; r < rows; r++) {
-      store8(out + (i + r) * inner + k, low[r]);
-      store8(out + (i + r) * inner + k + 8, high[r]);
-    }
-  }
-  for (; k < inner; k++) {
-    float total[rows] = {};
-    for (int64_t j = 0; j < order; j++)
-      for (int r = 0; r < rows; r++) total[r] += matrix[(i + r) * order + j] * x[j * inner + k];
-    for (int r = 0; r < rows; r++) out[(i + r) * inner + k] = total[r];
-  }
-}
-
-void dense(const float* matrix, const float* x, float* out, int64_t order, int64_t inner, int64_t begin, int64_t end) {
-  int64_t i = begin;
-  for (; i + 4 <= end; i += 4) dense_rows<4>(matrix, x, out, order, inner, i);
-  for (; i < end; i++) dense_rows<1>(matrix, x, out, order, inner, i);
-}
-
 } // namespace
 
-constexpr Kernels kKernels{QUIPTOOLS_NAME, decode, product, sylvester, dense};
+constexpr Kernels kKernels{decode,      product,       sylvester, dense, signs,
+                           load_floats, load_bfloat16, store_bfloat16};
 
 } // namespace quiptools::QUIPTOOLS_ISA

@@ -1,7 +1,6 @@
-// The CPU operators: checks, choice of the instruction set, threads. The arithmetic is in cpu_kernels_source.h.
-#include <ATen/Parallel.h>
+// The CPU operators, as PyTorch sees them.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
+#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <cmath>
@@ -9,168 +8,79 @@
 #include <string>
 #include <vector>
 
-#include "cpu_kernels.h"
-#include "ops.h"
+#include "cpu_e8p.h"
+#include "cpu_gptq.h"
+#include "cpu_layer.h"
+#include "cpu_trellis_product.h"
 
 namespace quiptools {
 namespace {
 
 using at::Tensor;
+using Maybe = std::optional<Tensor>;
 
-constexpr int64_t kDirectBatch = 16; // vectors up to which decoding on the fly is faster
-constexpr int64_t kTileRows = 512; // decoded at once for the matrix product of many vectors
-constexpr int64_t kGrain = 1 << 15; // numbers that are worth a thread
-
-// The instruction sets that this CPU runs, the fastest first.
-std::vector<const Kernels*> usable_kernels() {
-  std::vector<const Kernels*> found;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
-    found.push_back(avx512_kernels());
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(avx2_kernels());
-#endif
-  found.push_back(portable_kernels());
-  return found;
+Tensor e8p_product(const Tensor& x, const Tensor& codes, const Maybe& residual, const Tensor& patterns,
+                   const Tensor& points, double residual_scale, at::ScalarType dtype, std::string isa) {
+  return multiply(E8PProduct(check_codes(codes, residual, patterns, points, residual_scale), set_named(isa)), x, dtype);
 }
 
-// The kernels of the instruction set of this name; the fastest where the name is empty.
-const Kernels& kernels_for(const std::string& isa) {
-  static const std::vector<const Kernels*> usable = usable_kernels();
-  if (isa.empty()) return *usable.front();
-  for (const Kernels* kernels : usable)
-    if (isa == kernels->isa) return *kernels;
-  TORCH_CHECK_VALUE(false, "this CPU does not run the instruction set ", isa);
+Tensor e8p_decode(const Tensor& codes, const Maybe& residual, const Tensor& patterns, const Tensor& points,
+                  double residual_scale, std::string isa) {
+  E8PProduct matrix(check_codes(codes, residual, patterns, points, residual_scale), set_named(isa));
+  return matrix.rows_decoded(0, matrix.rows(), at::kFloat);
 }
 
-// The vectors as float32 rows without gaps.
-Tensor dense_rows(const Tensor& x) { return x.to(at::kFloat).contiguous(); }
-
-// Calls f(begin, end) for blocks of rows, `work` numbers to a row, on as many threads as the work is worth.
-template <class F>
-void for_row_blocks(int64_t rows, int64_t work, const F& f) {
-  int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
-  int64_t grain = std::max<int64_t>(1, 2 * kGrain / std::max<int64_t>(1, work * kRowBlock));
-  at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    f(begin * kRowBlock, std::min(end * kRowBlock, rows));
-  });
+Tensor e8p_layer(const Tensor& x, const Tensor& codes, const Maybe& residual, const Tensor& patterns,
+                 const Tensor& points, double residual_scale, const Tensor& in_vector, at::TensorList in_factors,
+                 int64_t in_power, const Tensor& out_vector, at::TensorList out_factors, int64_t out_power,
+                 const Maybe& scale, const Maybe& bias, bool half, std::string name) {
+  Isa isa = set_named(name);
+  E8PProduct matrix(check_codes(codes, residual, patterns, points, residual_scale), isa);
+  return rotated_layer(matrix, read_rotation(in_vector, in_factors, in_power, std::nullopt, isa),
+                       read_rotation(out_vector, out_factors, out_power, scale, isa), x, bias, half, isa);
 }
 
-Matrix matrix_of(const Codes& codes) {
-  auto book = [](const Tensor& t) { return t.scalar_type() == at::kByte ? Book::e8 : Book::e8p; };
-  Matrix m;
-  m.book = book(codes.first);
-  m.residual_book = codes.second.defined() ? book(codes.second) : Book::none;
-  m.codes = codes.first.const_data_ptr();
-  m.residual = codes.second.defined() ? codes.second.const_data_ptr() : nullptr;
-  m.residual_scale = codes.second.defined() ? static_cast<float>(codes.residual_scale) : 0;
-  m.patterns = codes.patterns.const_data_ptr<float>();
-  m.points = codes.points.const_data_ptr<float>();
-  m.groups = codes.first.size(1);
-  return m;
+Tensor trellis_product(const Tensor& x, const Tensor& codes, int64_t rows, int64_t rate, const Tensor& table,
+                       const Maybe& masks, at::ScalarType dtype, std::string isa) {
+  TORCH_CHECK_VALUE(x.dim() == 2, "x is a matrix of vectors");
+  return multiply(TrellisProduct(codes, rows, x.size(1), rate, table, masks, set_named(isa)), x, dtype);
 }
 
-void decode_tile(const Kernels& kernels, const Matrix& m, int64_t begin, int64_t end, float* out) {
-  int64_t columns = m.groups * kGroup;
-  for_row_blocks(end - begin, columns, [&](int64_t first, int64_t last) {
-    kernels.decode(m, begin + first, begin + last, out + first * columns);
-  });
+Tensor trellis_decode(const Tensor& codes, int64_t rows, int64_t columns, int64_t rate, const Tensor& table,
+                      const Maybe& masks, std::string isa) {
+  return TrellisProduct(codes, rows, columns, rate, table, masks, set_named(isa)).decoded(0, rows, at::kFloat).t();
 }
 
-Tensor decode(const Tensor& codes, const std::optional<Tensor>& residual, const Tensor& patterns, const Tensor& points,
-              double residual_scale, std::string isa) {
-  Codes checked = check_codes(codes, residual, patterns, points, residual_scale);
-  Matrix m = matrix_of(checked);
-  int64_t rows = codes.size(0);
-  Tensor out = at::empty({rows, m.groups * kGroup}, patterns.options());
-  decode_tile(kernels_for(isa), m, 0, rows, out.mutable_data_ptr<float>());
-  return out;
+Tensor trellis_layer(const Tensor& x, const Tensor& codes, int64_t rate, const Tensor& table, const Maybe& masks,
+                     const Tensor& in_vector, at::TensorList in_factors, int64_t in_power, const Tensor& out_vector,
+                     at::TensorList out_factors, int64_t out_power, const Maybe& scale, const Maybe& bias, bool half,
+                     std::string name) {
+  Isa isa = set_named(name);
+  Rotation in = read_rotation(in_vector, in_factors, in_power, std::nullopt, isa);
+  Rotation out = read_rotation(out_vector, out_factors, out_power, scale, isa);
+  TrellisProduct matrix(codes, out.transform.width, in.transform.width, rate, table, masks, isa);
+  return rotated_layer(matrix, in, out, x, bias, half, isa);
 }
 
-// See `Kernels::product`; x (batch, groups * kGroup).
-std::vector<float> quarter_sums_of(const float* x, int64_t batch, int64_t groups) {
-  std::vector<float> sums(batch * groups);
-  for (int64_t b = 0; b < batch; b++) {
-    for (int64_t g = 0; g < groups; g++) {
-      float total = 0;
-      for (int64_t i = 0; i < kGroup; i++) total += x[(b * groups + g) * kGroup + i];
-      int64_t block = g / kBlock * kBlock, in_block = g - block;
-      int64_t place = in_block % 2 * (kBlock / 2) + in_block / 2;
-      sums[b * groups + block + (block + kBlock <= groups ? place : in_block)] = total / 4;
-    }
-  }
-  return sums;
-}
-
-Tensor product(const Tensor& x, const Tensor& codes, const std::optional<Tensor>& residual, const Tensor& patterns,
-               const Tensor& points, double residual_scale, std::string isa) {
-  Codes checked = check_codes(codes, residual, patterns, points, residual_scale);
-  check_vectors(x, checked);
-  const Kernels& kernels = kernels_for(isa);
-  Matrix m = matrix_of(checked);
-  Tensor vectors = dense_rows(x);
-  int64_t rows = codes.size(0), batch = x.size(0), columns = m.groups * kGroup;
-  Tensor y = at::empty({batch, rows}, vectors.options());
-  if (y.numel() == 0) return y;
-  if (batch > kDirectBatch) {
-    Tensor tile = at::empty({std::min(rows, kTileRows), columns}, vectors.options());
-    for (int64_t row = 0; row < rows; row += kTileRows) {
-      int64_t count = std::min(kTileRows, rows - row);
-      decode_tile(kernels, m, row, row + count, tile.mutable_data_ptr<float>());
-      Tensor part = y.narrow(1, row, count);
-      at::mm_out(part, vectors, tile.narrow(0, 0, count).t());
-    }
-    return y;
-  }
-  const float* xs = vectors.const_data_ptr<float>();
-  std::vector<float> quarter_sums = quarter_sums_of(xs, batch, m.groups);
-  float* out = y.mutable_data_ptr<float>();
-  for_row_blocks(rows, columns * batch, [&](int64_t begin, int64_t end) {
-    kernels.product(m, xs, quarter_sums.data(), batch, begin, end, rows, out);
-  });
-  return y;
+Tensor gptq_layer(const Tensor& x, const Tensor& words, const Tensor& zeros, const Tensor& scales, int64_t bits,
+                  int64_t group_size, const Maybe& bias, bool half, std::string isa) {
+  TORCH_CHECK_VALUE(x.dim() >= 1, "x ends in the inputs");
+  return plain_layer(GPTQProduct(words, zeros, scales, x.size(-1), bits, group_size, set_named(isa)), x, bias, half);
 }
 
 Tensor transform(const Tensor& x, at::TensorList factors, int64_t power, std::string isa) {
   TORCH_CHECK_VALUE(x.dim() == 2 && x.scalar_type() == at::kFloat, "transform takes a float32 x (vectors, width)");
-  int64_t count = x.size(0), width = x.size(1), product = power;
-  for (const Tensor& factor : factors) {
-    TORCH_CHECK_VALUE(factor.dim() == 2 && factor.size(0) == factor.size(1) && factor.scalar_type() == at::kFloat &&
-                          factor.is_contiguous(),
-                      "a factor is a square float32 matrix without gaps");
-    product *= factor.size(0);
-  }
-  TORCH_CHECK_VALUE(power > 0 && (power & (power - 1)) == 0 && product == width, "the factors make up a width of ",
-                    product, ", x has ", width);
-  const Kernels& kernels = kernels_for(isa);
-  Tensor source = x.contiguous(), y = at::empty({count, width}, x.options());
-  Tensor other = factors.empty() ? y : at::empty({count, width}, x.options());
-  // Each factor moves the vectors from one buffer to the other; the last one leaves them in y.
-  bool odd = factors.size() % 2;
-  float* from = (odd ? other : y).mutable_data_ptr<float>();
-  float* to = (odd ? y : other).mutable_data_ptr<float>();
-  const float* input = source.const_data_ptr<float>();
-  float norm = 1 / std::sqrt(static_cast<float>(power));
-  at::parallel_for(0, count * (width / power), std::max<int64_t>(1, kGrain / power), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * power; i < end * power; i++) from[i] = input[i] * norm;
-    kernels.sylvester(from + begin * power, end - begin, power);
+  Transform plan = read_transform(factors, power, float_kernels(set_named(isa)));
+  TORCH_CHECK_VALUE(plan.width == x.size(1), "the factors make up a width of ", plan.width, ", x has ", x.size(1));
+  Tensor source = x.contiguous(), y = at::empty_like(source);
+  std::vector<float> norm(plan.width, 1 / std::sqrt(static_cast<float>(power)));
+  const float* from = source.const_data_ptr<float>();
+  float* to = y.mutable_data_ptr<float>();
+  for_vectors(x.size(0), [&](int64_t n, std::vector<float>& work) {
+    work.resize(2 * plan.width);
+    plan.kernels->load_floats(from + n * plan.width, norm.data(), plan.width, work.data());
+    std::copy_n(plan.apply(work.data(), work.data() + plan.width), plan.width, to + n * plan.width);
   });
-  int64_t inner = power;
-  for (const Tensor& factor : factors) {
-    constexpr int64_t kRows = 4;
-    int64_t order = factor.size(0), parts = (order + kRows - 1) / kRows, span = order * inner;
-    const float* matrix = factor.const_data_ptr<float>();
-    at::parallel_for(0, count * (width / span) * parts, std::max<int64_t>(1, 8 * kGrain / (kRows * span)),
-                     [&](int64_t begin, int64_t end) {
-                       for (int64_t n = begin; n < end; n++) {
-                         int64_t at = n / parts * span, row = n % parts * kRows;
-                         kernels.dense(matrix, from + at, to + at, order, inner, row, std::min(row + kRows, order));
-                       }
-                     });
-    std::swap(from, to);
-    inner *= order;
-  }
   return y;
 }
 
@@ -179,15 +89,13 @@ Tensor unpack_signs(const Tensor& packed, int64_t size) {
                         packed.size(0) * 8 >= size,
                     "packed signs are a uint8 vector with a bit for each of ", size, " coordinates");
   Tensor signs = at::empty({size}, packed.options().dtype(at::kFloat));
-  const uint8_t* bits = packed.const_data_ptr<uint8_t>();
-  float* out = signs.mutable_data_ptr<float>();
-  for (int64_t i = 0; i < size; i++) out[i] = bits[i / 8] >> (i % 8) & 1 ? -1.0f : 1.0f;
+  float_kernels(usable_sets().front()).signs(packed.const_data_ptr<uint8_t>(), size, signs.mutable_data_ptr<float>());
   return signs;
 }
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
-  for (const Kernels* kernels : usable_kernels()) names.emplace_back(kernels->isa);
+  for (Isa isa : usable_sets()) names.emplace_back(name_of(isa));
   return names;
 }
 
@@ -207,19 +115,32 @@ TORCH_LIBRARY(quiptools, library) {
   library.def("threaded() -> bool", threaded);
   library.def("unpack_signs(Tensor packed, int size) -> Tensor");
   library.def("transform(Tensor x, Tensor[] factors, int power, str isa='') -> Tensor");
+#define E8P_MATRIX "Tensor codes, Tensor? residual, Tensor patterns, Tensor points, float residual_scale"
+#define TRELLIS_CODE "int rate, Tensor table, Tensor? masks"
+#define SIDES                                                                                             \
+  "Tensor in_vector, Tensor[] in_factors, int in_power, Tensor out_vector, Tensor[] out_factors, int out_power, " \
+  "Tensor? scale, Tensor? bias"
+  library.def("decode(" E8P_MATRIX ", str isa='') -> Tensor");
+  library.def("product(Tensor x, " E8P_MATRIX ", ScalarType dtype, str isa='') -> Tensor");
+  library.def("layer(Tensor x, " E8P_MATRIX ", " SIDES ", bool half=False, str isa='') -> Tensor");
+  library.def("trellis_decode(Tensor codes, int rows, int columns, " TRELLIS_CODE ", str isa='') -> Tensor");
+  library.def("trellis_product(Tensor x, Tensor codes, int rows, " TRELLIS_CODE ", ScalarType dtype, str isa='') -> Tensor");
+  library.def("trellis_layer(Tensor x, Tensor codes, " TRELLIS_CODE ", " SIDES ", bool half=False, str isa='') -> Tensor");
   library.def(
-      "decode(Tensor codes, Tensor? residual, Tensor patterns, Tensor points, float residual_scale, str isa='') -> "
-      "Tensor");
-  library.def(
-      "product(Tensor x, Tensor codes, Tensor? residual, Tensor patterns, Tensor points, float residual_scale, "
-      "str isa='') -> Tensor");
+      "gptq_layer(Tensor x, Tensor words, Tensor zeros, Tensor scales, int bits, int group_size, Tensor? bias, "
+      "bool half=False, str isa='') -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(quiptools, CPU, library) {
   library.impl("unpack_signs", unpack_signs);
   library.impl("transform", transform);
-  library.impl("decode", decode);
-  library.impl("product", product);
+  library.impl("decode", e8p_decode);
+  library.impl("product", e8p_product);
+  library.impl("layer", e8p_layer);
+  library.impl("trellis_decode", trellis_decode);
+  library.impl("trellis_product", trellis_product);
+  library.impl("trellis_layer", trellis_layer);
+  library.impl("gptq_layer", gptq_layer);
 }
 
 } // namespace quiptools

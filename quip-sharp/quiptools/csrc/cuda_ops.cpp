@@ -1,5 +1,6 @@
 // The CUDA operators: checks, memory, streams. The arithmetic is in cuda_kernels.cu.
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -44,13 +45,18 @@ Tensor decode(const Tensor& codes, const std::optional<Tensor>& residual, const 
   return out;
 }
 
+// More vectors than the kernel takes are multiplied by cuBLAS, their factors rounded to `dtype`.
 Tensor product(const Tensor& x, const Tensor& codes, const std::optional<Tensor>& residual, const Tensor& patterns,
-               const Tensor& points, double residual_scale, std::string isa) {
+               const Tensor& points, double residual_scale, at::ScalarType dtype, std::string isa) {
   check_isa(isa);
   Codes checked = check_codes(codes, residual, patterns, points, residual_scale);
   check_vectors(x, checked);
-  TORCH_CHECK_VALUE(x.size(0) <= kLargestCudaBatch, "the CUDA kernel multiplies up to ", kLargestCudaBatch,
-                    " vectors; decode for more");
+  if (x.size(0) > kLargestCudaBatch) {
+    // The product before the scale is some 30 times the output: float16 would overflow where outputs are large.
+    constexpr double kHeadroom = 32;
+    Tensor weight = decode(codes, residual, patterns, points, residual_scale, isa);
+    return at::mm(x.to(at::kFloat).div(kHeadroom).to(dtype), weight.to(dtype).t()).to(at::kFloat).mul(kHeadroom);
+  }
   CudaMatrix m = matrix_of(checked);
   c10::cuda::CUDAGuard guard(codes.device());
   Tensor vectors = x.to(at::kFloat).contiguous();

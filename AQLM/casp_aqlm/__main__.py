@@ -1,0 +1,98 @@
+"""Quantize and fine-tune: `python -m casp_aqlm --model ... --scheme 2x8g8`."""
+
+import argparse
+
+from casp.cli import Parser, add_common_arguments, run_main
+from casp.errors import UserError
+from casp.numbers import real, whole
+from casp.stage import FineTuning, add_quantizing_arguments, add_tuning_arguments, quantize_stage
+from casp_aqlm.backend import AQLM, OFFERED
+from casp_aqlm.export import check_exportable, export_aqlm, export_folder
+from casp_aqlm.scheme import ENTRY_DTYPES, Scheme
+
+BLOCK_RATE, END_TO_END_RATE = 1e-3, 3e-4  # relative to a tensor's root mean square
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    flags = Parser(
+        prog="python -m casp_aqlm",
+        description="Quantize a model's decoder with AQLM and fine-tune it. After stage SVD, the bytes that low-rank "
+        "layers free buy more bits for the blocks of highest block influence.",
+    )
+    add_common_arguments(flags, default_model="meta-llama/Llama-2-7b-hf")
+    flags.add_argument(
+        "--scheme",
+        default="2x8g8",
+        help="MxBgG: M codebooks of 2^B entries over groups of G weights, M B / G bits a weight besides codebooks and "
+        "scales (default: %(default)s)",
+    )
+    flags.add_argument(
+        "--entries",
+        choices=ENTRY_DTYPES,
+        default="float16",
+        help="what codebooks are stored as; float8 halves them, which tells on small matrices (default: %(default)s)",
+    )
+    flags.add_argument(
+        "--damping",
+        type=real(0, 1),
+        default=0.01,
+        help="added to the Hessian's diagonal, as a share of its mean (default: %(default)s)",
+    )
+    flags.add_argument(
+        "--tolerance",
+        type=real(0, 1),
+        default=0.01,
+        help="relative gain of a round over codes, codebooks and scales below which no other follows "
+        "(default: %(default)s)",
+    )
+    flags.add_argument(
+        "--max-rounds", type=whole(0, 1000), default=12, help="the most rounds, a count (default: %(default)s)"
+    )
+    add_tuning_arguments(flags, block_rate=BLOCK_RATE, end_to_end_rate=END_TO_END_RATE)
+    add_quantizing_arguments(flags)
+    flags.add_argument(
+        "--export",
+        choices=["aqlm"],
+        help="aqlm: write a plain AQLM checkpoint besides, OUTPUT-aqlm, that transformers loads with the package aqlm",
+    )
+    return flags
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """UserError for flags that do not go together."""
+    if args.export and (args.bits_budget is not None or args.target_bytes_of is not None):
+        raise UserError("--export writes one scheme for all layers; leave it or the byte budget out.")
+
+
+def label(scheme: Scheme, tuning: FineTuning) -> str:
+    """What the output is filed under: aqlm-2x8g8, and what of it was fine-tuned."""
+    parts = {"ft": tuning.block, "e2e": tuning.end_to_end}
+    return "-".join([f"aqlm-{scheme}", *(name for name, training in parts.items() if training is not None)])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Quantize one model."""
+    args = parser().parse_args(argv)
+    check_flags(args)
+    tuning = FineTuning.from_flags(args)
+    backend, scheme = AQLM(), Scheme.parse(args.scheme, args.entries)
+    above = [Scheme.parse(text, args.entries) for text in OFFERED]
+    ladder = [scheme.format, *(rung.format for rung in above if rung.bits > scheme.bits)]
+    search = {"damping": args.damping, "tolerance": args.tolerance, "max_rounds": args.max_rounds}
+    output = quantize_stage(
+        args,
+        backend,
+        ladder,
+        search,
+        label(scheme, tuning),
+        check_exportable if args.export else None,
+        tuning=tuning,
+        beside=export_folder if args.export else None,
+    )
+    if args.export:
+        print(f"wrote {export_aqlm(output, export_folder(output))} for the package aqlm")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,70 @@
+"""AQLM as a backend of the core: formats, exact bytes, tensors in and out."""
+
+from collections.abc import Mapping
+from math import prod
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from casp_aqlm.linear import AQLMLinear
+from casp_aqlm.quantize import quantize_matrix
+from casp_aqlm.scheme import Scheme
+
+OFFERED = ("1x8g8", "2x8g8", "3x8g8", "4x8g8")
+"""The schemes among which bytes are shared out, by their bits."""
+
+
+class AQLM:
+    """The backend "aqlm". A format is {"scheme": "MxBgG", "entries": "float16"|"float8", "bits": M B / G}."""
+
+    name = "aqlm"
+    draft = MappingProxyType({"max_rounds": 1})
+
+    def format(self, scheme: str, entries: str = "float16") -> dict[str, Any]:
+        """The format of a scheme written as MxBgG and the dtype of its codebooks; UserError when there is none."""
+        return Scheme.parse(scheme, entries).format
+
+    def formats(
+        self, out_features: int, in_features: int, *, tuned: bool = False, entries: str = "float16"
+    ) -> list[dict[str, Any]]:
+        """The offered schemes in ascending bytes; every one of them can be tuned. entries: dtype of the codebooks."""
+        found = [self.format(scheme, entries) for scheme in OFFERED]
+        return sorted(found, key=lambda format: self.bytes(format, out_features, in_features))
+
+    def bytes(self, format: Mapping[str, Any], out_features: int, in_features: int) -> int:
+        """Exact bytes of codes (inputs padded to whole groups), codebooks and scales."""
+        shapes = Scheme.of(format).tensor_shapes(out_features, in_features)
+        return sum(prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
+
+    def quantize(
+        self,
+        weight: Tensor,
+        hessian: Tensor,
+        format: Mapping[str, Any],
+        generator: torch.Generator | None = None,
+        **settings: Any,
+    ) -> dict[str, Tensor]:
+        """Quantize `weight` (out, in) under `hessian` (in, in); `settings` are those of `quantize_additive`.
+
+        generator draws the vectors that the codebooks start from (a CPU generator, whatever the weight's device).
+        """
+        return quantize_matrix(weight, hessian, Scheme.of(format), generator or torch.Generator(), **settings)
+
+    def linear(
+        self,
+        out_features: int,
+        in_features: int,
+        bias: bool,
+        format: Mapping[str, Any],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> AQLMLinear:
+        """An empty layer whose state dict takes what `quantize` returns."""
+        return AQLMLinear(out_features, in_features, bias, format, dtype, device)
+
+    def tunable(self, module: nn.Module) -> dict[str, Tensor]:
+        """What fine-tuning may move: codebooks, scales of the rows, and the bias if there is one."""
+        tensors = {"codebooks": module.codebooks, "scales": module.scales, "bias": module.bias}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}

@@ -1,0 +1,101 @@
+"""Loss against time of this room's search and of the published algorithm, on matrices of a model: a JSON file.
+
+`python -m casp_aqlm.compare_published --model demo-llama --moments DIR --output FILE.json`
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from casp.cli import Parser, model_folder, run_main
+from casp.errors import UserError
+from casp.files import write_json
+from casp.models import Decoder
+from casp.moments.find import ON_THE_WAY
+from casp.moments.store import Moments
+from casp.outputs import check_file
+from casp.seed import matrix_generator
+from casp_aqlm.factors import Factors
+from casp_aqlm.published import published_aqlm
+from casp_aqlm.quantize import quantize_additive
+from casp_aqlm.scheme import Scheme
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    flags = Parser(prog="python -m casp_aqlm.compare_published", description=__doc__.splitlines()[0])
+    flags.add_argument("--model", default="demo-llama", help="hub id, folder or built-in name (default: %(default)s)")
+    flags.add_argument("--moments", type=Path, required=True, metavar="DIR", help="output of the moments' stage")
+    flags.add_argument("--matrices", nargs="+", default=["3.q", "3.v", "10.gate", "10.down"], help="BLOCK.ROLE ...")
+    flags.add_argument("--scheme", default="2x8g8", help="MxBgG (default: %(default)s)")
+    flags.add_argument(
+        "--seconds", type=float, default=600, help="after which the published one is stopped (default: %(default)s)"
+    )
+    flags.add_argument("--seed", type=int, default=0, help="of what codebooks start from (default: %(default)s)")
+    flags.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    return flags
+
+
+def read(decoder: Decoder, moments: Moments, matrix: str, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Weight and damped Hessian of BLOCK.ROLE, padded to whole groups; UserError where there is none."""
+    block, _, role = matrix.partition(".")
+    linears = decoder.linears(int(block)) if block.isdigit() and int(block) < len(decoder.blocks) else {}
+    if role not in linears:
+        raise UserError(f"--matrices {matrix} is no BLOCK.ROLE of {decoder.folder}; an example is 3.q.")
+    index, path = int(block), linears[role]
+    found = moments.read(index)[path].hessian(ON_THE_WAY)
+    weight = dict(decoder.shards.load([f"{decoder.blocks[index]}.{path}.weight"])).popitem()[1].float()
+    extra = scheme.padded(weight.shape[1]) - weight.shape[1]
+    hessian = Factors.of(F.pad(found.double(), (0, extra, 0, extra)), scheme.group, 0.01, matrix).hessian
+    return F.pad(weight, (0, extra)), hessian
+
+
+def compare(weight: Tensor, hessian: Tensor, scheme: Scheme, seed: int, name: str, seconds: float) -> dict[str, Any]:
+    """Both histories, [seconds, relative loss] each, and how long ours took to reach the other's last loss."""
+    ours = quantize_additive(weight, hessian, scheme, matrix_generator(seed, name), damping=1e-6, name=name)
+    theirs = published_aqlm(weight, hessian, scheme, matrix_generator(seed, name), seconds=seconds)
+    took, loss = theirs.history[-1]
+    reached = next((at for at, value in ours.history if value <= loss), None)
+    return {
+        "matrix": name,
+        "shape": list(weight.shape),
+        "ours": ours.history,
+        "published": theirs.history,
+        "published_ended_itself": took <= seconds,
+        "seconds_to_its_loss": reached,
+        "times_faster": None if reached is None else took / reached,
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Compare on every matrix asked for; the file is complete after each."""
+    args = parser().parse_args(argv)
+    scheme, decoder, moments = (
+        Scheme.parse(args.scheme),
+        Decoder.open(model_folder(args.model)),
+        Moments(args.moments),
+    )
+    check_file(args.output, [{"scheme", "matrices"}])
+    torch.set_grad_enabled(False)
+    warm = torch.randn(32, 4 * scheme.group, generator=torch.Generator().manual_seed(0))
+    quantize_additive(warm, warm.T @ warm, scheme, torch.Generator().manual_seed(0), max_rounds=1)  # compiles the loops
+    results = []
+    for matrix in args.matrices:
+        weight, hessian = read(decoder, moments, matrix, scheme)
+        results.append(compare(weight, hessian, scheme, args.seed, matrix, args.seconds))
+        record = {"scheme": str(scheme), "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d")}
+        write_json(args.output, {**record, "matrices": results})
+        last = results[-1]
+        print(
+            f"{matrix}: ours {last['ours'][-1][1]:.5f} after {last['ours'][-1][0]:.1f} s, "
+            f"published {last['published'][-1][1]:.5f} after {last['published'][-1][0]:.1f} s"
+        )
+
+
+if __name__ == "__main__":
+    run_main(main)

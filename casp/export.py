@@ -1,0 +1,84 @@
+"""A finished CASP checkpoint rewritten as another library's: what all such exports have in common.
+
+A plain checkpoint differs in the tensors of the quantized layers and in what its config says of them. Shards, index,
+tokenizer and the rest are the same; low-rank layers and mixed formats have no place in it.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from casp.digest import companions
+from casp.errors import UserError
+from casp.files import write_atomically, write_json, write_shard
+from casp.folder import WorkFolder
+from casp.models import Decoder
+from casp.reading.documents import read_json
+from casp.report import REPORT_FILE
+from casp.shards import INDEX
+from casp.stage import base_model
+
+_WRITTEN = {"config.json", INDEX, "README.md", REPORT_FILE}  # made here, or of no use there
+
+Rewrite = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""The tensors of a shard by name -> those to be stored in their place."""
+
+
+class ExportFolder(WorkFolder):
+    """The work of an export."""
+
+    kind = "export"
+
+
+def uniform_format(modules: Mapping[str, Mapping[str, Any]], kind: str) -> dict[str, Any]:
+    """The one format of all `modules`; UserError that says why a plain checkpoint of `kind` cannot hold them.
+
+    modules: path -> entry of the quantization_config.
+    """
+    for path, entry in modules.items():
+        if "rank" in entry:
+            raise UserError(
+                f"{path} is a low-rank layer, which a plain {kind} checkpoint cannot hold; leave out --export or start "
+                "from the original model (--from-original)."
+            )
+    formats = {json.dumps(entry["format"], sort_keys=True) for entry in modules.values()}
+    if len(formats) != 1:
+        raise UserError(
+            f"a plain {kind} checkpoint has one format for all layers, this model has several; leave out --export or "
+            "the byte budget."
+        )
+    return json.loads(formats.pop())
+
+
+def export_checkpoint(
+    folder: Path, output: Path, kind: str, rewrite: Rewrite, quantization_config: Mapping[str, Any], card: str
+) -> Path:
+    """Write the CASP checkpoint `folder` as a plain one of `kind` to `output`, complete or not at all.
+
+    The same export again is left as it is; UserError when `output` holds anything else. rewrite: of each shard;
+    quantization_config: of the plain checkpoint; card: the README.md.
+    """
+    decoder = Decoder.open(folder)
+    settings = {"quantization": dict(quantization_config)}
+    work = ExportFolder(output, decoder, f"{kind}-export", base_model(folder, str(folder)), settings, "")
+    if work.done:
+        return output
+    weight_map, total = {}, 0
+    for shard in sorted({entry.shard for entry in decoder.shards.entries.values()}):
+        tensors = rewrite(load_file(shard))
+        write_shard(work.result / shard.name, tensors)
+        weight_map |= dict.fromkeys(tensors, shard.name)
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(work.result / INDEX, index)
+    copied = [file for file in companions(folder) if file.name not in _WRITTEN]
+    for file in copied:
+        write_atomically(work.result / file.name, file.read_bytes())
+    config = read_json(folder / "config.json", "the config")
+    write_json(work.result / "config.json", {**config, "quantization_config": dict(quantization_config)})
+    write_atomically(work.result / "README.md", card.encode())
+    return work.close({*_WRITTEN, *weight_map.values(), *(file.name for file in copied)} - {REPORT_FILE})

@@ -1,0 +1,117 @@
+"""Moments of the loss's gradient at the outputs of a block's linears, from running it backward.
+
+The loss is that of the next token, summed over the positions that have one. Walked from the last block to the first,
+each block is run once more from its stored inputs, with gradients: so one block and one batch's activations are in
+memory, and the outcome is that of backpropagation through the whole model.
+
+With g the gradient at a linear's output y = W x, an error D of W costs, to second order and with the Fisher information
+in place of the Hessian, ``1/2 E[(g^T D x)^2]`` a token; with x and g independent ``1/2 tr(G D H D^T)``, G = E[g g^T]
+(YAQA, arXiv 2505.22988), and with rows of D alike ``tr(D H_g D^T) / (2 out)``, H_g = E[|g|^2 x x^T].
+"""
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from casp.head import POSITIONS, head_logits
+from casp.models import Decoder
+from casp.moments.second_moment import SecondMoment
+from casp.moments.weights import gradient_weights, tempered, typical_energy
+from casp.walk import BatchInputs, first_output, moved
+
+NO_LABEL = -100
+
+
+def next_tokens(ids: Tensor, tokens: Tensor, images: Tensor) -> Tensor:
+    """What each position should predict, (batch, tokens) int64; NO_LABEL where it has no loss.
+
+    ids: token ids; tokens: False for padding; images: True for image tokens; all (batch, tokens). A position has a
+    loss where it and the next one hold text: image tokens are context only, and so is the last token.
+    """
+    text = tokens.bool() & ~images.bool()
+    labels = torch.full_like(ids, NO_LABEL)
+    labels[:, :-1] = torch.where(text[:, :-1] & text[:, 1:], ids[:, 1:], NO_LABEL)
+    return labels
+
+
+def head_gradient(decoder: Decoder, hidden: Tensor, labels: Tensor) -> tuple[Tensor, float]:
+    """The gradient of the summed loss at the last block's outputs, and that loss in nats.
+
+    hidden: (batch, tokens, hidden), what the last block puts out, on the device where everything outside the blocks is
+    loaded; labels: (batch, tokens), see `next_tokens`. The gradient has the shape and dtype of `hidden`.
+    """
+    gradient, total = torch.zeros_like(hidden), 0.0
+    places = (labels != NO_LABEL).nonzero()
+    for part in places.split(POSITIONS) if len(places) else ():
+        rows, columns = part.unbind(1)
+        with torch.enable_grad():
+            leaf = hidden[rows, columns].detach().requires_grad_()
+            logits = head_logits(decoder, leaf).float()
+            loss = F.cross_entropy(logits, labels[rows, columns], reduction="sum")
+            (found,) = torch.autograd.grad(loss, leaf)
+        gradient[rows, columns] = found
+        total += loss.item()
+    return gradient, total
+
+
+class GradientStatistics:
+    """What a block's backward passes tell, added up batch by batch.
+
+    sizes: path of each linear, relative to the block -> (out_features, in_features); weightings: of "gradient" and
+    "gradient-norm", those wanted.
+
+    inputs: of each linear's input, by path and weighting; outputs: of the gradient at each linear's output, every
+    sequence at a mean square of 1 (`casp.moments.weights.tempered`); tokens: how many entered, padding left out. The
+    gradient is that of the loss summed over all positions, in nats.
+    """
+
+    def __init__(
+        self, sizes: dict[str, tuple[int, int]], weightings: Iterable[str], device: torch.device | str = "cpu"
+    ) -> None:
+        names = tuple(weightings)
+        self.inputs = {path: {name: SecondMoment(size[1], device) for name in names} for path, size in sizes.items()}
+        self.outputs = {path: SecondMoment(size[0], device) for path, size in sizes.items()}
+        self._energies: dict[str, list[Tensor]] = {path: [] for path in sizes}
+        self._counts: dict[str, list[Tensor]] = {path: [] for path in sizes}
+        self.tokens = 0
+
+    def run(self, block: nn.Module, index: int, batch: BatchInputs, gradient: Tensor) -> Tensor:
+        """One batch backward through block `index`: the gradient at its inputs, (batch, tokens, hidden).
+
+        gradient: of the loss at the block's outputs; batch: what the block was fed, on the gradient's device.
+        """
+        device = gradient.device
+        tokens = batch.tokens.to(device)
+
+        def watch(path: str, x: Tensor, output: Tensor) -> None:
+            x = x.detach()
+            output.register_hook(lambda g: self._add(path, x, g, tokens))
+
+        with ExitStack() as stack:
+            for path in self.outputs:
+                hook = block.get_submodule(path).register_forward_hook(
+                    lambda module, args, output, path=path: watch(path, args[0], output)
+                )
+                stack.callback(hook.remove)
+            with torch.enable_grad():
+                entered = batch.hidden.detach().to(device).requires_grad_()
+                left = first_output(block(entered, **moved(batch.kwargs[index], device)))
+                (found,) = torch.autograd.grad(left, entered, gradient)
+        self.tokens += int(tokens.sum())
+        return found
+
+    @torch.no_grad()
+    def _add(self, path: str, x: Tensor, gradient: Tensor, tokens: Tensor) -> None:
+        for name, moment in self.inputs[path].items():
+            moment.add(x[tokens], gradient_weights(name, gradient, tokens)[tokens])
+        scaled, energies = tempered(gradient, tokens)
+        self.outputs[path].add(scaled[tokens & (energies > 0)[:, None]])
+        self._energies[path].append(energies.cpu())
+        self._counts[path].append(tokens.sum(-1).cpu())
+
+    def energy(self, path: str) -> float:
+        """E|g|^2 over the tokens, g the gradient at the linear's output: `casp.moments.weights.typical_energy`."""
+        return typical_energy(torch.cat(self._energies[path]), torch.cat(self._counts[path]))

@@ -1,0 +1,93 @@
+"""Moments of the inputs of a block's linears, from running it forward."""
+
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+
+from casp.attention import AttentionCall
+from casp.moments.density import AttentionDensity
+from casp.moments.influence import BlockInfluence
+from casp.moments.second_moment import SecondMoment
+from casp.moments.weights import checked_attention
+from casp.walk import BatchInputs, Visit, shared_inputs
+
+
+class InputStatistics:
+    """What a block's forward passes tell, added up batch by batch.
+
+    paths: of the block's linears, relative to it; weightings: of "none" and "attention", those wanted;
+    density_batches: how many batches the attention's density is measured on.
+
+    groups: paths of linears that share an input, in the order of computation; moments: of each group's input, by the
+    group's first path and the weighting; tokens: how many entered, padding left out.
+    """
+
+    def __init__(self, paths: Iterable[str], weightings: Iterable[str], density_batches: int) -> None:
+        self.paths, self.weightings, self.density_batches = list(paths), tuple(weightings), density_batches
+        self.groups: list[list[str]] = []
+        self.moments: dict[str, dict[str, SecondMoment]] = {}
+        self.tokens, self.batches = 0, 0
+        self.influence, self.density = BlockInfluence(), AttentionDensity()
+
+    def run(self, visit: Visit) -> None:
+        """One forward pass over the visit's cached inputs, which become what the block puts out."""
+        entered: dict[str, Tensor] = {}
+        received: list[Tensor] = []
+
+        def attend(call: AttentionCall, batch: BatchInputs) -> None:
+            if "attention" in self.weightings:
+                received[:] = [checked_attention(call, batch.tokens, visit.index)]
+            if self.batches < self.density_batches:
+                self.density.add(call, batch)
+
+        def leave(hidden: Tensor, left: Tensor, batch: BatchInputs) -> None:
+            if not self.groups:
+                self.groups = shared_inputs(entered, self.paths, visit.index)
+                sizes = {group[0]: entered[group[0]].shape[-1] for group in self.groups}
+                self.moments = {
+                    path: {name: SecondMoment(size, visit.device) for name in self.weightings}
+                    for path, size in sizes.items()
+                }
+            weights = received[0][batch.tokens] if received else None
+            for path, by_weighting in self.moments.items():
+                x = entered[path][batch.tokens]
+                for name, moment in by_weighting.items():
+                    moment.add(x, weights if name == "attention" else None)
+            self.influence.add(hidden, left, batch.tokens)
+            self.tokens += int(batch.tokens.sum())
+            self.batches += 1
+            entered.clear()
+
+        observers = {path: lambda x, _, path=path: entered.update({path: x}) for path in self.paths}
+        visit.replay(observers, attention=attend, output=leave, advance=True)
+
+
+def token_weights(visit: Visit, weighting: str) -> list[Tensor] | None:
+    """The weights "none" or "attention" of all tokens that the block sees, (batch, tokens) for each batch.
+
+    None where all count the same.
+    """
+    if weighting == "none":
+        return None
+    weights: list[Tensor] = []
+    visit.replay(attention=lambda call, batch: weights.append(checked_attention(call, batch.tokens, visit.index)))
+    return weights
+
+
+def block_moments(visit: Visit, groups: list[list[str]], weights: list[Tensor] | None = None) -> list[Tensor]:
+    """The second moment of each group's shared input, (in, in), over all tokens that are not padding.
+
+    Of the block as it is now; dtype as `SecondMoment.value`. weights: of the tokens, (batch, tokens) for each batch.
+    """
+    moments = [SecondMoment(visit.block.get_submodule(group[0]).in_features, device=visit.device) for group in groups]
+
+    def observer(moment: SecondMoment) -> Callable[[Tensor, BatchInputs], None]:
+        remaining = iter(weights or [])
+
+        def see(x: Tensor, batch: BatchInputs) -> None:
+            moment.add(x[batch.tokens], None if weights is None else next(remaining)[batch.tokens])
+
+        return see
+
+    visit.replay({group[0]: observer(moment) for group, moment in zip(groups, moments, strict=True)})
+    return [moment.checked(f"block {visit.index}, {group[0]}") for group, moment in zip(groups, moments, strict=True)]

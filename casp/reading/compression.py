@@ -1,0 +1,33 @@
+"""What config.json says of a compression, checked before a module is built from it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from casp.errors import UserError
+
+FORMAT_VERSION = 1
+_DAMAGED = "the checkpoint's config is damaged: make or download it again"
+
+
+def check_compression(found: Mapping[str, Any]) -> None:
+    """UserError unless `found`, the quantization_config of a CASP checkpoint, has the form that is written here."""
+    version, backend = found.get("version", FORMAT_VERSION), found.get("backend")
+    if type(version) is not int or version < 1:
+        raise UserError(f"quantization_config has the version {str(version)[:40]}; {_DAMAGED}.")
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"this checkpoint has format version {version}, this casp reads up to {FORMAT_VERSION}; update casp."
+        )
+    if backend is not None and not isinstance(backend, str):
+        raise UserError(f"quantization_config names no backend; {_DAMAGED}.")
+    weights, modules = found.get("original_weights"), found.get("modules")
+    if type(weights) is not int or weights < 1:
+        raise UserError(f"quantization_config has {str(weights)[:40]} as original_weights; {_DAMAGED}.")
+    if not isinstance(modules, dict) or not modules:
+        raise UserError(f"quantization_config lists no modules; {_DAMAGED}.")
+    for path, entry in modules.items():
+        if not isinstance(entry, dict) or len(entry) != 1:
+            raise UserError(f"quantization_config does not say how {path} is stored; {_DAMAGED}.")
+        has_rank = type(entry.get("rank")) is int and entry["rank"] >= 1
+        if not has_rank and not (isinstance(entry.get("format"), dict) and isinstance(backend, str)):
+            raise UserError(f"quantization_config gives {path} no valid rank or format; {_DAMAGED}.")

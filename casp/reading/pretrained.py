@@ -1,0 +1,55 @@
+"""Tokenizers and processors of a model folder, opened without running code that the folder brings."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoProcessor, AutoTokenizer
+
+from casp.errors import UserError, told_as
+from casp.reading.config import check_folder
+from casp.reading.documents import read_json
+from casp.reading.files import is_there
+
+
+def _open(kind: type, what: str, folder: Path) -> Any:
+    check_folder(folder)
+    for name in ("tokenizer.json", "vocab.json"):
+        if is_there(folder / name):
+            read_json(folder / name, f"the {what}'s file")
+    with told_as(f"cannot load the {what} of {folder}", "copy the original model's files there"):
+        return kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def _check_length(tokenizer: Any, folder: Path) -> None:
+    if type(getattr(tokenizer, "model_max_length", 0)) not in (int, float):
+        raise UserError(f"tokenizer_config.json in {folder} gives no number as model_max_length; correct it.")
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """The tokenizer of the model in `folder`."""
+    tokenizer = _open(AutoTokenizer, "tokenizer", Path(folder))
+    _check_length(tokenizer, folder)
+    return tokenizer
+
+
+def open_processor(folder: Path) -> Any:
+    """The processor of the multimodal model in `folder`, with its tokenizer and image processor."""
+    processor = _open(AutoProcessor, "processor", Path(folder))
+    for part in ("tokenizer", "image_processor"):
+        if not hasattr(processor, part):
+            raise UserError(
+                f"{folder} has no {part.replace('_', ' ')}: copy the original model's processor files there"
+            )
+    _check_length(processor.tokenizer, folder)
+    return processor
+
+
+def check_ids(ids: Tensor, config: Any, folder: Path) -> None:
+    """UserError where a tokenizer made token ids (any shape) that the model has no embedding for."""
+    rows = config.get_text_config().vocab_size
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
+        raise UserError(
+            f"the tokenizer of {folder} makes token {int(ids.max())}, the model has {rows}: copy the original model's "
+            "tokenizer files there"
+        )

@@ -1,0 +1,273 @@
+"""CASP-X against X at equal bytes, for every backend and codebook: `python -m casp_eval.casp_vs_baseline --output DIR`.
+
+For each model, calibration seed, backend, codebook, budget and allocation: moments, prices, plan, quantizing,
+evaluation, each by the stage's own command. A row is kept as soon as it is known (DIR/rows), and so are moments and
+prices, while the checkpoints are removed once they are evaluated: run again to resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from casp.backend import backend_names, load_backend
+from casp.checkpoint import size
+from casp.cli import Parser, add_device_arguments, model_folder, run_main
+from casp.compress import package_of, tunes
+from casp.demo import NAMES
+from casp.errors import UserError
+from casp.files import write_json
+from casp.models import Decoder
+from casp.numbers import real, whole
+from casp.numbers import seed as any_seed
+from casp.plan.file import shapes
+from casp.plan.options import chosen_formats
+from casp.reading.documents import read_json
+from casp_eval import data
+from casp_eval.compare import Evaluation, Figures, Subject
+from casp_eval.loading import is_multimodal
+from casp_eval.options import add_batch_argument, add_text_arguments
+from casp_eval.versus_report import write_report
+
+ROUNDED_BITS = (2.05, 2.25, 2.5, 3.0)
+TUNED_BITS = 2.05
+CASP, BASELINE = "optimal", "uniform"
+ABLATION = ("optimal", "optimal, full rank", "ranks", "paper", "paper, full rank", "paper-ranks")
+"""Ranks and bits, bits only, ranks only, and the paper's version of each."""
+
+SAMPLES = {"demo-llama": 32, "demo-llava": 192}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one row measures."""
+
+    model: str
+    backend: str
+    codebook: str | None
+    allocation: str
+    tuned: bool
+    bits: float
+    seed: int
+
+    def name(self) -> str:
+        """What its files are called."""
+        parts = (self.model, self.backend, self.codebook, self.allocation.replace(", ", "-").replace(" ", "-"))
+        tuned = "tuned" if self.tuned else "rounded"
+        return "-".join([*filter(None, parts), tuned, f"{self.bits:g}", f"seed{self.seed}"])
+
+
+def codebooks(backend: str) -> list[str | None]:
+    """The codebooks that a backend offers; [None] where it does not speak of them."""
+    return list(getattr(load_backend(backend), "codebooks", [None]))
+
+
+def reaches(setting: Setting) -> bool:
+    """Whether the backend can store every linear at full rank within the budget: without that there is no baseline."""
+    backend, decoder = load_backend(setting.backend), Decoder.open(model_folder(setting.model))
+    wanted = {"codebook": setting.codebook} if setting.codebook else {}
+    least = 0
+    for shape in shapes(decoder).values():
+        formats = chosen_formats(backend, *shape, setting.tuned, wanted)
+        least += backend.bytes(formats[0], *shape)
+    return 8 * least <= setting.bits * decoder.original_weights()
+
+
+def settings(args: argparse.Namespace) -> Iterator[Setting]:
+    """All rows, the most telling first: pairs of CASP and baseline by budget, then the ablation, then the tuned."""
+    kinds = [(backend, codebook) for backend in args.backends for codebook in codebooks(backend)]
+    for seed in args.seeds:
+        for model in args.models:
+            for backend, codebook in kinds:
+                for bits in args.bits:
+                    for allocation in (BASELINE, CASP):
+                        yield Setting(model, backend, codebook, allocation, False, bits, seed)
+    if args.ablation:
+        for model in args.models:
+            for backend, codebook in kinds:
+                for allocation in ABLATION:
+                    yield Setting(model, backend, codebook, allocation, False, args.bits[0], args.seeds[0])
+    if args.tuned:
+        for model in args.models:
+            for backend, codebook in kinds:
+                if tunes(package_of(backend)):
+                    for allocation in (BASELINE, CASP):
+                        yield Setting(model, backend, codebook, allocation, True, TUNED_BITS, args.seeds[0])
+
+
+class Workshop:
+    """Makes the checkpoint of a setting, reusing moments, prices and plans of others."""
+
+    def __init__(self, folder: Path, args: argparse.Namespace) -> None:
+        self.folder, self.args = folder, args
+
+    def _run(self, module: str, *flags: object) -> None:
+        command = [sys.executable, "-m", module, *map(str, flags), "--device", self.args.device]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise UserError(f"{' '.join(command[1:])} ended with status {done.returncode}; mend that and run again.")
+
+    def _data(self, setting: Setting) -> list[object]:
+        samples = self.args.samples or SAMPLES.get(setting.model, 128)
+        return ["--samples", samples, "--seed", setting.seed, "--batch-size", self.args.calibration_batch_size]
+
+    def moments(self, setting: Setting) -> Path:
+        """Of the model and the seed."""
+        folder = self.folder / f"{setting.model}-seed{setting.seed}-moments"
+        if not folder.exists():
+            flags = ["--model", setting.model, *self._data(setting), "--from-original"]
+            self._run("casp.moments", *flags, "--output", folder)
+        return folder
+
+    def plan(self, setting: Setting) -> Path:
+        """The plan of a setting, from prices that all budgets and allocations share."""
+        file = self.folder / f"{setting.name()}-plan.json"
+        if not file.exists():
+            kind = "-".join(filter(None, (setting.backend, setting.codebook, "tuned" if setting.tuned else None)))
+            allocation, _, full_rank = setting.allocation.partition(", ")
+            flags: list[object] = ["--model", setting.model, "--backend", setting.backend, "--bits", setting.bits]
+            flags += ["--format", f"codebook={setting.codebook}"] if setting.codebook else []
+            flags += ["--tuned"] if setting.tuned else []
+            flags += ["--allocation", allocation, *(["--no-low-rank"] if full_rank else [])]
+            costs = self.folder / f"{setting.model}-seed{setting.seed}-{kind}-costs"
+            self._run("casp.plan", *flags, "--moments", self.moments(setting), "--costs", costs, "--output", file)
+        return file
+
+    def checkpoint(self, setting: Setting) -> Path:
+        """The quantized model."""
+        folder = self.folder / setting.name()
+        if not folder.exists():
+            package = package_of(setting.backend)
+            flags: list[object] = ["--model", setting.model, *self._data(setting), "--plan", self.plan(setting)]
+            flags += ["--moments", self.moments(setting), "--output", folder]
+            if tunes(package):
+                flags += ["--ft-epochs", self.args.epochs if setting.tuned else 0]
+            self._run(package, *flags)
+        return folder
+
+
+class Examiner:
+    """Measures checkpoints, and the original of each model once."""
+
+    def __init__(self, folder: Path, args: argparse.Namespace) -> None:
+        self.args, self.figures = args, Figures(folder / "figures")
+        args.max_new_tokens = 4
+        self.texts = {"text": data.load_text("test"), "other_text": data.load_text("moby")}
+        self.questions = {}
+
+    def measure(self, name: str) -> dict[str, float | None]:
+        """Bpw aside, what a row holds, with perplexities in place of their excess."""
+        one = Evaluation(Subject.parse(name), self.figures, self.args)
+        found: dict[str, float | None] = {
+            f"log_{what}": math.log(one.text(text)["perplexity"]) for what, text in self.texts.items()
+        }
+        found |= dict.fromkeys(("answer_perplexity", "accuracy", "accuracy_unseen"))
+        if is_multimodal(one.config):
+            seen, unseen = self._questions("test"), self._questions("test-unseen")
+            found["answer_perplexity"] = one.answer_perplexity(*seen)["perplexity"]
+            found["accuracy"] = one.accuracy(*seen)["accuracy"]
+            found["accuracy_unseen"] = one.accuracy(*unseen)["accuracy"]
+        one.opened = None
+        gc.collect()
+        return found
+
+    def _questions(self, split: str) -> tuple[list[data.Item], str]:
+        if split not in self.questions:
+            items = data.load_questions(split, self.args.questions, 0)
+            self.questions[split] = (items, data.questions_fingerprint(items))
+        return self.questions[split]
+
+
+def row(setting: Setting, folder: Path, examiner: Examiner) -> dict[str, Any]:
+    """The row of a setting whose checkpoint lies in `folder`."""
+    original, found = examiner.measure(setting.model), examiner.measure(str(folder))
+    return {
+        **{key: value for key, value in asdict(setting).items() if key not in ("bits", "seed")},
+        "casp": setting.allocation != BASELINE,
+        "bits": setting.bits,
+        "bpw": size(folder).bpw,
+        "seed": setting.seed,
+        "excess_text": found["log_text"] - original["log_text"],
+        "excess_other_text": found["log_other_text"] - original["log_other_text"],
+        "answer_perplexity": found["answer_perplexity"],
+        "accuracy": found["accuracy"],
+        "accuracy_unseen": found["accuracy_unseen"],
+    }
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="casp_vs_baseline.sh",
+        description="CASP-X against X at equal bytes; table, plots and report.json. Run again to resume.",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for the report and the kept rows")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/casp_vs_baseline"), help="moments, prices, plans (default: %(default)s)"
+    )
+    parser.add_argument("--models", nargs="+", default=list(NAMES), help="built-in models (default: all)")
+    parser.add_argument("--backends", nargs="+", default=backend_names(), help="quantizers (default: all installed)")
+    parser.add_argument(
+        "--bits",
+        type=real(0, 16),
+        nargs="+",
+        default=list(ROUNDED_BITS),
+        help="budgets, bits a weight (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=any_seed,
+        nargs="+",
+        default=[0, 1, 2],
+        help="seeds of calibration and rounding (default: %(default)s)",
+    )
+    on_off = argparse.BooleanOptionalAction
+    parser.add_argument("--ablation", action=on_off, default=True, help="low rank, bits, the paper's (default: on)")
+    parser.add_argument("--tuned", action=on_off, default=True, help="also with both fine-tunings (default: on)")
+    parser.add_argument("--epochs", type=whole(1), default=2, help="of each fine-tuning (default: %(default)s)")
+    parser.add_argument(
+        "--samples", type=whole(0), default=0, help="calibration samples (default: 0 = 32 texts or 192 chats)"
+    )
+    parser.add_argument(
+        "--calibration-batch-size", type=whole(1), default=2, help="samples run at once (default: %(default)s)"
+    )
+    parser.add_argument("--questions", type=whole(0), default=600, help="of each split (default: %(default)s)")
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoints (default: remove them)")
+    add_text_arguments(parser)
+    add_batch_argument(parser)
+    add_device_arguments(parser)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure what is missing, then write the report over all rows."""
+    args = build_parser().parse_args(arguments)
+    rows_folder = args.output / "rows"
+    rows_folder.mkdir(parents=True, exist_ok=True)
+    workshop, examiner = Workshop(args.work, args), Examiner(args.output, args)
+    rows = []
+    for setting in dict.fromkeys(settings(args)):
+        file = rows_folder / f"{setting.name()}.json"
+        if not file.exists():
+            if not reaches(setting):
+                print(f"{setting.backend} does not reach {setting.bits:g} bits on {setting.model}: left out")
+                continue
+            print(f"== {setting.name()}", flush=True)
+            folder = workshop.checkpoint(setting)
+            write_json(file, row(setting, folder, examiner))
+            if not args.keep:
+                shutil.rmtree(folder)
+        rows.append(read_json(file, "the row"))
+        write_report(args.output, rows)
+    print((args.output / "report.md").read_text())
+
+
+if __name__ == "__main__":
+    run_main(main)

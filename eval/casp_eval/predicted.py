@@ -1,0 +1,166 @@
+"""Predicted against measured damage, one matrix at a time: `python -m casp_eval.predicted --model M --costs DIR ...`.
+
+Draws linears and options from a folder of prices, stores each linear in that way for real, alone, and measures the
+divergence KL(original || changed) of the next-token distributions on calibration data. Beside the prediction stands
+what the paper ranks by, the influence of the block: `s_l N_l 2^(-2 b_l)`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+from tqdm import tqdm
+
+from casp.backend import Backend, load_backend, rounded
+from casp.calibration import calibration_batches
+from casp.cli import Parser, add_common_arguments, model_folder, pick_device, pick_dtype, run_main
+from casp.factors import quantized_factors
+from casp.files import write_json
+from casp.head import head_logits
+from casp.models import Decoder
+from casp.moments.store import LinearMoments, Moments
+from casp.numbers import count
+from casp.plan.allocate import frontier
+from casp.plan.measure import read_costs
+from casp.plan.options import LinearOptions, Option
+from casp.seed import matrix_generator
+from casp.walk import BatchInputs, capture_inputs, first_output, moved
+
+
+class Original:
+    """The dense model with the hidden states that enter each block, and its distributions where a token has a loss."""
+
+    def __init__(
+        self, decoder: Decoder, batches: list[dict[str, Tensor]], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.decoder, self.device = decoder, device
+        self.inputs: list[BatchInputs] = capture_inputs(decoder, batches, device, dtype)
+        decoder.load_rest(device, dtype)
+        for index in range(len(decoder.blocks)):
+            decoder.load_block(index, device, dtype)
+        self.places = [self._places(batch) for batch in self.inputs]
+        self.entering: list[list[Tensor]] = [[batch.hidden for batch in self.inputs]]
+        for index in range(len(decoder.blocks)):
+            self.entering.append([self._block(index, n, hidden) for n, hidden in enumerate(self.entering[-1])])
+        self.logs = [self._logs(n, hidden) for n, hidden in enumerate(self.entering.pop())]
+
+    @staticmethod
+    def _places(batch: BatchInputs) -> Tensor:
+        """(batch, tokens) bool: text positions whose next token is text."""
+        text = batch.tokens & ~batch.images
+        return torch.cat([text[:, :-1] & text[:, 1:], torch.zeros_like(text[:, :1])], 1)
+
+    @torch.no_grad()
+    def _block(self, index: int, batch: int, hidden: Tensor) -> Tensor:
+        kwargs = moved(self.inputs[batch].kwargs[index], self.device)
+        return first_output(self.decoder.block(index)(hidden.to(self.device), **kwargs)).cpu()
+
+    @torch.no_grad()
+    def _logs(self, batch: int, hidden: Tensor) -> Tensor:
+        """Logarithms of the distributions, (positions with a loss, vocabulary)."""
+        seen = hidden[self.places[batch]].to(self.device)
+        parts = [head_logits(self.decoder, part).float().log_softmax(-1).cpu() for part in seen.split(256)]
+        return torch.cat(parts)
+
+    def divergence(self, index: int) -> float:
+        """Mean KL(original || the model as it now is), block `index` changed, in nats a position."""
+        total, count = 0.0, 0
+        for n, hidden in enumerate(self.entering[index]):
+            for later in range(index, len(self.decoder.blocks)):
+                hidden = self._block(later, n, hidden)
+            changed, kept = self._logs(n, hidden), self.logs[n]
+            total += (kept.exp() * (kept - changed)).sum().item()
+            count += len(kept)
+        return total / count
+
+
+def stored(
+    linear: LinearOptions,
+    option: Option,
+    weight: Tensor,
+    moments: LinearMoments,
+    backend: Backend,
+    args: argparse.Namespace,
+) -> Tensor:
+    """`weight` as the option stores it, dense."""
+    hessian = moments.hessian(args.token_weights)
+    if option.rank is None:
+        generator = matrix_generator(args.seed, linear.path)
+        return rounded(backend, weight, hessian, option.formats[0], generator, linear.path, {})[1]
+    gradients = moments.gradient_moment
+    made = quantized_factors(
+        weight, hessian, gradients, option.rank, option.formats, backend, args.seed, linear.path, {}
+    )
+    return made.dense().float()
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    flags = Parser(prog="python -m casp_eval.predicted", description=__doc__.splitlines()[0])
+    add_common_arguments(flags, default_model="demo-llama")
+    flags.add_argument("--backend", required=True, help="the quantizer that the prices are of")
+    flags.add_argument("--moments", type=Path, required=True, metavar="DIR", help="output of the moments' stage")
+    flags.add_argument("--costs", type=Path, required=True, metavar="DIR", help="folder of the priced options")
+    flags.add_argument("--token-weights", default="attention+gradient", help="as in the prices (default: %(default)s)")
+    flags.add_argument("--draws", type=count, default=60, help="matrices measured, a count (default: 60)")
+    return flags
+
+
+def influence_measure(linear: LinearOptions, option: Option) -> float:
+    """What the paper's allocation minimises, of one linear."""
+    return linear.influence * linear.weights * 4.0 ** (-8 * option.bytes / linear.weights)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Draw, change, measure, put back."""
+    args = parser().parse_args(arguments)
+    decoder = Decoder.open(model_folder(args.model))
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device, decoder.dtype)
+    batches = calibration_batches(
+        decoder.folder, args.dataset, args.samples, args.sequence_length, args.seed, args.batch_size
+    )
+    linears, moments = read_costs(args.costs, len(decoder.blocks)), Moments(args.moments)
+    backend = load_backend(args.backend)
+    original = Original(decoder, batches, device, dtype)
+    drawn = random.Random(args.seed)
+    roles = sorted({linear.role for linear in linears})
+    rows = []
+    for number in tqdm(range(args.draws), desc="measured", dynamic_ncols=True):
+        # Roles take turns: by chance alone most draws would be of those that cost alike.
+        linear = drawn.choice([linear for linear in linears if linear.role == roles[number % len(roles)]])
+        option = drawn.choice(frontier(linear.options))
+        path = linear.path.removeprefix(decoder.blocks[linear.block] + ".")
+        module = decoder.block(linear.block).get_submodule(path)
+        before = module.weight.data
+        new = stored(linear, option, before.float(), moments.read(linear.block)[path], backend, args)
+        module.weight.data = new.to(before)
+        rows.append(
+            {
+                "path": linear.path,
+                "rank": option.rank,
+                "formats": list(option.formats),
+                "bits": 8 * option.bytes / linear.weights,
+                "predicted": option.cost,
+                "influence": influence_measure(linear, option),
+                "measured": original.divergence(linear.block),
+            }
+        )
+        module.weight.data = before
+    by_cost, by_influence = (
+        float(spearmanr([row[key] for row in rows], [row["measured"] for row in rows]).statistic)
+        for key in ("predicted", "influence")
+    )
+    report = {"model": args.model, "backend": args.backend, "spearman": by_cost, "spearman_influence": by_influence}
+    print(f"Spearman of predicted and measured damage {by_cost:.3f}; of the block's influence {by_influence:.3f}")
+    if args.output is not None:
+        write_json(args.output, {**report, "rows": rows})
+
+
+if __name__ == "__main__":
+    run_main(main)

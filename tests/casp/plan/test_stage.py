@@ -1,0 +1,194 @@
+"""From moments to a plan to a checkpoint, as a user runs it, on tiny models."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from casp_gptq.__main__ import main as gptq
+from casp_quip_sharp.__main__ import main as quip_sharp
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+import casp
+from casp.checkpoint import size
+from casp.compress import main as compress
+from casp.models import Decoder
+from casp.moments.__main__ import main as collect
+from casp.plan.__main__ import main as plan
+
+
+@pytest.fixture(scope="module")
+def moments(tiny_llama, texts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan") / "moments"
+    collect(["--model", str(tiny_llama), "--output", str(folder), *data_flags(texts)])
+    return folder
+
+
+def data_flags(texts):
+    return ["--dataset", str(texts), "--samples", "4", "--sequence-length", "64", "--batch-size", "2"]
+
+
+def make_plan(model, moments, output, *more, backend="quip-sharp", bits="2.6"):
+    flags = ["--model", str(model), "--moments", str(moments), "--backend", backend, "--bits", bits]
+    plan([*flags, "--costs", str(output.parent / f"costs-{backend}"), "--output", str(output), *more])
+    return json.loads(output.read_text())
+
+
+@pytest.fixture(scope="module")
+def planned(tiny_llama, moments, tmp_path_factory):
+    file = tmp_path_factory.mktemp("plan") / "plan.json"
+    make_plan(tiny_llama, moments, file)
+    return file
+
+
+def quantize(stage, model, texts, moments, plan_file, output, *more):
+    flags = ["--model", str(model), "--plan", str(plan_file), "--moments", str(moments), "--output", str(output)]
+    stage([*flags, *data_flags(texts), *more])
+
+
+def test_plan_keeps_to_its_budget_and_says_what_it_chose(tiny_llama, planned, capsys):
+    found = json.loads(planned.read_text())
+    weights = Decoder.open(tiny_llama).original_weights()
+    assert 0.97 * 2.6 <= found["bits"] <= 2.6
+    assert found["bytes"] == sum(entry["bytes"] for entry in found["linears"].values())
+    assert found["bits"] == pytest.approx(8 * found["bytes"] / weights)
+    assert any(entry["rank"] for entry in found["linears"].values())
+    others = [entry for path, entry in found["linears"].items() if not path.endswith(("q_proj", "k_proj"))]
+    assert all(entry["rank"] is None for entry in others)
+    assert found["predicted"] > 0
+
+
+def test_checkpoint_is_what_the_plan_says_to_the_byte(tiny_llama, texts, moments, planned, tmp_path):
+    output = tmp_path / "model"
+    quantize(quip_sharp, tiny_llama, texts, moments, planned, output, "--ft-epochs", "0")
+    found = json.loads(planned.read_text())
+    assert size(output).bytes == found["bytes"]
+    modules = json.loads((output / "config.json").read_text())["quantization_config"]["modules"]
+    for path, entry in found["linears"].items():
+        if entry["rank"] is None:
+            assert modules[path]["format"] == entry["formats"][0]
+        else:
+            assert modules[path] == {"rank": entry["rank"]}
+            assert [modules[f"{path}.{factor}"]["format"] for factor in ("down", "up")] == entry["formats"]
+    model = AutoModelForCausalLM.from_pretrained(output)
+    original = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    ids = torch.arange(4, 68)[None]
+    with torch.no_grad():
+        assert torch.isfinite(model(ids).logits).all()
+        error = (model(ids).logits - original(ids).logits).square().mean() / original(ids).logits.square().mean()
+    assert error < 1
+
+
+def test_an_edited_plan_is_obeyed(tiny_llama, texts, moments, planned, tmp_path):
+    edited = json.loads(planned.read_text())
+    path = next(path for path in edited["linears"] if path.endswith("1.self_attn.q_proj"))
+    edited["linears"][path] |= {"rank": 9, "formats": [{"bits": 4}, {"bits": 2}]}
+    file = tmp_path / "edited.json"
+    file.write_text(json.dumps(edited))
+    quantize(quip_sharp, tiny_llama, texts, moments, file, tmp_path / "model", "--ft-epochs", "0")
+    modules = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]["modules"]
+    assert modules[path] == {"rank": 9}
+    assert modules[f"{path}.down"]["format"] == {"bits": 4}
+
+
+def remove(plan):
+    del plan["linears"][min(plan["linears"])]
+
+
+def first(**changes):
+    """Changes the entry of the first linear."""
+    return lambda plan: plan["linears"][min(plan["linears"])].update(changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda entry: entry.update(backend="gptq"), "is a plan for backend 'gptq'"),
+        (lambda entry: entry.update(model="other"), "for another model"),
+        (lambda entry: entry.update(version=7), "plan version 7"),
+        (remove, "lacks"),
+        (lambda entry: entry["linears"].update(nowhere={"rank": None, "formats": [{"bits": 2}]}), "names nowhere"),
+        (
+            lambda entry: entry["linears"][min(entry["linears"])].update(rank=4, formats=[{"bits": 2}]),
+            "takes two formats",
+        ),
+        (first(rank=0), "neither null nor a whole number"),
+        (first(rank=10**6), "its full rank"),
+        (first(rank=None, formats=[{"bits": 9}]), "is refused"),
+        (first(rank=None, formats=[{}]), "is refused"),
+        (first(rank=None, formats=[{"bits": True}]), "has no such 'bits'"),
+        (first(rank=None, formats=[{"bits": 2, "thesis": 1}]), "has no such 'thesis'"),
+        (first(rank=None, formats=[{"bits": 2.0}]), "has no such 'bits'"),
+        (lambda entry: entry["linears"].update({min(entry["linears"]): 3}), "needs an entry 'rank'"),
+        (lambda entry: entry.update(linears=[]), "holds no plan"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(tiny_llama, texts, moments, planned, tmp_path, change, words):
+    entry = json.loads(planned.read_text())
+    change(entry)
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(entry))
+    with pytest.raises(casp.errors.UserError, match=words):
+        quantize(quip_sharp, tiny_llama, texts, moments, file, tmp_path / "model")
+
+
+def test_no_file_and_no_json_are_told(tiny_llama, texts, moments, tmp_path):
+    with pytest.raises(casp.errors.UserError, match="does not exist"):
+        quantize(quip_sharp, tiny_llama, texts, moments, tmp_path / "none.json", tmp_path / "model")
+    (tmp_path / "plan.json").write_text("{")
+    with pytest.raises(casp.errors.UserError, match="is not valid JSON"):
+        quantize(quip_sharp, tiny_llama, texts, moments, tmp_path / "plan.json", tmp_path / "model")
+
+
+def test_gptq_obeys_a_plan_too_and_whole_checkpoints_have_budgets(tiny_llama, texts, moments, tmp_path):
+    file = tmp_path / "plan.json"
+    found = make_plan(tiny_llama, moments, file, "--allocation", "paper", backend="gptq", bits="4.5")
+    assert {entry["rank"] for path, entry in found["linears"].items() if path.endswith("q_proj")} != {None}
+    quantize(gptq, tiny_llama, texts, moments, file, tmp_path / "model")
+    assert size(tmp_path / "model").bytes == found["bytes"]
+    stored = sum(file.stat().st_size for file in tiny_llama.glob("*.safetensors"))
+    flags = ["--model", str(tiny_llama), "--moments", str(moments), "--backend", "gptq", "--whole-checkpoint"]
+    flags += ["--costs", str(tmp_path / "costs-gptq"), "--output", str(tmp_path / "whole.json")]
+    with pytest.raises(casp.errors.UserError, match="allow more"):
+        plan([*flags, "--size", "1KB"])
+    plan([*flags, "--size", f"{int(0.6 * stored)}B"])
+    quantize(gptq, tiny_llama, texts, moments, tmp_path / "whole.json", tmp_path / "whole")
+    assert sum(file.stat().st_size for file in (tmp_path / "whole").glob("*.safetensors")) < 0.63 * stored
+
+
+def test_pricing_resumes_with_the_same_costs(tiny_llama, moments, planned, tmp_path):
+    costs = next(planned.parent.glob("costs-*"))
+    partial = tmp_path / "costs.partial"
+    shutil.copytree(costs, partial / "result")
+    for name in ("casp_run.json", "casp_run.log"):
+        (partial / "result" / name).rename(partial / name)
+    (partial / "result" / "block-00001.json").unlink()
+    flags = ["--model", str(tiny_llama), "--moments", str(moments), "--backend", "quip-sharp", "--bits", "2.6"]
+    plan([*flags, "--costs", str(tmp_path / "costs"), "--output", str(tmp_path / "plan.json")])
+    assert (tmp_path / "plan.json").read_bytes() == planned.read_bytes()
+
+
+def test_compress_announces_and_does_the_whole_job(tiny_llava, tmp_path, capfd):
+    from PIL import Image
+
+    rows = []
+    for number in range(4):
+        Image.new("RGB", (32, 32), (60 * number, 90, 200)).save(tmp_path / f"{number}.png")
+        rows.append({"image": f"{number}.png", "question": "Which colour?", "answer": f"blue {number}"})
+    data = tmp_path / "chats.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    output = tmp_path / "out"
+    flags = ["--model", str(tiny_llava), "--backend", "quip-sharp", "--bits", "3.1", "--output", str(output)]
+    flags += ["--dataset", str(data), "--samples", "4", "--batch-size", "2", "--moments", str(tmp_path / "moments")]
+    flags += ["--costs", str(tmp_path / "costs")]
+    compress([*flags, "--dry-run"])
+    said = capfd.readouterr().out
+    assert "3.100 bits a weight" in said
+    assert said.index("1 moments") < said.index("2 plan") < said.index("3 quantize")
+    assert not output.exists()
+    compress(flags)
+    assert size(output).bpw <= 3.1
+    capfd.readouterr()
+    compress(flags)
+    assert capfd.readouterr().out.count("done already") == 3
+    AutoModelForImageTextToText.from_pretrained(output)

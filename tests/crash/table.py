@@ -1,0 +1,54 @@
+"""The crash-point table: `python tests/crash/table.py [STAGE...]` runs every stage, and a rerun from every state.
+
+The code under test is whichever `casp` is importable, so the same command counts for any version of it.
+"""
+
+import contextlib
+import io
+import os
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from disk_states import recorded, torn
+from small_stages import STAGES, contents, rerun, tiny_inputs
+
+
+def row(name: str, scratch: Path) -> tuple[str, list[str]]:
+    """One line of the table, and what went wrong, state by state."""
+    stage, root = STAGES[name], scratch / "root"
+    model, text = tiny_inputs(scratch)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        stage(model, text, root)
+        expected = contents(root)
+        root.rename(scratch / "whole")
+        root.mkdir()
+        with recorded(root, scratch / "states") as run:
+            stage(model, text, root)
+        cut = torn(run.states, scratch / "cut")
+        outcomes = [(state, rerun(stage, model, text, root, state, expected)) for state in [*run.states, *cut]]
+    counts = Counter(outcome.partition(":")[0] for _, outcome in outcomes)
+    kinds = ("same bytes", "other bytes", "lost", "refused")
+    labels = dict(zip(run.states, run.labels, strict=True))
+    bad = [f"{labels.get(s, s.name)}: {outcome}" for s, outcome in outcomes if outcome != "same bytes"]
+    cells = [name, run.operations, len(run.states), len(cut), *(counts[kind] for kind in kinds)]
+    return f"| {' | '.join(map(str, cells))} |", bad
+
+
+def main() -> None:
+    """Print the table, then every state that is not continued to the same bytes."""
+    print("| stage | file operations | states | half-written besides | same bytes | other bytes | lost | refused |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
+    wrong = []
+    for name in sys.argv[1:] or STAGES:
+        with tempfile.TemporaryDirectory() as scratch:
+            os.environ["CASP_CACHE"] = f"{scratch}/cache"
+            line, bad = row(name, Path(scratch))
+        print(line, flush=True)
+        wrong += [f"- {name}, {what}" for what in bad]
+    print("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()

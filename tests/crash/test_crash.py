@@ -1,0 +1,115 @@
+"""A run that dies at any file operation is continued to the same bytes; so it is beside a second process."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from disk_states import recorded, torn
+from small_stages import STAGES, contents, rerun, tiny_inputs
+
+from casp.errors import UserError
+from casp.folder import WorkFolder
+
+QUICK = ["SVD", "moments", "GPTQ", "GPTQ with export"]
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Model and text of all runs here."""
+    return tiny_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+class Second:
+    """Another process that wants the same output, at every file operation of the first."""
+
+    def __init__(self, monkeypatch):
+        self.wanted, self.met = None, []
+        real = WorkFolder.__init__
+
+        def noted(folder, *args, **kwargs):
+            self.wanted = (type(folder), args, kwargs)
+            real(folder, *args, **kwargs)
+
+        monkeypatch.setattr(WorkFolder, "__init__", noted)
+        self._open = real
+
+    def tries(self):
+        if self.wanted is None:
+            return
+        kind, args, kwargs = self.wanted
+        folder = kind.__new__(kind)
+        try:
+            self._open(folder, *args, **kwargs)
+        except UserError as error:
+            self.met.append("busy" if "another process is writing" in str(error) else str(error))
+        else:
+            self.met.append("finished" if folder.done else "free")
+            folder.release()
+
+
+def every_state(name, inputs, tmp_path, monkeypatch, last_only):
+    stage, root = STAGES[name], tmp_path / "root"
+    stage(*inputs, root)
+    expected = contents(root)
+    assert not [path for path in expected if ".partial" in path or ".casp-tmp" in path or ".lock" in path]
+    root.rename(tmp_path / "whole")
+    root.mkdir()
+    with monkeypatch.context() as patch:
+        second = Second(patch)
+        with recorded(root, tmp_path / "states", second.tries) as run:
+            stage(*inputs, root)
+    assert contents(root) == expected
+    # Before the first has the lock it may be had; from then on it is held until the result stands.
+    order = "".join({"free": "f", "busy": "b", "finished": "d"}.get(met, met) for met in second.met)
+    for part in order.split("d" if name == "GPTQ with export" else "\0"):
+        assert part.lstrip("f").rstrip("d").strip("b") == "", order
+    assert order.count("b") > 10
+    assert order.endswith("d")
+    states = [*run.states, *torn(run.states, tmp_path / "cut")]
+    if last_only:
+        states = [state for state in states if list(state.rglob("*-00001-of-*.safetensors"))] or states
+    assert len(states) > 10
+    outcomes = {state.name: rerun(stage, *inputs, root, state, expected) for state in states}
+    assert {state: outcome for state, outcome in outcomes.items() if outcome != "same bytes"} == {}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_death_from_the_last_block_on_costs_nothing(name, inputs, tmp_path, monkeypatch):
+    every_state(name, inputs, tmp_path, monkeypatch, last_only=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STAGES)
+def test_a_death_at_any_file_operation_costs_nothing(name, inputs, tmp_path, monkeypatch):
+    every_state(name, inputs, tmp_path, monkeypatch, last_only=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STAGES)
+def test_kill_9_at_random_moments(name, inputs, tmp_path):
+    """In processes of their own: the third of three runs that are killed is continued, at most six times."""
+    whole, root = tmp_path / "whole", tmp_path / "root"
+    began = time.monotonic()
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); from pathlib import Path; from small_stages import STAGES; "
+    code += "STAGES[sys.argv[1]](*map(Path, sys.argv[2:5]))"
+    command = [sys.executable, "-c", code, name, *map(str, inputs)]
+    subprocess.run([*command, str(whole)], check=True, capture_output=True)
+    took = time.monotonic() - began
+    chance, killed = random.Random(name), 0
+    for _ in range(6):
+        child = subprocess.Popen([*command, str(root)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + took
+        while not root.exists() and child.poll() is None and time.monotonic() < deadline + took:
+            time.sleep(0.001)  # start-up is most of the time, and nothing is at stake in it
+        time.sleep(chance.random() * took / 8)
+        killed += child.poll() is None
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+    subprocess.run([*command, str(root)], check=True, capture_output=True)
+    assert contents(root) == contents(whole)

@@ -1,0 +1,45 @@
+"""The page of promises names tests that exist."""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "promises.md").read_text()
+NAMED = re.compile(r"`(?P<file>(?:[\w/]+/)?test_\w+\.py)?(?:::)?(?P<test>test_\w+)?`")
+
+
+def names_in(file: Path) -> set[str]:
+    return {node.name for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)}
+
+
+FILES = {str(path.relative_to(ROOT)): names_in(path) for path in (ROOT / "tests").rglob("test_*.py")}
+
+
+def test_every_test_that_is_named_exists():
+    missing, named = [], 0
+    for line in PAGE.splitlines():
+        known: set[str] = set().union(*FILES.values())  # until the line names a file
+        for match in NAMED.finditer(line):
+            file, test = match["file"], match["test"]
+            if file:
+                found = [names for path, names in FILES.items() if f"/{path}".endswith(f"/{file}")]
+                missing += [] if found else [file]
+                known = set().union(*found)
+            named += bool(test)
+            missing += [f"{file or ''}::{test}"] if test and test not in known else []
+    assert not missing
+    assert named >= 30
+
+
+def test_every_line_of_a_table_names_a_test_or_a_class_of_cases():
+    rows = [line for line in PAGE.splitlines() if line.startswith("|") and not line.startswith(("| promise", "|---"))]
+    assert len(rows) >= 25
+    assert not [row for row in rows if not re.search(r"test_\w+|the same tests", row.split("|")[2])]
+
+
+def test_the_classes_of_cases_exist():
+    tables = "".join((ROOT / "tests/hostile" / name).read_text() for name in ("cases.py", "plan_cases.py"))
+    named = set(re.findall(r"(?:class|classes|and) `(\w+)`", PAGE))
+    assert len(named) >= 10
+    assert not [name for name in named if f'"{name}"' not in tables]
