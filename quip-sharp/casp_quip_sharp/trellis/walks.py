@@ -13,10 +13,12 @@ _SETTLED = 16  # lives of a state after which a walk no longer depends on where 
 
 def walk_states(symbols: Tensor, bits: int, states: int) -> Tensor:
     """The states of closed walks, (T, n) int64, from the bits that each step stores, `symbols` (T, n) uint8."""
-    found = torch.zeros(symbols.shape, dtype=torch.int64, device=symbols.device)
-    for i in range(-(-states // bits)):
-        found |= symbols.roll(-i, 0).long() << (bits * i)
-    return found & ((1 << states) - 1)
+    # Bytes drop what is beyond 8 bits by themselves.
+    kept = symbols if states == 8 else symbols.to(torch.int32)
+    found = kept.clone()
+    for i in range(1, -(-states // bits)):
+        found |= kept.roll(-i, 0) << (bits * i)
+    return found.long() & ((1 << states) - 1)
 
 
 def _search(x: Tensor, values: Tensor, bits: int, begin: Tensor, end: Tensor | None) -> tuple[Tensor, Tensor]:
