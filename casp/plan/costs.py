@@ -23,6 +23,7 @@ from casp.seed import matrix_generator
 
 ANCHORS = (0.1875, 0.5625)
 """Keep ratios at which factors are really quantized; for other ranks costs follow a power of the rank."""
+_ANY_SHAPE = (1024, 1024)  # whose formats stand in a run's record for what its words mean
 
 
 class LinearMoments(Protocol):
@@ -73,6 +74,7 @@ class Pricing:
             "low_rank": sorted(self.low_rank),
             "tuned": self.tuned,
             "format": dict(self.wanted),
+            "formats": self.formats(_ANY_SHAPE),
             "seed": self.seed,
         }
 

@@ -5,19 +5,15 @@ tensors; here one call does all groups of a block, and the rows, which are indep
 threads.
 """
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from casp.threads import over_rows
 from casp_quip_sharp.codebooks import GROUP, STAGES, UNIT, table
 from casp_quip_sharp.loops import TABLES, descend_rows, round_rows
-
-_LEAST_ROWS = 32  # for a thread: fewer are not worth waking it
 
 
 @cache
@@ -36,23 +32,6 @@ def _stages(bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     return tables[0], tables[-1], lattice, scales
 
 
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)
-
-
-def _over_rows(function: Callable[[slice], None], rows: int) -> None:
-    """Call `function` on slices of the rows, in as many threads as torch uses."""
-    threads = min(torch.get_num_threads(), rows // _LEAST_ROWS)
-    if threads < 2:
-        function(slice(0, rows))
-        return
-    bounds = [rows * part // threads for part in range(threads + 1)]
-    slices = [slice(begin, end) for begin, end in pairwise(bounds)]
-    for _ in _pool(threads).map(function, slices):
-        pass
-
-
 def _stored(codes: np.ndarray, bits: int) -> list[Tensor]:
     """Codes (rows, groups, stages) uint16 as one tensor (rows, groups) for each stage, of its dtype."""
     parts = (np.ascontiguousarray(codes[..., stage]) for stage in range(codes.shape[-1]))
@@ -67,7 +46,7 @@ def round_block_compiled(wanted: Tensor, target: Tensor, feedback: Tensor, bits:
     rows, width = wanted.shape
     moving, goal, factor = (x.numpy() for x in (wanted.clone(), target.contiguous(), feedback.contiguous()))
     codes, points = np.empty((rows, width // GROUP, len(stages[-1])), np.uint16), np.empty((rows, width), np.float32)
-    _over_rows(lambda at: round_rows(moving[at], goal[at], factor, stages, TABLES, codes[at], points[at]), rows)
+    over_rows(lambda at: round_rows(moving[at], goal[at], factor, stages, TABLES, codes[at], points[at]), rows)
     return _stored(codes, bits), torch.from_numpy(points)
 
 
@@ -80,7 +59,7 @@ def descend_block_compiled(
     mine = np.stack([code.numpy().astype(np.uint16) for code in codes], -1)
     place = points.contiguous().clone().numpy()
     moves = np.empty_like(place)
-    _over_rows(
+    over_rows(
         lambda at: descend_rows(pull[at], curvature, solve, stages, TABLES, mine[at], place[at], moves[at]),
         len(place),
     )

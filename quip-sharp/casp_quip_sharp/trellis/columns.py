@@ -25,7 +25,7 @@ def nearest_column(column: Tensor, values: Tensor, bits: int) -> tuple[Tensor, T
     states = (len(values) - 1).bit_length()
     found = [nearest_walks(part, values, bits) for part in _strips(column)]
     points = [values[walk_states(symbols, bits, states)] for symbols in found]
-    return (torch.cat([part.T.flatten() for part in parts]) for parts in (found, points))
+    return tuple(torch.cat([part.T.flatten() for part in parts]) for parts in (found, points))
 
 
 def round_columns_reference(
