@@ -1,9 +1,9 @@
 """The whole job: `python -m casp.compress --model ... --bits 2.1 --backend ... --output DIR`.
 
 Runs the stages one after the other as their scripts do, each a process of its own, so that the memory of one is
-free for the next: moments, the plan, low rank and quantizing (with fine-tuning where asked for), and the comparison with
-the original where asked for. Each resumes where it stopped and passes over what is finished; so does the same command
-as a whole.
+free for the next: moments, the plan, low rank and quantizing (with fine-tuning where asked for), comparison with the
+original where asked for. Each resumes where it stopped and passes over what is finished; so does the same command as a
+whole.
 """
 
 import argparse
