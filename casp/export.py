@@ -12,6 +12,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from casp.cli.places import base_model
 from casp.digest import companions
 from casp.errors import UserError
 from casp.files import write_atomically, write_json, write_shard
@@ -20,7 +21,6 @@ from casp.models import Decoder
 from casp.reading.documents import read_json
 from casp.report import REPORT_FILE
 from casp.shards import INDEX
-from casp.stage import base_model
 
 _WRITTEN = {"config.json", INDEX, "README.md", REPORT_FILE}  # made here, or of no use there
 
