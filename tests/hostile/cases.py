@@ -723,7 +723,7 @@ def data_cases() -> Iterator[Case]:
 
             flags = ("--dataset", "{model}/hostile.jsonl")
             refuse = label not in ("question=text", "answer=text", "question blank")
-            if command == "questions" and label.startswith("answer="):
+            if label.startswith("answer="):  # a whole number is an answer
                 refuse = label not in (
                     "answer=text",
                     "answer=zero",
