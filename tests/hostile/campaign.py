@@ -1,8 +1,8 @@
 """The long campaign: `python tests/hostile/campaign.py --random 1000 --output FILE.md` counts outcomes by class.
 
-Every case runs a command line in a process of its own, forked from one that has imported everything, with a limit of
-time, and is judged from outside: exit status, what it printed, its peak memory, what became of its input, and whether
-what it wrote is finite.
+Every case runs a command line in a process of its own, forked from one that has imported everything (`--fresh`: started
+anew, as a user's is), with a limit of time, and is judged from outside: exit status, what it printed, its peak memory,
+what became of its input, and whether what it wrote is finite.
 """
 
 import argparse
@@ -27,7 +27,9 @@ for name, value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "O
     os.environ.setdefault(name, value)
 
 HERE = Path(__file__).resolve().parent
-SECONDS, WAITING = 10, 60  # of its own time, which a busy machine does not stretch, and altogether
+SECONDS = 10  # of its own time, which a busy machine does not stretch
+IDLE, WAITING = 20, 600  # seconds without any of its own time, and altogether
+START_UP = 60  # of a fresh process, besides
 MOST_BYTES = 10**9
 CLASSES = ("clean", "accepted", "unclear", "silent", "traceback", "crash", "hang", "memory", "damage", "executed")
 """clean: one sentence and status 2; accepted: status 0 where that is right; unclear: status 2 with more or less than
@@ -106,44 +108,65 @@ def run_command(command: str, arguments: list[str]) -> None:
     run_main(main)
 
 
-def in_child(command: str, arguments: list[str], scratch: Path, stdin: bytes) -> tuple[int | None, int]:
-    """Run a command line in a fork; its wait status (None: it ran out of time) and peak bytes."""
-    (scratch / "stdin").write_bytes(stdin)
-    child = os.fork()
-    if child == 0:
+FRESH = "import sys; sys.path.insert(0, sys.argv[1]); import campaign; campaign.run_command(sys.argv[2], sys.argv[3:])"
+
+
+def _become(command: str, arguments: list[str], scratch: Path, fresh: bool) -> None:
+    """What the child does: its own session, folder, streams and limits, then the command line; ends the process."""
+    status = 1
+    try:
         os.setsid()
         os.chdir(scratch)
-        for number, (name, flags) in enumerate(
-            (("stdin", os.O_RDONLY), ("stdout", os.O_WRONLY | os.O_CREAT), ("stderr", os.O_WRONLY | os.O_CREAT))
-        ):
+        writing = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        for number, (name, flags) in enumerate((("stdin", os.O_RDONLY), ("stdout", writing), ("stderr", writing))):
             os.dup2(os.open(name, flags, 0o600), number)
-        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115 - for this process's life
-        used = int(time.process_time()) + 1
-        resource.setrlimit(resource.RLIMIT_CPU, (used + SECONDS, used + SECONDS))
+        seconds = (START_UP if fresh else int(time.process_time()) + 1) + SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
         resource.setrlimit(resource.RLIMIT_AS, (24 * 10**9, 24 * 10**9))
         resource.setrlimit(resource.RLIMIT_FSIZE, (10**9, 10**9))
         os.environ["CASP_HOSTILE_MARK"] = str(scratch / "executed")
-        status = 1
-        try:
-            run_command(command, arguments)
-        except SystemExit as ended:
-            status = ended.code if isinstance(ended.code, int) else 1
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
-            os._exit(status)
-    deadline = time.monotonic() + WAITING
+        if fresh:
+            os.execv(sys.executable, [sys.executable, "-c", FRESH, str(HERE), command, *arguments])
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115 - for its life
+        run_command(command, arguments)
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(status)
+
+
+def _own_seconds(process: int) -> float:
+    """Processor time that a running process has used."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def in_child(
+    command: str, arguments: list[str], scratch: Path, stdin: bytes, fresh: bool = False
+) -> tuple[int | None, int]:
+    """Run a command line in a fork; its wait status (None: it stood still or ran out of time) and peak bytes."""
+    (scratch / "stdin").write_bytes(stdin)
+    child = os.fork()
+    if child == 0:
+        _become(command, arguments, scratch, fresh)
+    began = moved = time.monotonic()
+    used = -1.0
     while True:
         done, status, usage = os.wait4(child, os.WNOHANG)
         if done:
-            return status, usage.ru_maxrss * 1024
-        if time.monotonic() > deadline:
+            return status, usage.ru_maxrss * 1024  # a fork begins with what its parent holds, not with its peak
+        now = time.monotonic()
+        if (spent := _own_seconds(child)) != used:
+            used, moved = spent, now
+        if now - moved > IDLE or now - began > WAITING:
             os.killpg(child, signal.SIGKILL)
             os.wait4(child, 0)
             return None, 0
-        time.sleep(0.01)
+        time.sleep(0.02)
 
 
 def digest(folder: Path) -> str:
@@ -242,8 +265,8 @@ def filled(flags: Iterable[str], model: Path, scratch: Path, bases: Path) -> lis
 class Campaign:
     """Small good inputs under `scratch`, and cases run on copies of them."""
 
-    def __init__(self, scratch: Path) -> None:
-        self.scratch = scratch
+    def __init__(self, scratch: Path, fresh: bool = False) -> None:
+        self.scratch, self.fresh = scratch, fresh
         self.bases = scratch / "bases"
         for module in {*MODULES.values(), "casp_eval.data", "transformers"}:
             importlib.import_module(module)
@@ -277,7 +300,7 @@ class Campaign:
         case.damage(model)
         before = digest(model)
         arguments = filled(arguments_of(case), model, scratch, self.bases)
-        status, peak = in_child(case.command, arguments, scratch, case.stdin)
+        status, peak = in_child(case.command, arguments, scratch, case.stdin, self.fresh)
         return judge(case, status, peak, self.at_rest, scratch, digest(model) != before), peak
 
     def run(self, case: object) -> Result:
@@ -311,9 +334,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the random cases")
     parser.add_argument("--groups", nargs="*", help="only these classes of the tables")
     parser.add_argument("--every", type=int, default=1, help="only each so-manieth case of the tables")
+    parser.add_argument("--fresh", action="store_true", help="each case in a process that imports everything itself")
     parser.add_argument("--output", type=Path, help="file for the table of counts")
+    parser.add_argument("--record", type=Path, help="file for a line a case: outcome, class, command, name, last line")
     args = parser.parse_args()
-    campaign = Campaign(args.scratch.resolve())
+    campaign = Campaign(args.scratch.resolve(), args.fresh)
     wanted = [case for case in cases.table() if not args.groups or case.group in args.groups][:: args.every]
     wanted += cases.random_cases(args.random, args.seed)
     results = []
@@ -322,6 +347,10 @@ def main() -> None:
         if args.output:
             args.output.write_text(markdown(results))
         last = results[-1]
+        line = f"{last.outcome}\t{case.group}\t{case.command}\t{case.name}\t{last.said[:300]}\n"
+        if args.record:
+            with args.record.open("a") as file:
+                file.write(line.replace("\0", "\\0"))
         if last.outcome not in ("clean", "accepted"):
             print(f"{last.outcome:9} {case.group} [{case.command}] {case.name}: {last.said[:200]}", flush=True)
     print(markdown(results))
