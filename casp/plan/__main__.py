@@ -24,7 +24,7 @@ from casp.outputs import check_file
 from casp.plan.allocate import ALLOCATIONS
 from casp.plan.budget import byte_budget
 from casp.plan.costs import Pricing
-from casp.plan.file import Plan, write_plan
+from casp.plan.file import SHAPE, Plan, write_plan
 from casp.plan.measure import STAGE, CostsFolder, measure, read_costs, with_low_rank
 from casp.plan.options import LOW_RANK_ROLES
 from casp.plan.table import describe
@@ -176,7 +176,8 @@ def make_plan(args: argparse.Namespace) -> Path:
     decoder = Decoder.open(model_folder(args.model))
     budget = byte_budget(decoder, checked_bits(args), args.size, args.whole_checkpoint)
     if args.output is not None:
-        check_file(args.output, [{"linears", "predicted"}], [decoder.folder])
+        moments = args.moments or default_output(args.model, stage_name(low_rank=False))
+        check_file(args.output, [SHAPE], [decoder.folder, moments])
     costs = open_costs(args, decoder)
     linears = with_low_rank(read_costs(costs, len(decoder.blocks)), LOW_RANK_ROLES if args.low_rank else ())
     record = {"allocation": args.allocation, "byte_budget": budget, "low_rank": args.low_rank}

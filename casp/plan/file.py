@@ -25,6 +25,7 @@ from casp.reading.documents import read_json
 from casp.reading.files import is_there
 
 VERSION = 1
+SHAPE = {"linears", "predicted"}  # keys that a file is told as a plan by
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ MODULES = {
     "chat": "casp_eval.chat",
     "compare": "casp_eval.compare",
     "speed": "casp_eval.speed",
+    "versus": "casp_eval.casp_vs_baseline",
 }
 
 
@@ -169,13 +170,22 @@ def in_child(
         time.sleep(0.02)
 
 
-def digest(folder: Path) -> str:
-    """Over the names and contents of the regular files of a folder."""
-    found = hashlib.sha256()
+def holdings(folder: Path) -> dict[str, str]:
+    """Names and hashes of the regular files in a folder, and the names of folders in it."""
+    found = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.stat().st_size < 10**8 and not path.is_symlink():
-            found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
-    return found.hexdigest()
+        name = str(path.relative_to(folder))
+        if path.is_dir() and not path.is_symlink():
+            found[name + "/"] = ""
+        elif path.is_file() and path.stat().st_size < 10**8 and not path.is_symlink():
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def damaged(before: dict[str, str], after: dict[str, str]) -> bool:
+    """Whether anything that was there is no longer what it was, or the folder `model` holds more than it did."""
+    more = after.keys() - before.keys()
+    return not before.items() <= after.items() or any(name.startswith("model/") for name in more)
 
 
 def holds_only_finite(folder: Path) -> bool:
@@ -298,10 +308,10 @@ class Campaign:
         model = scratch / "model"
         shutil.copytree(self.bases / case.base, model)
         case.damage(model)
-        before = digest(model)
+        before = holdings(scratch)
         arguments = filled(arguments_of(case), model, scratch, self.bases)
         status, peak = in_child(case.command, arguments, scratch, case.stdin, self.fresh)
-        return judge(case, status, peak, self.at_rest, scratch, digest(model) != before), peak
+        return judge(case, status, peak, self.at_rest, scratch, damaged(before, holdings(scratch))), peak
 
     def run(self, case: object) -> Result:
         """Run one case and judge it."""

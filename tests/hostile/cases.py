@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
+import output_cases
 import plan_cases
 
 Damage = Callable[[Path], None]
@@ -45,6 +46,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "chat": ("--model", "{model}", "--max-new-tokens", "2"),
     "compare": ("{model}", "--text", "{text}", "--windows", "2", "--sequence-length", "32", "--output", "{dir}/out"),
     "speed": ("--output", "{dir}/out", "--repeats", "1", "--shapes", "512x512", "--batches", "1", "--bits", "2"),
+    "versus": ("--output", "{dir}/out", "--work", "{dir}/work", "--models", "{model}", "--device", "cpu"),
 }
 """Command -> its flags; of a flag given twice the last counts. {model} is the copy that was damaged."""
 
@@ -838,8 +840,9 @@ def hessian_cases() -> Iterator[Case]:
 
 
 def other_cases() -> Iterator[Case]:
-    """Plans, reports, budgets: `tests/hostile/plan_cases.py`."""
-    for factory in (plan_cases.plan_cases, plan_cases.report_cases, plan_cases.budget_cases):
+    """Plans, reports, budgets; outputs and switches: in the modules beside this one."""
+    plans = (plan_cases.plan_cases, plan_cases.report_cases, plan_cases.budget_cases)
+    for factory in (*plans, output_cases.output_cases, output_cases.switch_cases):
         yield from factory(Case, sys.modules[__name__])
 
 

@@ -61,7 +61,7 @@ def in_time():
 def test_refused_in_one_sentence(case, bases, tmp_path, in_time, capsys, monkeypatch):
     model = Path(shutil.copytree(bases / case.base, tmp_path / "model"))
     case.damage(model)
-    before = campaign.digest(model)
+    before = campaign.holdings(tmp_path)
     monkeypatch.setenv("CASP_HOSTILE_MARK", str(tmp_path / "executed"))
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(case.stdin)))
     monkeypatch.chdir(tmp_path)
@@ -76,7 +76,7 @@ def test_refused_in_one_sentence(case, bases, tmp_path, in_time, capsys, monkeyp
     assert not any("Traceback" in line for line in said)
     assert grown < campaign.MOST_BYTES
     assert not (tmp_path / "executed").exists()
-    assert campaign.digest(model) == before
+    assert not campaign.damaged(before, campaign.holdings(tmp_path))
 
 
 def test_there_are_at_least_300():
