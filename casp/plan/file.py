@@ -18,7 +18,7 @@ from typing import Any
 
 from casp.backend import Backend
 from casp.errors import UserError, in_brief
-from casp.files import write_json
+from casp.files import make_folder, write_json
 from casp.models import Decoder
 from casp.plan.options import Option, option_bytes, stored_shapes
 from casp.reading.documents import read_json
@@ -64,7 +64,7 @@ class Plan:
 
 def write_plan(file: Path, plan: Plan) -> None:
     """`plan` as JSON, atomically."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     linears = {
         path: {"rank": option.rank, "formats": list(option.formats), "bytes": option.bytes, "predicted": option.cost}
         for path, option in plan.linears.items()

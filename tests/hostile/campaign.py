@@ -11,52 +11,29 @@ import importlib
 import importlib.util
 import json
 import os
-import resource
+import random
 import shutil
 import signal
 import sys
-import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
+import processes
+
 for name, value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}.items():
     os.environ.setdefault(name, value)
 
 HERE = Path(__file__).resolve().parent
-SECONDS = 10  # of its own time, which a busy machine does not stretch
-IDLE, WAITING = 20, 600  # seconds without any of its own time, and altogether
-START_UP = 60  # of a fresh process, besides
 MOST_BYTES = 10**9
 CLASSES = ("clean", "accepted", "unclear", "silent", "traceback", "crash", "hang", "memory", "damage", "executed")
 """clean: one sentence and status 2; accepted: status 0 where that is right; unclear: status 2 with more or less than
 one sentence; silent: status 0 where it had to refuse, or numbers that are not finite in what it wrote; crash: ended by
 a signal; memory: more than 1 GB above the process at rest; damage: its input changed; executed: the input's code ran.
 """
-MODULES = {
-    "svd": "casp_svd.__main__",
-    "gptq": "casp_gptq.__main__",
-    "quip": "casp_quip_sharp.__main__",
-    "tuned": "casp_quip_sharp.__main__",
-    "given": "casp_quip_sharp.__main__",
-    "moments": "casp.moments.__main__",
-    "aqlm": "casp_aqlm.__main__",
-    "plan": "casp.plan.__main__",
-    "priced": "casp.plan.__main__",
-    "compress": "casp.compress",
-    "obey": "casp_gptq.__main__",
-    "obey quip": "casp_quip_sharp.__main__",
-    "pictures": "casp_gptq.__main__",
-    "perplexity": "casp_eval.perplexity",
-    "questions": "casp_eval.questions",
-    "chat": "casp_eval.chat",
-    "compare": "casp_eval.compare",
-    "speed": "casp_eval.speed",
-    "versus": "casp_eval.casp_vs_baseline",
-}
 
 
 def neighbour(name: str, path: Path) -> ModuleType:
@@ -78,96 +55,6 @@ class Result:
     case: object
     outcome: str
     said: str
-    seconds: float
-
-
-def load_folder(folder: Path) -> None:
-    """The command "load": from_pretrained, the door of our checkpoints outside of our own command lines."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        logits = model(torch.arange(4, 36)[None]).logits
-    except Exception as error:  # any error is a refusal here
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
-    if not torch.isfinite(logits).all():
-        print("the logits are not finite", file=sys.stderr)
-        raise SystemExit(3)
-
-
-def run_command(command: str, arguments: list[str]) -> None:
-    """Run a command line in this process; ends it."""
-    from casp.cli import run_main
-
-    if command == "load":
-        load_folder(Path(arguments[0]))
-        raise SystemExit(0)
-    main = importlib.import_module(MODULES[command]).main
-    sys.argv = [command, *arguments]
-    run_main(main)
-
-
-FRESH = "import sys; sys.path.insert(0, sys.argv[1]); import campaign; campaign.run_command(sys.argv[2], sys.argv[3:])"
-
-
-def _become(command: str, arguments: list[str], scratch: Path, fresh: bool) -> None:
-    """What the child does: its own session, folder, streams and limits, then the command line; ends the process."""
-    status = 1
-    try:
-        os.setsid()
-        os.chdir(scratch)
-        writing = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        for number, (name, flags) in enumerate((("stdin", os.O_RDONLY), ("stdout", writing), ("stderr", writing))):
-            os.dup2(os.open(name, flags, 0o600), number)
-        seconds = (START_UP if fresh else int(time.process_time()) + 1) + SECONDS
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-        resource.setrlimit(resource.RLIMIT_AS, (24 * 10**9, 24 * 10**9))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10**9, 10**9))
-        os.environ["CASP_HOSTILE_MARK"] = str(scratch / "executed")
-        if fresh:
-            os.execv(sys.executable, [sys.executable, "-c", FRESH, str(HERE), command, *arguments])
-        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115 - for its life
-        run_command(command, arguments)
-    except SystemExit as ended:
-        status = ended.code if isinstance(ended.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(status)
-
-
-def _own_seconds(process: int) -> float:
-    """Processor time that a running process has used."""
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def in_child(
-    command: str, arguments: list[str], scratch: Path, stdin: bytes, fresh: bool = False
-) -> tuple[int | None, int]:
-    """Run a command line in a fork; its wait status (None: it stood still or ran out of time) and peak bytes."""
-    (scratch / "stdin").write_bytes(stdin)
-    child = os.fork()
-    if child == 0:
-        _become(command, arguments, scratch, fresh)
-    began = moved = time.monotonic()
-    used = -1.0
-    while True:
-        done, status, usage = os.wait4(child, os.WNOHANG)
-        if done:
-            return status, usage.ru_maxrss * 1024  # a fork begins with what its parent holds, not with its peak
-        now = time.monotonic()
-        if (spent := _own_seconds(child)) != used:
-            used, moved = spent, now
-        if now - moved > IDLE or now - began > WAITING:
-            os.killpg(child, signal.SIGKILL)
-            os.wait4(child, 0)
-            return None, 0
-        time.sleep(0.02)
 
 
 def holdings(folder: Path) -> dict[str, str]:
@@ -278,7 +165,7 @@ class Campaign:
     def __init__(self, scratch: Path, fresh: bool = False) -> None:
         self.scratch, self.fresh = scratch, fresh
         self.bases = scratch / "bases"
-        for module in {*MODULES.values(), "casp_eval.data", "transformers"}:
+        for module in {*processes.MODULES.values(), "casp_eval.data", "transformers"}:
             importlib.import_module(module)
         import torch
 
@@ -291,7 +178,7 @@ class Campaign:
         _, self.at_rest = self._run(calm, scratch / "calm")
 
     def _run_or_fail(self, command: str, arguments: list[str]) -> None:
-        status, _ = in_child(command, arguments, self.scratch, b"")
+        status, _ = processes.in_child(command, arguments, self.scratch, b"")
         if status != 0:
             raise RuntimeError((self.scratch / "stderr").read_text())
 
@@ -310,24 +197,24 @@ class Campaign:
         case.damage(model)
         before = holdings(scratch)
         arguments = filled(arguments_of(case), model, scratch, self.bases)
-        status, peak = in_child(case.command, arguments, scratch, case.stdin, self.fresh)
+        status, peak = processes.in_child(case.command, arguments, scratch, case.stdin, self.fresh)
         return judge(case, status, peak, self.at_rest, scratch, damaged(before, holdings(scratch))), peak
 
     def run(self, case: object) -> Result:
         """Run one case and judge it."""
         scratch = self.scratch / "case"
-        began = time.monotonic()
         (outcome, said), _ = self._run(case, scratch)
         if outcome == "hang":  # or this machine stood still: what hangs, hangs again
             (outcome, said), _ = self._run(case, scratch)
         shutil.rmtree(scratch, ignore_errors=True)
-        return Result(case, outcome, said, time.monotonic() - began)
+        return Result(case, outcome, said)
 
 
 def markdown(results: list[Result]) -> str:
     """Outcomes by group, as a table."""
     counts = Counter((result.case.group, result.outcome) for result in results)
-    groups = list(dict.fromkeys(result.case.group for result in results))
+    met = {group for group, _ in counts}
+    groups = [group for group in [*dict.fromkeys(case.group for case in cases.table()), "random"] if group in met]
     lines = [f"| class of input | cases | {' | '.join(CLASSES)} |", "|---|---:|" + "---:|" * len(CLASSES)]
     for group in [*groups, None]:
         row = [sum(n for (g, o), n in counts.items() if o == name and group in (g, None)) for name in CLASSES]
@@ -336,34 +223,53 @@ def markdown(results: list[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def named(found: Iterable[object]) -> dict[str, object]:
+    """Cases by a name that is each's alone."""
+    names: Counter = Counter()
+    result = {}
+    for case in found:
+        name = f"{case.group} [{case.command}] {case.name}"
+        names[name] += 1
+        result[f"{name} #{names[name]}" if names[name] > 1 else name] = case
+    return result
+
+
+def recorded(file: Path, wanted: dict[str, object]) -> dict[str, Result]:
+    """What earlier runs have written to `file` of the cases that are wanted now."""
+    lines = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
+    return {name: Result(wanted[name], *rest) for name, *rest in lines if name in wanted}
+
+
 def main() -> None:
     """Run the tables and as many random cases as asked for; print counts, write them and what was wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scratch", type=Path, required=True, help="folder for copies; kept bases are used again")
     parser.add_argument("--random", type=int, default=0, help="random cases besides the tables, a count")
-    parser.add_argument("--seed", type=int, default=0, help="of the random cases")
-    parser.add_argument("--groups", nargs="*", help="only these classes of the tables")
-    parser.add_argument("--every", type=int, default=1, help="only each so-manieth case of the tables")
+    parser.add_argument("--seed", type=int, default=0, help="of the random cases and the order")
+    parser.add_argument("--groups", nargs="*", help="only these classes")
+    parser.add_argument("--part", default="1/1", help="1/3: the first third of the cases, for several processes")
     parser.add_argument("--fresh", action="store_true", help="each case in a process that imports everything itself")
-    parser.add_argument("--output", type=Path, help="file for the table of counts")
-    parser.add_argument("--record", type=Path, help="file for a line a case: outcome, class, command, name, last line")
+    parser.add_argument("--record", type=Path, help="file for what became of each case, which is then not run again")
+    parser.add_argument("--output", type=Path, help="file for the table of counts, of all that is in the record")
     args = parser.parse_args()
-    campaign = Campaign(args.scratch.resolve(), args.fresh)
-    wanted = [case for case in cases.table() if not args.groups or case.group in args.groups][:: args.every]
-    wanted += cases.random_cases(args.random, args.seed)
-    results = []
-    for case in wanted:
-        results.append(campaign.run(case))
-        if args.output:
-            args.output.write_text(markdown(results))
-        last = results[-1]
-        line = f"{last.outcome}\t{case.group}\t{case.command}\t{case.name}\t{last.said[:300]}\n"
-        if args.record:
-            with args.record.open("a") as file:
-                file.write(line.replace("\0", "\\0"))
-        if last.outcome not in ("clean", "accepted"):
-            print(f"{last.outcome:9} {case.group} [{case.command}] {case.name}: {last.said[:200]}", flush=True)
-    print(markdown(results))
+    part, parts = map(int, args.part.split("/"))
+    wanted = named([*cases.table(), *cases.random_cases(args.random, args.seed)])
+    wanted = {name: case for name, case in wanted.items() if not args.groups or case.group in args.groups}
+    order = random.Random(args.seed).sample(sorted(wanted), len(wanted))  # what was run when it is stopped is a sample
+    record = args.record or args.scratch / "record.jsonl"
+    todo = [name for name in order[part - 1 :: parts] if name not in recorded(record, wanted)]
+    campaign = Campaign(args.scratch.resolve(), args.fresh) if todo else None
+    for name in todo:
+        result = campaign.run(wanted[name])
+        with record.open("a") as file:
+            file.write(json.dumps([name, result.outcome, result.said[:300]]) + "\n")
+    results = recorded(record, wanted)
+    for name, result in results.items():
+        if result.outcome not in ("clean", "accepted"):
+            print(f"{result.outcome:9} {name}: {result.said[:200]}", flush=True)
+    if args.output:
+        args.output.write_text(markdown(list(results.values())))
+    print(markdown(list(results.values())))
 
 
 if __name__ == "__main__":
