@@ -33,6 +33,7 @@ PLACES = {
 }
 REPORTS = ("compare", "speed")  # which add theirs to a folder and leave the rest
 ADDING = ("a folder of others", "the present folder", "empty")
+NOT_OF_SPEED = (*ADDING, "the root")  # where it would be measured for nothing
 SWITCHES = ("--models", "--backends", "--bits", "--seeds", "--samples", "--questions", "--epochs", "--work")
 TYPED = {"nothing": b"", "no text": b"\xff\xfe\n", "zeros": bytes(5000), "a long line": b"a" * 10**6}
 ASKED = ("", " ", "\udcff", "x" * 100_000)
@@ -64,7 +65,7 @@ def output_cases(make: Callable[..., Any], tables: Any) -> Iterator[Any]:
     for command in (*FOLDERS, *FILES):
         base = {"obey": "plan", "questions": "llava"}.get(command, "llama")
         for label, place in PLACES.items():
-            if command == "speed" and ("{model}" in place or label in ADDING):
+            if command == "speed" and ("{model}" in place or label in NOT_OF_SPEED):
                 continue  # it reads no model
             fine = command in REPORTS and label in ADDING
             name = f"{command} into {label}"
