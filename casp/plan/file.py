@@ -63,8 +63,7 @@ class Plan:
 
 
 def write_plan(file: Path, plan: Plan) -> None:
-    """`plan` as JSON, atomically."""
-    make_folder(file.parent)
+    """`plan` as JSON, atomically; UserError where `file` cannot be written."""
     linears = {
         path: {"rank": option.rank, "formats": list(option.formats), "bytes": option.bytes, "predicted": option.cost}
         for path, option in plan.linears.items()
@@ -79,7 +78,11 @@ def write_plan(file: Path, plan: Plan) -> None:
         "predicted": plan.predicted,
         "linears": linears,
     }
-    write_json(file, entry)
+    try:
+        make_folder(file.parent)
+        write_json(file, entry)
+    except OSError as error:
+        raise UserError(f"the plan cannot be written to {file} ({error.strerror}); choose another place.") from error
 
 
 def read_plan(file: Path, decoder: Decoder, model: str, backend: Backend) -> Plan:

@@ -25,7 +25,7 @@ def _campaign():
 campaign = _campaign()
 cases = campaign.cases
 REFUSED = [case for case in cases.table() if case.refuse]
-EVERY = 4
+EVERY = 5
 
 
 @pytest.fixture(scope="session")
