@@ -165,7 +165,7 @@ class Campaign:
     def __init__(self, scratch: Path, fresh: bool = False) -> None:
         self.scratch, self.fresh = scratch, fresh
         self.bases = scratch / "bases"
-        for module in {*processes.MODULES.values(), "casp_eval.data", "transformers"}:
+        for module in {*processes.MODULES.values(), "casp.data.sources", "transformers"}:
             importlib.import_module(module)
         import torch
 

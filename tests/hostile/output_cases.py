@@ -67,7 +67,7 @@ def output_cases(make: Callable[..., Any], tables: Any) -> Iterator[Any]:
         for label, place in PLACES.items():
             if command == "speed" and ("{model}" in place or label in NOT_OF_SPEED):
                 continue  # it reads no model
-            if command == "obey" and label == "a folder in the model":
+            if command == "obey" and place.startswith("{model}/") and ".." not in place:
                 continue  # there the plan lies, beside which anything may be written
             # What a command that only announces would not find writable, its stages tell.
             fine = (command in REPORTS and label in ADDING) or (command == "compress" and label == "no writable place")
@@ -78,8 +78,8 @@ def output_cases(make: Callable[..., Any], tables: Any) -> Iterator[Any]:
             base = "plan" if command == "obey" else "llama"
             flags = (flag, "{moments}", "--output", "{moments}/out.json")
             yield make("outputs", f"{command} into its {flag}", command, base, foreign, flags)
-    for name in ("out.partial", "out"):
-        for command in ("gptq", "svd", "moments", "plan", "compress"):
+    for command in ("gptq", "svd", "moments", "plan", "compress"):
+        for name in ("out",) if command == "plan" else ("out.partial", "out"):  # a plan is a file
             yield make("outputs", f"{command} beside a foreign {name}", command, "llama", beside(name))
 
 
