@@ -21,7 +21,7 @@ import torch
 
 from casp.backend import ENTRY_POINT_GROUP, load_backend
 from casp.cli import Parser, add_common_arguments, default_output, model_folder, pick_device, run_main
-from casp.data.sources import share_of_chats
+from casp.data import sources
 from casp.digest import content_hash
 from casp.errors import UserError
 from casp.folder import check_places
@@ -31,7 +31,7 @@ from casp.outputs import check_file
 from casp.plan.__main__ import add_budget_arguments, add_pricing_arguments, checked_bits
 from casp.plan.budget import byte_budget, other_bytes
 from casp.plan.file import SHAPE, read_plan
-from casp.stage import MOST_EPOCHS, calibration_files
+from casp.stage import MOST_EPOCHS
 
 EVALUATION = "casp_eval.compare"
 TOKENS_EVALUATED = 50_000
@@ -116,7 +116,7 @@ def steps(args: argparse.Namespace, decoder: Decoder, output: Path, budget: int)
     tuned = bool(args.ft_epochs)
     plan = plan_file(args, output)
     weights = decoder.original_weights()
-    chats = share_of_chats(args.dataset) if decoder.is_multimodal else 0.0
+    chats = sources.share_of_chats(args.dataset) if decoder.is_multimodal else 0.0
     tokens = args.samples * (chats * TOKENS_A_CHAT + (1 - chats) * args.sequence_length)
     rate = speed(pick_device(args.device))
     widths = sum(
@@ -153,7 +153,7 @@ def steps(args: argparse.Namespace, decoder: Decoder, output: Path, budget: int)
 def check(args: argparse.Namespace, folder: Path, output: Path) -> None:
     """UserError, before the first stage runs for hours, where a later one would not write where it is told to."""
     moments = args.moments or default_output(args.model, "moments")
-    inputs = [folder, *calibration_files(args.dataset), *([args.plan] if args.plan else [])]
+    inputs = [folder, *sources.files(args.dataset), *([args.plan] if args.plan else [])]
     check_places(moments, inputs)
     check_places(output, [*inputs, moments])
     if args.plan is None:
