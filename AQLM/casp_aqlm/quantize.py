@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from casp.errors import UserError
 from casp_aqlm.codebooks import best_scales, first_codebooks, refit
 from casp_aqlm.codes import descend, round_with_feedback
-from casp_aqlm.factors import Factors, weighted_loss
+from casp_aqlm.factors import Factors, order_of_activation, weighted_loss
 from casp_aqlm.linear import decode
 from casp_aqlm.nearest import JOINT, Search
 from casp_aqlm.packing import pack
@@ -24,7 +24,6 @@ from casp_aqlm.scheme import ENTRY_DTYPES, Scheme
 log = logging.getLogger(__name__)
 
 _STEPS = 10  # of conjugate gradients in each refit of the codebooks
-_AGAIN = 2  # round after which the codes are rounded anew: by then the codebooks are far better than at first
 _EMPTY = 1e-8  # scale of a row of zeros: float16 holds it as the smallest positive number or 0
 
 
@@ -69,7 +68,10 @@ def quantize_additive(
     device of `weight`, factoring in float64.
     """
     began = time.perf_counter()
-    factors = Factors.of(hessian.to(weight.device, torch.float64), scheme.group, damping, name)
+    order = order_of_activation(hessian.to(weight.device), scheme.group)
+    columns = (order[:, None] * scheme.group + torch.arange(scheme.group, device=order.device)).flatten()
+    weight, hessian = weight[:, columns], hessian.to(weight.device, torch.float64)[columns][:, columns]
+    factors = Factors.of(hessian, scheme.group, damping, name)
     energy = weighted_loss(weight, factors.hessian).sum().item() or 1.0
     scales = weight.square().mean(1).sqrt().clamp_min(_EMPTY)
     target = weight / scales[:, None]
@@ -88,21 +90,14 @@ def quantize_additive(
         return weight / state.scales[:, None]
 
     before = record("first codes")
-    for number in range(1, max_rounds + 1):
+    for _ in range(max_rounds):
         row_weights = state.scales.square()
         state.codebooks = refit(target, state.codes, state.codebooks, row_weights, factors, _STEPS)
         target = fit_scales()
         record("codebooks and scales")
-        if number == _AGAIN:
-            anew = round_with_feedback(target, state.codebooks, factors, search)
-            found = descend(target, anew, state.codebooks, factors, search)
-            kept = descend(target, state.codes, state.codebooks, factors, search)
-            losses = [weighted_loss(target - decode(c, state.codebooks), factors.hessian) for c in (found, kept)]
-            state.codes = torch.where((losses[0] < losses[1])[:, None, None], found, kept)
-        else:
-            state.codes = descend(target, state.codes, state.codebooks, factors, search)
+        state.codes = descend(target, state.codes, state.codebooks, factors, search)
         after = record("codes")
-        if number > _AGAIN and after > (1 - tolerance) * before:
+        if after > (1 - tolerance) * before:
             break
         before = after
     row_weights = state.scales.square()
@@ -112,6 +107,7 @@ def quantize_additive(
     fit_scales()
     state.scales = state.scales.half().float()
     record("rounded to what is stored")
+    state.codes = state.codes[:, order.argsort()]
     return state
 
 
