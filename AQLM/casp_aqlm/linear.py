@@ -1,4 +1,4 @@
-"""The linear layer that holds AQLM's codes, codebooks and scales; decoding in plain PyTorch, the reference for kernels."""
+"""The linear layer of codes, codebooks and scales; decoding in plain PyTorch is the reference for kernels."""
 
 from collections.abc import Mapping
 from typing import Any

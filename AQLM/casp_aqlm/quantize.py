@@ -6,6 +6,7 @@ codes are rounded with error feedback, so that the alternation starts about wher
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -58,16 +59,17 @@ def quantize_additive(
     tolerance: float = 0.01,
     max_rounds: int = 12,
     search: Search = JOINT,
+    clock: Callable[[], float] = time.perf_counter,
     name: str = "weight",
 ) -> Additive:
     """Minimise `tr(E H E^T)`, E = weight - W^, over everything that `scheme` stores; rounded to what it stores.
 
     weight: (out, in) with in a multiple of the scheme's group; hessian: (in, in) = E[x x^T]; generator (CPU) draws the
     vectors that codebooks start from. damping: share of the mean diagonal added to H's. tolerance: the relative gain of
-    a round below which none follows; max_rounds: the most. name: the layer, for messages. Works in float32 on the
-    device of `weight`, factoring in float64.
+    a round below which none follows; max_rounds: the most. clock: of the history, in seconds. name: the layer, for
+    messages. Works in float32 on the device of `weight`, factoring in float64.
     """
-    began = time.perf_counter()
+    began = clock()
     order = order_of_activation(hessian.to(weight.device), scheme.group)
     columns = (order[:, None] * scheme.group + torch.arange(scheme.group, device=order.device)).flatten()
     weight, hessian = weight[:, columns], hessian.to(weight.device, torch.float64)[columns][:, columns]
@@ -81,7 +83,7 @@ def quantize_additive(
 
     def record(what: str) -> float:
         loss = weighted_loss(weight - state.dequantize(), factors.hessian).sum().item() / energy
-        state.history.append((time.perf_counter() - began, loss))
+        state.history.append((clock() - began, loss))
         log.debug("%s: %s, %.2f s, relative loss %.6f", name, what, *state.history[-1])
         return loss
 

@@ -21,7 +21,7 @@ class AQLMProduct final : public Product {
  private:
   void look_up(const at::Tensor& x, int64_t batch, float* y) const;
   void multiply_codewords(const float* x, int64_t batch, float* y) const;
-  const uint16_t* unpacked(int64_t row, uint16_t* buffer) const;
+  void unpack(int64_t row, uint16_t* out) const;
 
   at::Tensor codebooks_;
   const uint8_t* codes_;
