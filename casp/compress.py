@@ -20,6 +20,7 @@ import torch
 
 from casp.backend import ENTRY_POINT_GROUP, load_backend
 from casp.cli import Parser, add_common_arguments, default_output, model_folder, pick_device, run_main
+from casp.data.sources import share_of_chats
 from casp.digest import content_hash
 from casp.errors import UserError
 from casp.models import Decoder
@@ -107,8 +108,8 @@ def steps(args: argparse.Namespace, decoder: Decoder, output: Path, budget: int)
     tuned = bool(args.ft_epochs)
     plan = args.plan or output.with_name(output.name + "-plan.json")
     weights = decoder.original_weights()
-    pictures = decoder.is_multimodal and not args.dataset.endswith((".txt", "-text"))
-    tokens = args.samples * (TOKENS_A_CHAT if pictures else args.sequence_length)
+    chats = share_of_chats(args.dataset) if decoder.is_multimodal else 0.0
+    tokens = args.samples * (chats * TOKENS_A_CHAT + (1 - chats) * args.sequence_length)
     rate = speed(pick_device(args.device))
     widths = sum(
         module.in_features**2 + module.out_features**2
