@@ -22,7 +22,7 @@ from casp.numbers import seed
 from casp.outputs import check_file
 from casp.plan.allocate import ALLOCATIONS
 from casp.plan.costs import Pricing
-from casp.plan.file import Plan, write_plan
+from casp.plan.file import SHAPE, Plan, write_plan
 from casp.plan.flags import (
     Goal,
     Prices,
@@ -86,7 +86,7 @@ def make_plan(prices: Prices, goal: Goal, compute: Compute, output: Path | None)
     decoder = Decoder.open(model_folder(prices.model))
     budget = goal.budget(decoder)
     if output is not None:
-        check_file(output, [{"linears", "predicted"}], [decoder.folder])
+        check_file(output, [SHAPE], [decoder.folder, prices.moments_folder()])
     costs = open_costs(prices, compute.of(decoder.dtype), decoder)
     linears = with_low_rank(read_costs(costs, len(decoder.blocks)), LOW_RANK_ROLES if goal.low_rank else ())
     options = ALLOCATIONS[goal.allocation](linears, budget.bytes)
