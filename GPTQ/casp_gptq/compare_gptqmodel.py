@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from casp.backend import load_backend
 from casp.budget import uniform_plan
-from casp.calibration import calibration_batches, fingerprint
 from casp.cli import Parser, add_common_arguments, model_folder, run_main
+from casp.data import calibration_batches, fingerprint
 from casp.errors import UserError
 from casp.files import write_json
 from casp.models import Decoder
