@@ -78,7 +78,7 @@ class Scoring:
 
 
 def check_output(output: Path | None, *given: str | Path | None) -> None:
-    """UserError, before anything is measured, where --output is one of the inputs `given` or no file of such figures."""
+    """UserError, before anything is measured, where --output is an input (`given`) or not a file of such figures."""
     if output is not None:
         inputs = [Path(name) for name in given if name and Path(name).exists()]
         check_file(output, [{"model", "dataset", "perplexity"}, {"model", "results"}], inputs)
