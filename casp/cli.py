@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from casp.demo import NAMES
 from casp.errors import UserError
+from casp.interrupts import raise_again
 from casp.numbers import count, seed
 from casp.reading.files import is_there, require_folder
 
@@ -193,6 +194,7 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     """Run a stage; bad input and a full disk end in one sentence on stderr and exit status 2."""
     logging.getLogger("casp").addHandler(_ABOVE_BARS)
     try:
+        raise_again()
         main()
     except UserError as error:
         tell(f"error: {error}")
