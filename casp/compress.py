@@ -21,6 +21,7 @@ import torch
 
 from casp.backend import ENTRY_POINT_GROUP, load_backend
 from casp.cli import Parser, add_common_arguments, default_output, model_folder, pick_device, run_main
+from casp.cli.quantizing import MOST_EPOCHS
 from casp.data import sources
 from casp.digest import content_hash
 from casp.errors import UserError
@@ -28,10 +29,9 @@ from casp.folder import check_places
 from casp.models import Decoder
 from casp.numbers import whole
 from casp.outputs import check_file
-from casp.plan.__main__ import add_budget_arguments, add_pricing_arguments, checked_bits
-from casp.plan.budget import byte_budget, other_bytes
+from casp.plan.budget import other_bytes
 from casp.plan.file import SHAPE, read_plan
-from casp.stage import MOST_EPOCHS
+from casp.plan.flags import add_budget_arguments, add_pricing_arguments, goal_of
 
 EVALUATION = "casp_eval.compare"
 TOKENS_EVALUATED = 50_000
@@ -197,7 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
     backend = load_backend(args.backend)  # a misspelt one is told before anything is computed, and so is a bad plan
     decoder = Decoder.open(model_folder(args.model))
     if args.plan is None:
-        budget = byte_budget(decoder, checked_bits(args), args.size, args.whole_checkpoint)
+        budget = goal_of(args).budget(decoder).bytes
     else:
         budget = read_plan(args.plan, decoder, content_hash(decoder.folder), backend).bytes
     name = f"casp-{args.backend}-{8 * budget / decoder.original_weights():.3g}bit" + ("-ft" if args.ft_epochs else "")

@@ -757,7 +757,7 @@ def data_cases() -> Iterator[Case]:
             flags = ("--dataset", "{model}/hostile.jsonl")
             fine = ("question=text", "answer=text", "question blank", "content of a message=text")
             refuse = label not in fine
-            if label.startswith("answer="):
+            if label.startswith("answer="):  # a whole number is an answer
                 refuse = label not in (
                     "answer=text",
                     "answer=zero",
