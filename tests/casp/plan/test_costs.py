@@ -103,7 +103,7 @@ def test_costs_told_by_distortions_are_what_measuring_finds(problem, monkeypatch
     assert len(pricing.measured(pricing.formats((64, 96)))) < len(pricing.formats((64, 96)))
     monkeypatch.setattr(costs, "FINE", 0.0)
     for one, other in zip(told, price(pricing, weight, moments, "q", "here"), strict=True):
-        assert one.cost == pytest.approx(other.cost, rel=0.15)
+        assert one.cost == pytest.approx(other.cost, rel=0.2)  # one bit makes a factor of 4
 
 
 def test_costs_between_anchors_are_interpolated_in_logarithms():
