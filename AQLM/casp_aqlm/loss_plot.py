@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from casp.files import write_atomically
 
@@ -29,9 +30,12 @@ def draw(record: dict[str, Any], file: Path) -> None:
         panel.set(
             xscale="log", xlabel="CPU seconds", title=f"{found['matrix']} {tuple(found['shape'])}", ylim=(0, None)
         )
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda second, _: f"{second:g}"))
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.grid(color="#dddddd")
     panels[0][0].set_ylabel("relative weighted loss")
-    panels[0][0].legend(frameon=False)
+    panels[0][0].legend(frameon=False, loc="upper left", fontsize="small")
     figure.suptitle(f"AQLM {record['scheme']}, one thread")
     figure.tight_layout()
     image = io.BytesIO()
