@@ -19,10 +19,11 @@ from casp.demo import NAMES
 from casp.errors import UserError
 from casp.numbers import count, seed
 from casp.reading.files import is_there, require_folder
+from casp.recipe import given
 
 RUNS = Path("runs")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+DOWNLOADED = ["README.md", "*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,6 +43,14 @@ class Parser(argparse.ArgumentParser):
             return super().parse_known_args(args, namespace)
         except argparse.ArgumentError as error:
             raise UserError(f"{error.argument_name} {error.message} (see --help).") from error
+
+    def parse_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """As argparse's; `given` of what it returns are the settings for a recipe (`casp.recipe`)."""
+        found = super().parse_args(args, namespace)
+        found.given = given(found, self)
+        return found
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong with the flags and exit with 2."""

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from casp.plan.file import Plan as RankPlan
 from casp.plan.file import read_plan
 from casp.quantize import Method, measure_block_influence, quantize_blocks
 from casp.reading.documents import parse_json, read_json
+from casp.recipe import COMMAND, read_recipe_step
 from casp.report import read_report
 from casp.run import RunFolder
 from casp.seed import matrix_generator
@@ -81,6 +83,12 @@ def add_quantizing_arguments(parser: argparse.ArgumentParser, on_the_way: str = 
         metavar="FILE",
         help="obey this plan of ranks and formats, made by plan.sh and edited if you like, on --model itself; it needs "
         "moments collected before (default: one format for all, --bits)",
+    )
+    parser.add_argument(
+        "--carry",
+        type=Path,
+        metavar="FILE",
+        help="recipe that the checkpoint is to carry, as compress.sh writes it (default: the flags of this command)",
     )
     add_moments_argument(parser)
     add_token_weights_argument(parser, on_the_way)
@@ -173,12 +181,16 @@ def holds(decoder: Decoder, kind: type) -> bool:
 def base_model(folder: Path, model: str) -> str:
     """What the checkpoint in `folder`, that was asked for as `model`, derives from, for its card: the hub id.
 
-    An earlier stage has recorded it; else it is `model`, or for a local folder that folder's name.
+    An earlier stage has recorded it; else it is `model`, for a folder of the hub's cache the id that its path holds,
+    for another that folder's name.
     """
     earlier = read_report(folder)
     if earlier is not None:
         return earlier["base_model"]
-    return model_name(model) if Path(model).is_dir() else model
+    if not Path(model).is_dir():
+        return model
+    cached = re.search(r"(?:^|/)models--([^/]+?)--([^/]+)/snapshots/", f"{Path(model).absolute().as_posix()}/")
+    return f"{cached[1]}/{cached[2]}" if cached else model_name(model)
 
 
 def byte_budget(args: argparse.Namespace, decoder: Decoder, backend: Backend, format: Format) -> int | None:
@@ -290,6 +302,13 @@ def stored_formats(plan: RankPlan) -> Plan:
     return formats
 
 
+def recipe_step(args: argparse.Namespace, backend: Backend) -> dict[str, Any]:
+    """What the checkpoint says that it was made by: the command that --carry tells of, or this stage."""
+    if getattr(args, "carry", None) is not None:
+        return read_recipe_step(args.carry)
+    return {COMMAND: "quantize", "backend": backend.name, **getattr(args, "given", {})}
+
+
 def quantize_stage(
     args: argparse.Namespace,
     backend: Backend,
@@ -373,11 +392,12 @@ def quantize_stage(
     teacher = Teacher(Decoder.open(original), batches, device, dtype) if tuning.wanted else None
     method = Method(backend, plan, settings, args.seed, args.true_sequential, tuning.block, weighting, ranks)
     quantize_blocks(decoder, run, batches, method, device, dtype, moments, teacher)
+    step = recipe_step(args, backend)
     if tuning.end_to_end is None:
-        run.finish()
+        run.finish(step=step)
     else:
         outside, curve = end_to_end(run, backend, batches, teacher, tuning, device, dtype, args.seed)
-        run.finish(outside, {"end_to_end": curve})
+        run.finish(outside, {"end_to_end": curve}, step)
     result = size(output)
     print(
         f"wrote {output} {run.account()}: {result.bytes / 1e6:.2f} MB of linears, "

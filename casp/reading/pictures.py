@@ -1,6 +1,7 @@
 """Pictures in local files, decoded only when their size is known to be reasonable."""
 
 from pathlib import Path
+from typing import IO
 
 from PIL import Image
 
@@ -16,7 +17,12 @@ def open_picture(path: str | Path, source: str = "") -> Image.Image:
     path = Path(path)
     what = f"{source}: the image {path}" if source else f"the image {path}"
     require_file(path, what.removesuffix(f" {path}"))
-    with told_as(f"{what} does not open", "give a PNG, JPEG or WebP file"), Image.open(path) as image:
+    return read_picture(path, what)
+
+
+def read_picture(source: Path | IO[bytes], what: str) -> Image.Image:
+    """The picture in `source`, decoded, RGB; UserError, which calls it `what`, for one that cannot be used."""
+    with told_as(f"{what} does not open", "give a PNG, JPEG or WebP file"), Image.open(source) as image:
         _check_size(what, *image.size)
         return image.convert("RGB")
 

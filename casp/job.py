@@ -1,4 +1,4 @@
-"""The whole job: `python -m casp.compress --model ... --bits 2.1 --backend ... --output DIR`.
+"""The whole job: `python -m casp.job --model ... --bits 2.1 --backend ... --output DIR`.
 
 Runs the stages one after the other as their scripts do, each a process of its own, so that the memory of one is
 free for the next: moments, the plan, low rank and quantizing (with fine-tuning where asked for), comparison with the
@@ -8,6 +8,7 @@ whole.
 
 import argparse
 import importlib
+import importlib.util
 import shlex
 import subprocess
 import sys
@@ -23,13 +24,17 @@ from casp.cli import Parser, add_common_arguments, default_output, model_folder,
 from casp.data.sources import share_of_chats
 from casp.digest import content_hash
 from casp.errors import UserError
+from casp.files import write_json
 from casp.models import Decoder
 from casp.numbers import whole
+from casp.outputs import check_file
 from casp.plan.__main__ import add_budget_arguments, add_pricing_arguments, checked_bits
 from casp.plan.budget import byte_budget, other_bytes
 from casp.plan.file import read_plan
+from casp.recipe import COMMAND, VERSION, with_recipe
 from casp.stage import MOST_EPOCHS
 
+NAME, QUANTIZE = "compress", "quantize"
 EVALUATION = "casp_eval.compare"
 TOKENS_EVALUATED = 50_000
 TOKENS_A_CHAT = 100  # where chats are the calibration data: only estimates of time ask
@@ -55,6 +60,13 @@ def parser() -> argparse.ArgumentParser:
     add_common_arguments(flags, default_model="demo-llava")
     add_pricing_arguments(flags)
     add_budget_arguments(flags)
+    flags.add_argument(
+        "--recipe",
+        type=Path,
+        metavar="FILE",
+        help="settings from a file, JSON or YAML, with the names of these flags, or from what a checkpoint carries; "
+        "flags given besides overrule it (default: none)",
+    )
     flags.add_argument("--plan", type=Path, metavar="FILE", help="obey this plan (default: make one)")
     flags.add_argument(
         "--ft-epochs",
@@ -84,6 +96,11 @@ def tunes(package: str) -> bool:
     """Whether the quantizing stage of `package` has fine-tunings."""
     flags, _ = importlib.import_module(f"{package}.__main__").parser().parse_known_args([])
     return hasattr(flags, "ft_epochs")
+
+
+def recipe_file(output: Path) -> Path:
+    """Where the recipe is written, beside OUTPUT, for the quantizing stage to put into the checkpoint."""
+    return output.with_name(output.name + "-recipe.json")
 
 
 def speed(device: torch.device) -> float:
@@ -131,9 +148,9 @@ def steps(args: argparse.Namespace, decoder: Decoder, output: Path, budget: int)
         command += [] if args.costs is None else ["--costs", str(args.costs)]
         found.append(Step("plan", command, plan, rounding))
     command = [*python, package, *run, *data, "--plan", str(plan), "--moments", str(moments), "--output", str(output)]
-    command += ["--token-weights", args.token_weights, "--from-original"]
+    command += ["--token-weights", args.token_weights, "--from-original", "--carry", str(recipe_file(output))]
     command += ["--ft-epochs", str(args.ft_epochs)] if tunes(package) else []
-    found.append(Step("quantize", [*command, *args.quantizing], output, rounding + 12 * args.ft_epochs * walk))
+    found.append(Step(QUANTIZE, [*command, *args.quantizing], output, rounding + 12 * args.ft_epochs * walk))
     if args.evaluate:
         report = output.with_name(output.name + "-report")
         command = [*python, EVALUATION, args.model, str(output), "--device", args.device, "--dtype", args.dtype]
@@ -163,9 +180,8 @@ def announce(todo: list[Step], decoder: Decoder, budget: int, args: argparse.Nam
         print(f"  {number} {step.name}: {step.outcome} ({state})")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Announce the stages and run them."""
-    args = parser().parse_args(arguments)
+def todo(args: argparse.Namespace) -> list[Step]:
+    """What `args` ask for, announced; the last step but an evaluation leaves the checkpoint."""
     backend = load_backend(args.backend)  # a misspelt one is told before anything is computed, and so is a bad plan
     decoder = Decoder.open(model_folder(args.model))
     if args.plan is None:
@@ -174,12 +190,36 @@ def main(arguments: list[str] | None = None) -> None:
         budget = read_plan(args.plan, decoder, content_hash(decoder.folder), backend).bytes
     name = f"casp-{args.backend}-{8 * budget / decoder.original_weights():.3g}bit" + ("-ft" if args.ft_epochs else "")
     output = args.output or default_output(args.model, name)
-    todo = steps(args, decoder, output, budget)
-    announce(todo, decoder, budget, args)
+    recipe = recipe_file(output)
+    check_file(recipe, [{"recipe", "steps"}], [decoder.folder])
+    found = steps(args, decoder, output, budget)
+    announce(found, decoder, budget, args)
+    if not args.dry_run:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(recipe, {"recipe": VERSION, "steps": [{COMMAND: NAME, **args.given}]})
+    return found
+
+
+def run(args: argparse.Namespace) -> Path:
+    """All steps in this process, for `casp.compress`; returns the folder of the checkpoint."""
+    found = todo(args)
+    if not args.dry_run:
+        for step in found:
+            module = step.command[2]
+            is_package = importlib.util.find_spec(module).submodule_search_locations is not None
+            importlib.import_module(f"{module}.__main__" if is_package else module).main(step.command[3:])
+    return next(step.outcome for step in found if step.name == QUANTIZE)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Announce the stages and run them."""
+    words = with_recipe(sys.argv[1:] if arguments is None else arguments, parser(), NAME)
+    args = parser().parse_args(words)
+    found = todo(args)
     if args.dry_run:
         return
-    for number, step in enumerate(todo, 1):
-        print(f"\n== {number}/{len(todo)} {step.name}: {shlex.join(step.command[1:])}", flush=True)
+    for number, step in enumerate(found, 1):
+        print(f"\n== {number}/{len(found)} {step.name}: {shlex.join(step.command[1:])}", flush=True)
         status = subprocess.run(step.command).returncode
         if status:
             raise SystemExit(status)  # the stage has said why
