@@ -1,12 +1,10 @@
 """The page to try a model: over real HTTP, and once in a real browser (slow)."""
 
 import base64
-import functools
 import http.client
 import io
 import json
 import shutil
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,11 +94,19 @@ def test_pages_of_others_cannot_ask(page: Any):
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="needs a headless Chromium")
 def test_in_a_browser(page: Any, tmp_path: Path):
-    """The page fills in what the server says of the model, and draws."""
-    shell = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    address = f"http://127.0.0.1:{page.server_port}/"
-    run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=300, check=True)
-    shown = run([*shell, "--virtual-time-budget=20000", "--dump-dom", address]).stdout
-    assert "bits a weight" in shown
-    run([*shell, "--virtual-time-budget=20000", f"--screenshot={tmp_path / 'page.png'}", address])
-    assert len(set(Image.open(tmp_path / "page.png").convert("RGB").getdata())) > 10
+    """Somebody chooses a picture, asks, and reads the answer of the server."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        view = browser.new_page()
+        view.goto(f"http://127.0.0.1:{page.server_port}/")
+        playwright.expect(view.locator("#about")).to_contain_text("bits a weight", timeout=60_000)
+        view.set_input_files("#picture", str(tmp_path / "red.png"))
+        view.fill("#question", "what?")
+        view.click("button")
+        playwright.expect(view.locator("#speed")).to_contain_text("tokens in", timeout=60_000)
+        answer, shown = view.inner_text("#answer"), view.locator("#shown").bounding_box()
+        browser.close()
+    assert answer.strip() == request(page, "/ask", {"question": "what?", "picture": picture()})[1]["answer"]
+    assert shown["width"] > 0
