@@ -5,21 +5,12 @@ that it has written, resumes as the script does, and raises `casp.errors.UserErr
 """
 
 import importlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from casp.cli.options import Calibration
 from casp.progress import Listener, told_to
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What a model is calibrated on; see --dataset, --samples, --sequence-length and --batch-size of every stage."""
-
-    dataset: str = "demo"
-    samples: int = 128
-    sequence_length: int = 512
-    batch_size: int = 8
 
 
 def _run(module: str, settings: dict[str, Any], progress: Listener | None) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from casp.card import front_matter, inherited
+from casp.cli.places import base_model
 from casp.digest import companions
 from casp.errors import UserError
 from casp.files import write_atomically, write_json, write_shard
@@ -22,7 +23,6 @@ from casp.reading.compression import WEIGHTS_KEY
 from casp.reading.documents import read_json
 from casp.report import REPORT_FILE
 from casp.shards import INDEX
-from casp.stage import base_model
 
 _WRITTEN = {"config.json", INDEX, "README.md", REPORT_FILE}  # made here, or of no use there
 

@@ -1,5 +1,6 @@
 """Pictures in local files, decoded only when their size is known to be reasonable."""
 
+import warnings
 from pathlib import Path
 from typing import IO
 
@@ -22,9 +23,11 @@ def open_picture(path: str | Path, source: str = "") -> Image.Image:
 
 def read_picture(source: Path | IO[bytes], what: str) -> Image.Image:
     """The picture in `source`, decoded, RGB; UserError, which calls it `what`, for one that cannot be used."""
-    with told_as(f"{what} does not open", "give a PNG, JPEG or WebP file"), Image.open(source) as image:
-        _check_size(what, *image.size)
-        return image.convert("RGB")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower, and is told
+        with told_as(f"{what} does not open", "give a PNG, JPEG or WebP file"), Image.open(source) as image:
+            _check_size(what, *image.size)
+            return image.convert("RGB")
 
 
 def _check_size(what: str, width: int, height: int) -> None:

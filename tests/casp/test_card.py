@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from casp.card import front_matter, inherited
-from casp.stage import base_model
+from casp.cli import base_model
 
 HUB = "models--llava-hf--llava-1.5-7b-hf/snapshots/0123abc"
 
