@@ -12,6 +12,8 @@ from typing import Any
 from casp.cli.options import Calibration
 from casp.progress import Listener, told_to
 
+USUAL = Calibration()
+
 
 def _run(module: str, settings: dict[str, Any], progress: Listener | None) -> None:
     from casp.recipe import flags
@@ -28,7 +30,7 @@ def compress(
     bits: float | None = None,
     size: str | None = None,
     backend: str = "quip-sharp",
-    calibration: Calibration = Calibration(),
+    calibration: Calibration = USUAL,
     ft_epochs: int = 0,
     progress: Listener | None = None,
     **settings: Any,
@@ -60,7 +62,7 @@ def collect_moments(
     model: str | Path,
     *,
     output: str | Path,
-    calibration: Calibration = Calibration(),
+    calibration: Calibration = USUAL,
     progress: Listener | None = None,
     **settings: Any,
 ) -> Path:
@@ -94,7 +96,7 @@ def quantize(
     backend: str = "quip-sharp",
     plan: str | Path | None = None,
     moments: str | Path | None = None,
-    calibration: Calibration = Calibration(),
+    calibration: Calibration = USUAL,
     progress: Listener | None = None,
     **settings: Any,
 ) -> Path:
