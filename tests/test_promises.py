@@ -18,7 +18,7 @@ def names_in(file: Path) -> set[str]:
 FILES = {str(path.relative_to(ROOT)): names_in(path) for path in (ROOT / "tests").rglob("test_*.py")}
 
 
-@pytest.mark.parametrize(("page", "least"), [("promises.md", 30), ("clients.md", 10)])
+@pytest.mark.parametrize(("page", "least"), [("promises.md", 30), ("clients.md", 9)])
 def test_every_test_that_is_named_exists(page: str, least: int):
     missing, named = [], 0
     for line in (ROOT / "docs" / page).read_text().splitlines():
