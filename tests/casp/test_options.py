@@ -31,6 +31,7 @@ QUANTIZING = {
     "target_bytes_of": None,  # a budget like the one above, read from a checkpoint
     "from_original": None,  # which model is read
     "true_sequential": [],
+    "carry": None,  # a recipe in the finished checkpoint, which decides no weights
     "token_weights": ["none"],
 }
 TUNING = {
