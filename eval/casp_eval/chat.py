@@ -14,6 +14,7 @@ import torch
 from transformers import TextStreamer
 
 from casp.cli import Parser, add_device_arguments, model_folder, run_main
+from casp.data.chats import Turn
 from casp.numbers import whole
 from casp.reading.config import open_config
 from casp.reading.pictures import Image, open_picture
@@ -44,7 +45,7 @@ def reply(checkpoint: Checkpoint, question: str, image: Image.Image | None, max_
 
     The first token's time is that of reading the question; NaN when there is no second one.
     """
-    prompt, _ = checkpoint.prompt(question, 0 if image is None else 1)
+    prompt, _ = checkpoint.prompt([Turn("user", (question,) if image is None else (image, question))])
     inputs = checkpoint.encode([prompt], None if image is None else [[image]], "left")
     timer = _Timer(checkpoint.tokenizer)
     with checkpoint.running():
@@ -73,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     if image is not None:
         require_images(folder, open_config(folder))
     checkpoint = open_checkpoint(options.model, options.device, options.dtype)
-    if options.question:
+    if options.question is not None:
         asked = iter([options.question])
     else:
         asked = _lines()

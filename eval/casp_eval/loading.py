@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import logging
 
 import casp  # noqa: F401  (registers the quantization method "casp" with transformers)
-from casp.cli import model_folder, pick_device, pick_dtype
+from casp.cli import compute_named, model_folder
+from casp.data.chats import Turn, messages
 from casp.errors import UserError, in_brief, told_as
 from casp.models import check_weights
 from casp.reading.config import open_config, quantization_of
@@ -48,12 +49,12 @@ class Checkpoint:
     def is_multimodal(self) -> bool:
         return self.processor is not None
 
-    def prompt(self, question: str, images: int, answer: str | None = None) -> tuple[str, str]:
+    def prompt(self, asked: Sequence[Turn], answer: str | None = None) -> tuple[str, str]:
         """The model's own chat template filled in: (text up to the answer, the answer as the template spells it).
 
-        images: how many pictures come before the question. The second part is empty without an answer. Templates
-        put a space, a newline or nothing before the answer, so it is cut out of the rendered conversation rather
-        than appended to the prompt.
+        asked: all turns before the answer. The second part is empty without an answer. Templates put a space, a
+        newline or nothing before the answer, so it is cut out of the rendered conversation rather than appended to
+        the prompt.
         """
         template = getattr(self.chat, "chat_template", None)
         if not template:
@@ -61,13 +62,13 @@ class Checkpoint:
                 f"{self.folder} has no chat template, so questions cannot be put to it: add a chat_template.jinja "
                 "to the folder, or evaluate its text perplexity alone"
             )
-        user = _message("user", question, images, self.is_multimodal)
+        turns = messages(asked, strings=not self.is_multimodal)
         with told_as(f"the chat template of {self.folder} cannot be filled in", "copy the original model's there"):
-            before = self.chat.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
+            before = self.chat.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
             if answer is None:
                 return before, ""
-            reply = _message("assistant", answer, 0, self.is_multimodal)
-            whole = self.chat.apply_chat_template([user, reply], tokenize=False)
+            reply = messages([Turn("assistant", (answer,))], strings=not self.is_multimodal)
+            whole = self.chat.apply_chat_template([*turns, *reply], tokenize=False)
         end = whole.rfind(answer) + len(answer)
         if whole.startswith(before) and end > len(before):
             return before, whole[len(before) : end]
@@ -105,13 +106,6 @@ class Checkpoint:
         }
 
 
-def _message(role: str, text: str, images: int, is_multimodal: bool) -> dict[str, Any]:
-    """One turn of a conversation; processors take lists of parts, the templates of text models take strings."""
-    if not is_multimodal:
-        return {"role": role, "content": text}
-    return {"role": role, "content": [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}]}
-
-
 def is_multimodal(config: Any) -> bool:
     """Whether transformers loads this configuration as an image-text-to-text model."""
     return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -134,8 +128,7 @@ def open_checkpoint(model: str, device: str, dtype: str) -> Checkpoint:
     """
     folder = model_folder(model)
     config = open_config(folder)
-    place = pick_device(device)
-    number = pick_dtype(dtype, place, config.dtype or torch.float32)
+    compute = compute_named(device, dtype).of(config.dtype or torch.float32)
     _check_stored(folder, config)
     multimodal = is_multimodal(config)
     processor = open_processor(folder) if multimodal else None
@@ -146,7 +139,7 @@ def open_checkpoint(model: str, device: str, dtype: str) -> Checkpoint:
     options = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
     try:
         with _quiet_transformers():
-            loaded, info = auto.from_pretrained(folder, dtype=number, output_loading_info=True, **options)
+            loaded, info = auto.from_pretrained(folder, dtype=compute.dtype, output_loading_info=True, **options)
     except ImportError as error:
         method = quantization_of(config).get("quant_method", config.model_type)
         raise UserError(
@@ -167,9 +160,9 @@ def open_checkpoint(model: str, device: str, dtype: str) -> Checkpoint:
             raise UserError(f"{name} in {folder} holds NaN or infinity: {remedy}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked out wherever it stands
-    loaded = loaded.to(place).eval()
+    loaded = loaded.to(compute.device).eval()
     loaded.generation_config = _greedy(loaded.generation_config, tokenizer)
-    return Checkpoint(folder, config, loaded, tokenizer, processor, place)
+    return Checkpoint(folder, config, loaded, tokenizer, processor, compute.device)
 
 
 def _check_stored(folder: Path, config: Any) -> None:
