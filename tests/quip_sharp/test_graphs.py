@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from casp_aqlm.linear import AQLMLinear
+from casp_aqlm.scheme import Scheme
 from casp_gptq.linear import GPTQLinear
 from casp_gptq.packing import packed_rows
 from casp_quip_sharp.hadamard import factors, transform_plan
@@ -16,13 +18,15 @@ from casp.linear import LowRankLinear
 
 pytestmark = pytest.mark.skipif(operators() is None, reason=f"quiptools is not built: {kernels.BUILD}")
 CPU = torch.device("cpu")
-KINDS = ["e8p", "trellis", "gptq"]
+KINDS = ["e8p", "trellis", "gptq", "aqlm"]
 
 
 def random_layer(kind, out_features, in_features, vectors="signs", bias=True, bits=2):
     """A layer of random codes whose weights are about 1 / sqrt(in_features)."""
     if kind == "gptq":
         layer = GPTQLinear(out_features, in_features, bias, {"bits": bits, "group_size": 32})
+    elif kind == "aqlm":
+        layer = AQLMLinear(out_features, in_features, bias, Scheme.parse("2x8g8", "float16").format)
     else:
         form = {"bits": bits, "codebook": kind, "vectors": vectors}
         layer = QuipSharpLinear(out_features, in_features, bias, form)
@@ -66,6 +70,7 @@ def inputs_of(name, count=3, needs_gradient=True):
     words = torch.randint(-(2**31), 2**31, (packed_rows(40, 3), 24), dtype=torch.int32)
     zeros = torch.randint(-(2**31), 2**31, (2, packed_rows(24, 3)), dtype=torch.int32)
     packed = words, zeros, torch.rand(2, 24).half()
+    additive = torch.randint(0, 256, (24, 10), dtype=torch.uint8), torch.randn(2, 256, 8), torch.rand(24).half()
     plan = transform_plan(40)
     values = table[:2].float().repeat(128)
     return {
@@ -89,6 +94,8 @@ def inputs_of(name, count=3, needs_gradient=True):
         ),
         "gptq_decode": (*packed, 40, 3, 32),
         "gptq_layer": (x, *packed, 3, 32, torch.randn(24)),
+        "aqlm_decode": (*additive, 40, 8),
+        "aqlm_layer": (x, *additive, 8, torch.randn(24)),
     }[name]
 
 
@@ -102,7 +109,7 @@ NAMES = [
     "trellis_product",
     "trellis_layer",
 ]
-NAMES += ["trellis_round", "trellis_descend", "gptq_decode", "gptq_layer"]
+NAMES += ["trellis_round", "trellis_descend", "gptq_decode", "gptq_layer", "aqlm_decode", "aqlm_layer"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -127,7 +134,7 @@ def test_gradients_of_x_are_the_dense_layers_without_the_plain_version(kind, vec
     layer = random_layer(kind, 48, 72, vectors)
     dense = layer.weight.double()
     monkeypatch.setattr(type(layer), "dequantize", None)
-    if kind != "gptq":
+    if kind in ("e8p", "trellis"):
         monkeypatch.setattr(type(layer), "_plain", None)
     for shape in ((1,), (2, 5), (40,)):
         x = torch.randn(*shape, 72, dtype=dtype, requires_grad=True)

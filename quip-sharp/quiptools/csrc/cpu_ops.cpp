@@ -77,6 +77,13 @@ Tensor gptq_layer(const Tensor& x, const Tensor& words, const Tensor& zeros, con
   return plain_layer(GPTQProduct(words, zeros, scales, x.size(-1), bits, group_size, set_named(isa)), x, bias, half);
 }
 
+Tensor aqlm_decode(const Tensor& codes, const Tensor& codebooks, const Tensor& scales, int64_t columns, int64_t bits,
+                   std::string isa) {
+  set_named(isa);
+  AQLMProduct matrix(codes, codebooks, scales, columns, bits);
+  return matrix.decoded(0, matrix.rows(), at::kFloat, Tensor()).t().contiguous();
+}
+
 Tensor aqlm_layer(const Tensor& x, const Tensor& codes, const Tensor& codebooks, const Tensor& scales, int64_t bits,
                   const Maybe& bias, bool half, std::string isa) {
   TORCH_CHECK_VALUE(x.dim() >= 1, "x ends in the inputs");
@@ -149,6 +156,8 @@ TORCH_LIBRARY(quiptools, library) {
       "gptq_layer(Tensor x, Tensor words, Tensor zeros, Tensor scales, int bits, int group_size, Tensor? bias, "
       "bool half=False, str isa='') -> Tensor");
   library.def(
+      "aqlm_decode(Tensor codes, Tensor codebooks, Tensor scales, int columns, int bits, str isa='') -> Tensor");
+  library.def(
       "aqlm_layer(Tensor x, Tensor codes, Tensor codebooks, Tensor scales, int bits, Tensor? bias, bool half=False, "
       "str isa='') -> Tensor");
 }
@@ -164,6 +173,7 @@ TORCH_LIBRARY_IMPL(quiptools, CPU, library) {
   library.impl("trellis_layer", trellis_layer);
   library.impl("gptq_decode", gptq_decode);
   library.impl("gptq_layer", gptq_layer);
+  library.impl("aqlm_decode", aqlm_decode);
   library.impl("aqlm_layer", aqlm_layer);
 }
 

@@ -53,6 +53,8 @@ SHAPES: dict[str, Callable[..., Any]] = {
     ),
     "gptq_decode": lambda words, zeros, scales, columns, *rest: _decoded(words, words.shape[1], columns),
     "gptq_layer": lambda x, words, *rest: _rows(x, words.shape[1], x.dtype),
+    "aqlm_decode": lambda codes, codebooks, scales, columns, *rest: codebooks.new_empty((len(codes), columns)),
+    "aqlm_layer": lambda x, codes, *rest: _rows(x, len(codes), x.dtype),
 }
 
 
@@ -99,9 +101,12 @@ def _of_trellis_product(gradient: Tensor, columns: int, rest: Inputs) -> Tensor:
 
 def _of_gptq_layer(gradient: Tensor, columns: int, rest: Inputs) -> Tensor:
     *matrix, bits, group_size, _, half = rest[:7]
-    flat = gradient.reshape(-1, gradient.shape[-1])
-    found = _through(flat, _ops.gptq_decode(*matrix, columns, bits, group_size), half)
-    return found.view(*gradient.shape[:-1], columns)
+    return _through(gradient, _ops.gptq_decode(*matrix, columns, bits, group_size), half)
+
+
+def _of_aqlm_layer(gradient: Tensor, columns: int, rest: Inputs) -> Tensor:
+    *matrix, bits, _, half = rest[:6]
+    return _through(gradient, _ops.aqlm_decode(*matrix, columns, bits), half)
 
 
 # Operator -> the gradient of x, given the output's, x's columns and the other inputs in the order of the schema.
@@ -112,6 +117,7 @@ GRADIENTS: dict[str, Callable[[Tensor, int, Inputs], Tensor]] = {
     "trellis_product": _of_trellis_product,
     "trellis_layer": _of_trellis_layer,
     "gptq_layer": _of_gptq_layer,
+    "aqlm_layer": _of_aqlm_layer,
 }
 
 
