@@ -20,7 +20,16 @@ from pathlib import Path
 import torch
 
 from casp.backend import ENTRY_POINT_GROUP, load_backend
-from casp.cli import Parser, add_common_arguments, default_output, model_folder, pick_device, run_main
+from casp.cli import (
+    Calibration,
+    Parser,
+    add_common_arguments,
+    calibration_of,
+    default_output,
+    model_folder,
+    pick_device,
+    run_main,
+)
 from casp.cli.quantizing import MOST_EPOCHS
 from casp.data import sources
 from casp.digest import content_hash
@@ -31,7 +40,7 @@ from casp.numbers import whole
 from casp.outputs import check_file
 from casp.plan.budget import other_bytes
 from casp.plan.file import SHAPE, read_plan
-from casp.plan.flags import add_budget_arguments, add_pricing_arguments, goal_of
+from casp.plan.flags import Goal, Prices, add_budget_arguments, add_pricing_arguments, goal_of, prices_of
 
 EVALUATION = "casp_eval.compare"
 TOKENS_EVALUATED = 50_000
@@ -77,6 +86,46 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
+@dataclass(frozen=True)
+class Job:
+    """What is asked for, all stages together.
+
+    machine: --device and --dtype with their words, which every stage understands for itself; plan: a file to obey, None
+    to make one; ft_epochs: passes of both fine-tunings; quantizing: more flags of the quantizing stage.
+    """
+
+    prices: Prices
+    goal: Goal
+    calibration: Calibration
+    device: torch.device
+    machine: tuple[str, ...]
+    seed: int
+    plan: Path | None
+    ft_epochs: int
+    evaluate: bool
+    quantizing: tuple[str, ...]
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Job":
+        """What the flags ask for."""
+        return cls(
+            prices_of(args),
+            goal_of(args),
+            calibration_of(args),
+            pick_device(args.device),
+            ("--device", args.device, "--dtype", args.dtype),
+            args.seed,
+            args.plan,
+            args.ft_epochs,
+            args.evaluate,
+            tuple(args.quantizing),
+        )
+
+    def plan_file(self, output: Path) -> Path:
+        """The plan that is obeyed: `plan`, else the one that is made, beside the output."""
+        return self.plan or output.with_name(output.name + "-plan.json")
+
+
 def package_of(backend: str) -> str:
     """The Python package that offers `backend`, whose `python -m` is its quantizing stage."""
     (found,) = entry_points(group=ENTRY_POINT_GROUP, name=backend)
@@ -103,22 +152,19 @@ def speed(device: torch.device) -> float:
     return 2 * _MATRIX**3 / max(time.perf_counter() - began, 1e-6)
 
 
-def steps(args: argparse.Namespace, decoder: Decoder, output: Path, budget: int) -> list[Step]:
+def steps(job: Job, decoder: Decoder, output: Path, budget: int) -> list[Step]:
     """The stages in their order, with estimates good to a factor of two or three."""
-    backend, package = args.backend, package_of(args.backend)
-    if args.ft_epochs and not tunes(package):
-        raise UserError(f"backend {backend!r} has no fine-tuning; leave --ft-epochs out.")
+    prices, package = job.prices, package_of(job.prices.backend)
+    if job.ft_epochs and not tunes(package):
+        raise UserError(f"backend {prices.backend!r} has no fine-tuning; leave --ft-epochs out.")
     python = [sys.executable, "-m"]
-    run = ["--model", args.model, "--device", args.device, "--dtype", args.dtype, "--seed", str(args.seed)]
-    data = ["--dataset", args.dataset, "--samples", str(args.samples), "--batch-size", str(args.batch_size)]
-    data += ["--sequence-length", str(args.sequence_length)]
-    moments = args.moments or default_output(args.model, "moments")
-    tuned = bool(args.ft_epochs)
-    plan = plan_file(args, output)
+    run = ["--model", prices.model, *job.machine, "--seed", str(job.seed)]
+    data = [f"--{name.replace('_', '-')}={value}" for name, value in job.calibration.record().items()]
+    moments, plan = prices.moments_folder(), job.plan_file(output)
     weights = decoder.original_weights()
-    chats = sources.share_of_chats(args.dataset) if decoder.is_multimodal else 0.0
-    tokens = args.samples * (chats * TOKENS_A_CHAT + (1 - chats) * args.sequence_length)
-    rate = speed(pick_device(args.device))
+    chats = sources.share_of_chats(job.calibration.dataset) if decoder.is_multimodal else 0.0
+    tokens = job.calibration.samples * (chats * TOKENS_A_CHAT + (1 - chats) * job.calibration.sequence_length)
+    rate = speed(job.device)
     widths = sum(
         module.in_features**2 + module.out_features**2
         for index in range(len(decoder.blocks))
@@ -127,47 +173,42 @@ def steps(args: argparse.Namespace, decoder: Decoder, output: Path, budget: int)
     walk = 2 * tokens * weights / rate
     moment_seconds = 4 * walk + 2 * tokens * widths / rate
     rounding = 400 * weights * (widths / weights) ** 0.5 / rate + weights / 1e6  # factors, search
-    of_plan = ["--backend", backend, "--moments", str(moments), "--token-weights", args.token_weights]
-    of_plan += ["--format", *args.format] if args.format else []
-    of_plan += ["--tuned"] if tuned or args.tuned else []
-    of_plan += ["--allocation", args.allocation, "--low-rank" if args.low_rank else "--no-low-rank"]
+    of_plan = ["--backend", prices.backend, "--moments", str(moments), "--token-weights", prices.token_weights]
+    of_plan += ["--format", *prices.format] if prices.format else []
+    of_plan += ["--tuned"] if job.ft_epochs or prices.tuned else []
+    of_plan += ["--allocation", job.goal.allocation, "--low-rank" if job.goal.low_rank else "--no-low-rank"]
     command = [*python, "casp.moments", *run, *data, "--from-original", "--output", str(moments)]
     found = [Step("moments", command, moments, moment_seconds)]
-    if args.plan is None:
+    if job.plan is None:
         size = ["--size", f"{budget}B"]
         command = [*python, "casp.plan", *run, *of_plan, *size, "--output", str(plan)]
-        command += [] if args.costs is None else ["--costs", str(args.costs)]
+        command += [] if prices.costs is None else ["--costs", str(prices.costs)]
         found.append(Step("plan", command, plan, rounding))
     command = [*python, package, *run, *data, "--plan", str(plan), "--moments", str(moments), "--output", str(output)]
-    command += ["--token-weights", args.token_weights, "--from-original"]
-    command += ["--ft-epochs", str(args.ft_epochs)] if tunes(package) else []
-    found.append(Step("quantize", [*command, *args.quantizing], output, rounding + 12 * args.ft_epochs * walk))
-    if args.evaluate:
+    command += ["--token-weights", prices.token_weights, "--from-original"]
+    command += ["--ft-epochs", str(job.ft_epochs)] if tunes(package) else []
+    found.append(Step("quantize", [*command, *job.quantizing], output, rounding + 12 * job.ft_epochs * walk))
+    if job.evaluate:
         report = output.with_name(output.name + "-report")
-        command = [*python, EVALUATION, args.model, str(output), "--device", args.device, "--dtype", args.dtype]
+        command = [*python, EVALUATION, prices.model, str(output), *job.machine]
         command += ["--output", str(report), "--update-cards"]
         found.append(Step("evaluate", command, report / "report.json", 4 * TOKENS_EVALUATED * weights / rate))
     return found
 
 
-def check(args: argparse.Namespace, folder: Path, output: Path) -> None:
+def check(job: Job, folder: Path, output: Path) -> None:
     """UserError, before the first stage runs for hours, where a later one would not write where it is told to."""
-    moments = args.moments or default_output(args.model, "moments")
-    inputs = [folder, *sources.files(args.dataset), *([args.plan] if args.plan else [])]
+    moments, plan = job.prices.moments_folder(), job.plan_file(output)
+    inputs = [folder, *job.calibration.files(), *([job.plan] if job.plan else [])]
     check_places(moments, inputs)
     check_places(output, [*inputs, moments])
-    if args.plan is None:
-        check_file(plan_file(args, output), [SHAPE], [*inputs, moments])
-    places = {"output": output, "model": args.model, "moments": moments, "plan": plan_file(args, output)}
+    if job.plan is None:
+        check_file(plan, [SHAPE], [*inputs, moments])
+    places = {"output": output, "model": job.prices.model, "moments": moments, "plan": plan}
     given = [f"--{name}={place}" for name, place in places.items()]
-    wanted = parser_of(package_of(args.backend)).parse_args([*given, *args.quantizing])
+    wanted = parser_of(package_of(job.prices.backend)).parse_args([*given, *job.quantizing])
     if any(getattr(wanted, name) != place for name, place in places.items()):
         raise UserError("--output, --model, --moments and --plan are for all stages; give them before the --.")
-
-
-def plan_file(args: argparse.Namespace, output: Path) -> Path:
-    """The plan that is obeyed: --plan, else the one that is made, beside the output."""
-    return args.plan or output.with_name(output.name + "-plan.json")
 
 
 def duration(seconds: float) -> str:
@@ -177,12 +218,12 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def announce(todo: list[Step], decoder: Decoder, budget: int, args: argparse.Namespace) -> None:
+def announce(todo: list[Step], decoder: Decoder, budget: int, prices: Prices) -> None:
     """Print what will be done, with sizes and times."""
     weights, other = decoder.original_weights(), other_bytes(decoder)
     linears = sum(decoder.shards.entries[name].bytes for name in decoder.shards.entries) - other
     print(
-        f"compressing {args.model} with {args.backend}: {weights / 1e6:.1f} M weights in {len(decoder.blocks)} "
+        f"compressing {prices.model} with {prices.backend}: {weights / 1e6:.1f} M weights in {len(decoder.blocks)} "
         f"blocks from {linears / 1e6:.1f} MB to at most {budget / 1e6:.1f} MB ({8 * budget / weights:.3f} bits a "
         f"weight); with the {other / 1e6:.1f} MB that stay as they are, a checkpoint of {(budget + other) / 1e6:.1f} MB"
     )
@@ -191,22 +232,24 @@ def announce(todo: list[Step], decoder: Decoder, budget: int, args: argparse.Nam
         print(f"  {number} {step.name}: {step.outcome} ({state})")
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Announce the stages and run them."""
-    args = parser().parse_args(arguments)
-    backend = load_backend(args.backend)  # a misspelt one is told before anything is computed, and so is a bad plan
-    decoder = Decoder.open(model_folder(args.model))
-    if args.plan is None:
-        budget = goal_of(args).budget(decoder).bytes
+    args = parser().parse_args(argv)
+    job = Job.of(args)
+    backend_name = job.prices.backend
+    backend = load_backend(backend_name)  # a misspelt one is told before anything is computed, and so is a bad plan
+    decoder = Decoder.open(model_folder(job.prices.model))
+    if job.plan is None:
+        budget = job.goal.budget(decoder).bytes
     else:
-        budget = read_plan(args.plan, decoder, content_hash(decoder.folder), backend).bytes
-    name = f"casp-{args.backend}-{8 * budget / decoder.original_weights():.3g}bit" + ("-ft" if args.ft_epochs else "")
-    output = args.output or default_output(args.model, name)
+        budget = read_plan(job.plan, decoder, content_hash(decoder.folder), backend).bytes
+    name = f"casp-{backend_name}-{8 * budget / decoder.original_weights():.3g}bit" + ("-ft" if job.ft_epochs else "")
+    output = args.output or default_output(job.prices.model, name)
     if output.name in ("", ".."):  # said by dots alone
         output = Path(os.path.abspath(output))
-    check(args, decoder.folder, output)
-    todo = steps(args, decoder, output, budget)
-    announce(todo, decoder, budget, args)
+    check(job, decoder.folder, output)
+    todo = steps(job, decoder, output, budget)
+    announce(todo, decoder, budget, job.prices)
     if args.dry_run:
         return
     for number, step in enumerate(todo, 1):

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from casp.reading.header import read_header
 from casp.report import REPORT_FILE, merge_reports
 from casp.shards import INDEX
 from casp.swap import describe_modules, swap_modules
-from casp.walk import Visit, capture_inputs, walk
+from casp.walk import BatchInputs, Visit, capture_inputs, walk
 
 _WRITTEN = ("config.json", INDEX, REPORT_FILE, "README.md")  # what `finish` makes itself besides the shards
 
@@ -92,11 +93,16 @@ class RunFolder(WorkFolder):
         block.requires_grad_(False)
 
     def walk(
-        self, batches: list[dict[str, Tensor]] | None, device: torch.device, dtype: torch.dtype
+        self,
+        batches: list[dict[str, Tensor]] | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        captured: list[BatchInputs] | None = None,
     ) -> Iterator[Visit]:
         """Visit the blocks that are not finished yet; each must be `save`d before the next is asked for.
 
-        batches: calibration data for the blocks to see; None for a stage that looks at weights alone.
+        batches: calibration data for the blocks to see; None for a stage that looks at weights alone. captured: what
+        the first block is fed with these batches, where it is known already.
 
         Finished blocks are read back, also right after they were saved: what feeds the following blocks is
         always what is on disk, so an interrupted run and an uninterrupted one end with the same bytes.
@@ -107,7 +113,12 @@ class RunFolder(WorkFolder):
             return
         if done:
             print(f"resuming {self.folder}: {done} of {depth} blocks are finished")
-        inputs = [] if batches is None else capture_inputs(self.decoder, batches, device, dtype)
+        if batches is None:
+            inputs = []
+        elif captured is not None:
+            inputs = [replace(batch) for batch in captured]  # the walk puts other hidden states into its own
+        else:
+            inputs = capture_inputs(self.decoder, batches, device, dtype)
         progress = tqdm(total=depth - done, desc=self.stage, unit="block", dynamic_ncols=True)
         for visit in walk(self.decoder, inputs, device, dtype):
             if not self.finished(visit.index):

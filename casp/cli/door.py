@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from casp.errors import UserError
+from casp.interrupts import raise_again
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,6 +59,7 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     """Run a stage; bad input and a full disk end in one sentence on stderr and exit status 2."""
     logging.getLogger("casp").addHandler(_ABOVE_BARS)
     try:
+        raise_again()
         main()
     except UserError as error:
         tell(f"error: {error}")
