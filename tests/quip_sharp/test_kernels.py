@@ -68,7 +68,7 @@ def test_products_in_whole_numbers_are_off_by_half_a_step_at_most(name, bits):
         codes, residual_codes = random_codes(bits, rows, columns // 8)
         points = decoded(codes, residual_codes, bits).double()
         for batch in (2, 7, 16, 300):
-            if batch > LARGEST_DIRECT_BATCH and name != "cpu-amx":
+            if batch > LARGEST_DIRECT_BATCH and (name != "cpu-amx" or residual_codes is not None):
                 continue  # multiplied as bfloat16
             x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(batch))
             y = IMPLEMENTATIONS[name].run(e8p_product(codes, residual_codes, bits, torch.bfloat16), x)
@@ -123,7 +123,7 @@ def test_same_bytes_on_any_number_of_threads(threads, name, batch):
 
 
 @pytest.mark.skipif("amx" not in SETS, reason="long products are PyTorch's without AMX")
-@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("bits", [1, 2])
 def test_same_bytes_of_long_products_in_whole_numbers(threads, bits):
     codes, residual_codes = random_codes(bits, 1037, 192)
     x = torch.randn(300, 1536)

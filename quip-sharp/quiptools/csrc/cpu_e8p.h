@@ -13,7 +13,12 @@ class E8PProduct : public Product {
   E8PProduct(const Codes& codes, bool rounds, Isa isa);
   int64_t rows() const override;
   int64_t columns() const override;
-  bool is_direct(int64_t batch) const override { return (rounds_ && isa_ == Isa::amx) || batch <= kDirectBatch; }
+  bool rounds() const override { return rounds_; }
+
+  // Two stages are decoded in turn or multiplied in turn: for many vectors one product of bfloat16 is faster.
+  bool is_direct(int64_t batch) const override {
+    return batch <= kDirectBatch || (rounds_ && isa_ == Isa::amx && matrix_.residual_book == Book::none);
+  }
 
   int64_t panel() const override { return 256; }
 

@@ -121,11 +121,29 @@ void e8p(const E8Tables& tables, const uint16_t* codes, int64_t stride, int64_t 
   e8p_groups<false>(tables, codes, stride, rows, count, out);
 }
 
+// The points of one code for each of 16 rows.
+INLINE void put_points(const E8Tables& tables, __m512i codes, uint8_t* out) {
+  put(_mm512_i32gather_epi64(_mm512_castsi512_si256(codes), tables.points, 8),
+      _mm512_i32gather_epi64(_mm512_extracti64x4_epi64(codes, 1), tables.points, 8), out);
+}
+
 void e8(const E8Tables& tables, const uint8_t* codes, int64_t stride, int64_t rows, int64_t count, uint8_t* out) {
-  for (int64_t g = 0; g < count; g++, out += 2 * kBytes) {
-    alignas(64) uint64_t found[16] = {};
-    for (int64_t r = 0; r < rows; r++) found[r] = tables.points[codes[r * stride + g]];
-    put(_mm512_load_si512(found), _mm512_load_si512(found + 8), out);
+  const __m512i byte = _mm512_set1_epi32(0xFF);
+  const __mmask16 there = __mmask16((1u << rows) - 1);
+  const __m512i places = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                            _mm512_set1_epi32(static_cast<int>(stride)));
+  int64_t g = 0;
+  for (; g + 4 <= count; g += 4, out += 8 * kBytes) { // a word of each row holds the codes of four groups
+    __m512i word = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there, places, codes + g, 1);
+    put_points(tables, _mm512_and_si512(word, byte), out);
+    put_points(tables, _mm512_and_si512(_mm512_srli_epi32(word, 8), byte), out + 2 * kBytes);
+    put_points(tables, _mm512_and_si512(_mm512_srli_epi32(word, 16), byte), out + 4 * kBytes);
+    put_points(tables, _mm512_srli_epi32(word, 24), out + 6 * kBytes);
+  }
+  for (; g < count; g++, out += 2 * kBytes) {
+    alignas(64) uint32_t single[16] = {};
+    for (int64_t r = 0; r < rows; r++) single[r] = codes[r * stride + g];
+    put_points(tables, _mm512_load_si512(single), out);
   }
 }
 

@@ -133,7 +133,7 @@ Tensor rotated_layer(const Product& product, Rotation in, Rotation out, const Te
   if (x.numel() == 0) return at::empty(shape, x.options()); // no vectors
   Tensor vectors = x.reshape({-1, x.size(-1)}).to(dtype).contiguous();
   int64_t count = vectors.size(0);
-  if (isa == Isa::amx && count >= kWorthTiles) {
+  if (isa == Isa::amx && count >= kWorthTiles && product.rounds()) {
     in.transform.use_tiles();
     out.transform.use_tiles();
   }

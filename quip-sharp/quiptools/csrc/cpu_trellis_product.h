@@ -32,6 +32,7 @@ class TrellisProduct : public Product {
   int64_t rows() const override { return matrix_.rows; }
   int64_t columns() const override { return matrix_.columns; }
 
+  bool rounds() const override { return true; }
   bool is_direct(int64_t batch) const override { return has_tiles_ || batch <= kDirectBatch; }
 
   // x is rounded to 14 bits and a sign.

@@ -15,6 +15,9 @@ struct Product {
   virtual int64_t rows() const = 0;
   virtual int64_t columns() const = 0;
 
+  // Whether x may be rounded to 14 bits and a sign.
+  virtual bool rounds() const { return false; }
+
   // Whether `direct` is the fastest way to multiply so many vectors, at least up to kDirectBatch; more may be worth
   // decoding the matrix.
   virtual bool is_direct(int64_t batch) const { return batch <= kDirectBatch; }
