@@ -19,13 +19,16 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 def tell_in_one_line() -> None:
-    """End on Ctrl-C with one line and status 130, where this process is `python -m` of one of our packages.
+    """End on Ctrl-C with one line and status 130, where this process is the command `casp` or `python -m` of one of
+    our packages.
 
     A process that merely imports casp keeps its own way with Ctrl-C, and one that ignores it goes on doing so.
     """
     words = sys.orig_argv
     module = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
-    if module.partition(".")[0] in _PACKAGES and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    is_command = len(words) > 1 and os.path.basename(words[1]) == "casp"
+    ours = is_command or module.partition(".")[0] in _PACKAGES
+    if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
 
 

@@ -32,6 +32,7 @@ from casp.moments.find import add_moments_argument, find_moments
 from casp.moments.store import REMEDY, BlockMoments
 from casp.notes import warnings_of
 from casp.numbers import real
+from casp.recipe import COMMAND
 from casp.run import RunFolder
 from casp.seed import matrix_generator
 from casp.walk import Visit
@@ -201,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
             known,
         )
         run.save(visit, report)
-    run.finish()
+    run.finish(step={COMMAND: "svd", **args.given})
     print(f"wrote {output} {run.account()}")
 
 

@@ -98,7 +98,9 @@ class Pricing:
         """
         formats = [self.formats(sample.shape) for sample in samples]
         tried = [
-            (sample, format) for sample, all in zip(samples, formats, strict=True) for format in self.measured(all)
+            (sample, format)
+            for sample, offered in zip(samples, formats, strict=True)
+            for format in self.measured(offered)
         ]
         matrices = [
             Matrix(sample.weight.float(), format, matrix_generator(self.seed, sample.name), sample.name)

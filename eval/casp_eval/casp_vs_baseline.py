@@ -21,12 +21,12 @@ from typing import Any
 from casp.backend import backend_names, load_backend
 from casp.checkpoint import size
 from casp.cli import Parser, add_device_arguments, model_folder, run_main
-from casp.compress import package_of, tunes
 from casp.data.chats import Chat, chats_fingerprint
 from casp.data.sources import evaluation_chats, evaluation_text
 from casp.demo import NAMES
 from casp.errors import UserError
 from casp.files import write_json
+from casp.job import package_of, tunes
 from casp.models import Decoder
 from casp.numbers import real, whole
 from casp.numbers import seed as any_seed

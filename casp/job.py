@@ -1,4 +1,4 @@
-"""The whole job: `python -m casp.compress --model ... --bits 2.1 --backend ... --output DIR`.
+"""The whole job: `python -m casp.job --model ... --bits 2.1 --backend ... --output DIR`.
 
 Runs the stages one after the other as their scripts do, each a process of its own, so that the memory of one is
 free for the next: moments, the plan, low rank and quantizing (with fine-tuning where asked for), comparison with the
@@ -8,6 +8,7 @@ whole.
 
 import argparse
 import importlib
+import importlib.util
 import os
 import shlex
 import subprocess
@@ -34,6 +35,7 @@ from casp.cli.quantizing import MOST_EPOCHS
 from casp.data import sources
 from casp.digest import content_hash
 from casp.errors import UserError
+from casp.files import write_json
 from casp.folder import check_places
 from casp.models import Decoder
 from casp.numbers import whole
@@ -41,7 +43,9 @@ from casp.outputs import check_file
 from casp.plan.budget import other_bytes
 from casp.plan.file import SHAPE, read_plan
 from casp.plan.flags import Goal, Prices, add_budget_arguments, add_pricing_arguments, goal_of, prices_of
+from casp.recipe import COMMAND, VERSION, with_recipe
 
+NAME, QUANTIZE = "compress", "quantize"
 EVALUATION = "casp_eval.compare"
 TOKENS_EVALUATED = 50_000
 TOKENS_A_CHAT = 100  # where chats are the calibration data: only estimates of time ask
@@ -67,6 +71,13 @@ def parser() -> argparse.ArgumentParser:
     add_common_arguments(flags, default_model="demo-llava")
     add_pricing_arguments(flags)
     add_budget_arguments(flags)
+    flags.add_argument(
+        "--recipe",
+        type=Path,
+        metavar="FILE",
+        help="settings from a file, JSON or YAML, with the names of these flags, or from what a checkpoint carries; "
+        "flags given besides overrule it (default: none)",
+    )
     flags.add_argument("--plan", type=Path, metavar="FILE", help="obey this plan (default: make one)")
     flags.add_argument(
         "--ft-epochs",
@@ -138,6 +149,11 @@ def tunes(package: str) -> bool:
     return hasattr(flags, "ft_epochs")
 
 
+def recipe_file(output: Path) -> Path:
+    """Where the recipe is written, beside OUTPUT, for the quantizing stage to put into the checkpoint."""
+    return output.with_name(output.name + "-recipe.json")
+
+
 def parser_of(package: str) -> argparse.ArgumentParser:
     """The command line of a stage."""
     return importlib.import_module(f"{package}.__main__").parser()
@@ -185,9 +201,9 @@ def steps(job: Job, decoder: Decoder, output: Path, budget: int) -> list[Step]:
         command += [] if prices.costs is None else ["--costs", str(prices.costs)]
         found.append(Step("plan", command, plan, rounding))
     command = [*python, package, *run, *data, "--plan", str(plan), "--moments", str(moments), "--output", str(output)]
-    command += ["--token-weights", prices.token_weights, "--from-original"]
+    command += ["--token-weights", prices.token_weights, "--from-original", "--carry", str(recipe_file(output))]
     command += ["--ft-epochs", str(job.ft_epochs)] if tunes(package) else []
-    found.append(Step("quantize", [*command, *job.quantizing], output, rounding + 12 * job.ft_epochs * walk))
+    found.append(Step(QUANTIZE, [*command, *job.quantizing], output, rounding + 12 * job.ft_epochs * walk))
     if job.evaluate:
         report = output.with_name(output.name + "-report")
         command = [*python, EVALUATION, prices.model, str(output), *job.machine]
@@ -232,9 +248,8 @@ def announce(todo: list[Step], decoder: Decoder, budget: int, prices: Prices) ->
         print(f"  {number} {step.name}: {step.outcome} ({state})")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Announce the stages and run them."""
-    args = parser().parse_args(argv)
+def todo(args: argparse.Namespace) -> list[Step]:
+    """What `args` ask for, announced; the last step but an evaluation leaves the checkpoint."""
     job = Job.of(args)
     backend_name = job.prices.backend
     backend = load_backend(backend_name)  # a misspelt one is told before anything is computed, and so is a bad plan
@@ -248,12 +263,36 @@ def main(argv: list[str] | None = None) -> None:
     if output.name in ("", ".."):  # said by dots alone
         output = Path(os.path.abspath(output))
     check(job, decoder.folder, output)
-    todo = steps(job, decoder, output, budget)
-    announce(todo, decoder, budget, job.prices)
+    recipe = recipe_file(output)
+    check_file(recipe, [{"recipe", "steps"}], [decoder.folder])
+    found = steps(job, decoder, output, budget)
+    announce(found, decoder, budget, job.prices)
+    if not args.dry_run:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(recipe, {"recipe": VERSION, "steps": [{COMMAND: NAME, **args.given}]})
+    return found
+
+
+def run(args: argparse.Namespace) -> Path:
+    """All steps in this process, for `casp.compress`; returns the folder of the checkpoint."""
+    found = todo(args)
+    if not args.dry_run:
+        for step in found:
+            module = step.command[2]
+            is_package = importlib.util.find_spec(module).submodule_search_locations is not None
+            importlib.import_module(f"{module}.__main__" if is_package else module).main(step.command[3:])
+    return next(step.outcome for step in found if step.name == QUANTIZE)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Announce the stages and run them."""
+    words = with_recipe(sys.argv[1:] if arguments is None else arguments, parser(), NAME)
+    args = parser().parse_args(words)
+    found = todo(args)
     if args.dry_run:
         return
-    for number, step in enumerate(todo, 1):
-        print(f"\n== {number}/{len(todo)} {step.name}: {shlex.join(step.command[1:])}", flush=True)
+    for number, step in enumerate(found, 1):
+        print(f"\n== {number}/{len(found)} {step.name}: {shlex.join(step.command[1:])}", flush=True)
         status = subprocess.run(step.command).returncode
         if status:
             raise SystemExit(status)  # the stage has said why
