@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from casp.cli import Calibration, Compute, union
+from casp.cli import Compute, union
 from casp.folder import WorkFolder
-from casp.models import Decoder
 from casp.moments.__main__ import main as collect
 
 COMMON = {
@@ -196,9 +195,3 @@ def test_records_that_contradict_each_other_make_no_fingerprint():
     assert union({"seed": 1}, {"seed": 1, "bits": 2}) == {"seed": 1, "bits": 2}
     with pytest.raises(ValueError, match="called seed"):
         union({"seed": 1}, {"seed": 2})
-
-
-def test_the_record_of_calibration_data_holds_all_that_decides_the_batches(tiny_llama: Path, texts: Path):
-    usual = Calibration(str(texts), 4, 32, 2)
-    assert set(usual.record()) == set(Calibration.__dataclass_fields__)
-    assert len(usual.batches(Decoder.open(tiny_llama).folder, 0)) == 2
