@@ -18,10 +18,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from casp.errors import UserError
 from casp.linear import LowRankLinear, QuantizedLinear, is_finite
 from casp.models import Decoder, decoder_blocks
-from casp.reading.compression import FORMAT_VERSION, check_compression
+from casp.reading.compression import check_compression
 from casp.reading.header import read_header
 from casp.shards import Shards
-from casp.swap import swap_modules
+from casp.split import apply_splits
+from casp.swap import in_model, swap_modules
 
 QUANT_METHOD = "casp"
 COMPRESSED = (QuantizedLinear, LowRankLinear)
@@ -33,7 +34,7 @@ class CaspConfig(QuantizationConfigMixin):
 
     backend: name of the quantizer, None when only low-rank factors were made; original_weights: number of
     weights that the decoder's linears had before any compression (the denominator of bits per weight);
-    modules: module path -> {"rank": int} or {"format": {...}}.
+    modules: module path -> {"rank": int} or {"format": {...}}; splits: what is taken apart first (`casp.split`).
     """
 
     def __init__(
@@ -41,7 +42,8 @@ class CaspConfig(QuantizationConfigMixin):
         modules: dict[str, dict[str, Any]],
         original_weights: int,
         backend: str | None = None,
-        version: int = FORMAT_VERSION,
+        version: int = 1,
+        splits: dict[str, dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD
@@ -49,11 +51,12 @@ class CaspConfig(QuantizationConfigMixin):
         self.backend = backend
         self.original_weights = original_weights
         self.modules = modules
+        self.splits = splits or {}
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, as it stands in config.json."""
         keys = ("quant_method", "version", "backend", "original_weights", "modules")
-        return {key: getattr(self, key) for key in keys}
+        return {key: getattr(self, key) for key in keys} | ({"splits": self.splits} if self.splits else {})
 
 
 @register_quantizer(QUANT_METHOD)
@@ -65,6 +68,7 @@ class CaspQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config.to_dict()
         check_compression(config)
+        apply_splits(model, {in_model(model, path): spec for path, spec in self.quantization_config.splits.items()})
         swap_modules(model, config)
         # Of tensors that are missing or of another kind transformers warns, and goes on with random or cast numbers.
         files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
@@ -109,14 +113,21 @@ class Size:
 def size(folder: Path) -> Size:
     """Exact size on disk of the decoder's linears of a plain or a CASP checkpoint, from the shards' headers."""
     decoder = Decoder.open(folder)
-    total = 0
-    for index, block in enumerate(decoder.blocks):
-        for path in decoder.linears(index).values():
-            prefix = f"{block}.{path}."
-            for name in decoder.shards.names(prefix):
-                if not name.endswith(".bias"):
-                    total += sum(decoder.shards.entries[stored].bytes for stored in decoder.shards.stored_names(name))
+    total = sum(stored_bytes(decoder, index) for index in range(len(decoder.blocks)))
     return Size(total, decoder.original_weights())
+
+
+def stored_bytes(decoder: Decoder, index: int) -> int:
+    """Bytes that the checkpoint stores for the linears of block `index`, biases left out."""
+    prefix = decoder.blocks[index] + "."
+    linears = set(decoder.linears(index).values())
+    stored: set[str] = set()  # a tensor that holds several linears counts once
+    for name in decoder.shards.names(prefix):
+        parents = name.removeprefix(prefix).split(".")
+        inside = any(".".join(parents[:depth]) in linears for depth in range(1, len(parents)))
+        if inside and not name.endswith(".bias"):
+            stored.update(decoder.shards.stored_names(name))
+    return sum(decoder.shards.entries[one].bytes for one in stored)
 
 
 def resident_bytes(model: nn.Module) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from casp.backend import Backend
 from casp.budget import Plan
+from casp.capture import capture_inputs
 from casp.errors import UserError
 from casp.factors import FACTORS, low_rank_module, quantized_factors
 from casp.linear import is_finite
@@ -21,7 +22,7 @@ from casp.run import RunFolder
 from casp.seed import matrix_generator
 from casp.teacher import Teacher
 from casp.tuning import Training, tunable_tensors, tune_block
-from casp.walk import Visit, capture_inputs, walk
+from casp.walk import Visit, walk
 
 
 def weighted_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from casp.capture import capture_inputs
 from casp.card import model_card
 from casp.digest import companions
 from casp.errors import UserError, told_as
@@ -20,7 +21,7 @@ from casp.reading.header import read_header
 from casp.report import REPORT_FILE, merge_reports
 from casp.shards import INDEX
 from casp.swap import describe_modules, swap_modules
-from casp.walk import Visit, capture_inputs, walk
+from casp.walk import Visit, walk
 
 _WRITTEN = ("config.json", INDEX, REPORT_FILE, "README.md")  # what `finish` makes itself besides the shards
 
@@ -164,10 +165,11 @@ class RunFolder(WorkFolder):
         config = read_json(decoder.folder / "config.json", "the config")
         config["quantization_config"] = {
             "quant_method": "casp",
-            "version": 1,
+            "version": 2 if decoder.splits else 1,
             "backend": self.settings.get("backend"),
             "original_weights": decoder.original_weights(),
             "modules": modules,
+            **({"splits": decoder.splits} if decoder.splits else {}),
         }
         report = merge_reports(
             decoder.folder,

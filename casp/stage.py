@@ -13,6 +13,7 @@ from torch import Tensor
 from casp.backend import Backend, Format
 from casp.budget import Plan, matrices, original_bytes, plan_bytes, promote, uniform_plan
 from casp.calibration import calibration_batches, fingerprint
+from casp.capture import capture_inputs
 from casp.checkpoint import size
 from casp.cli import default_output, model_folder, model_name, pick_device, pick_dtype, stage_input
 from casp.digest import content_hash
@@ -41,7 +42,6 @@ from casp.run import RunFolder
 from casp.seed import matrix_generator
 from casp.teacher import Teacher
 from casp.tuning import Curve, Training
-from casp.walk import capture_inputs
 
 INFLUENCE_FILE = f"{WORK_PREFIX}influence.json"
 END_TO_END_FILE = f"{WORK_PREFIX}end-to-end.safetensors"

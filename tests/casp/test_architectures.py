@@ -4,9 +4,10 @@ import pytest
 import torch
 import transformers as T
 
+from casp.capture import capture_inputs
 from casp.errors import UserError
 from casp.models import Decoder
-from casp.walk import capture_inputs, walk
+from casp.walk import walk
 
 CPU = torch.device("cpu")
 TEXT = {

@@ -5,9 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from casp.attention import observe_attention
+from casp.capture import capture_inputs
 from casp.errors import UserError
 from casp.models import Decoder
-from casp.walk import capture_inputs, walk
+from casp.walk import walk
 
 CPU = torch.device("cpu")
 MODELS = ["tiny_llama", "tiny_qwen2", "tiny_qwen3", "tiny_llava"]
@@ -23,7 +24,7 @@ def padded_batches(decoder: Decoder, seed: int = 0) -> list[dict[str, torch.Tens
         mask[0, :3] = 0
         batch = {"input_ids": ids, "attention_mask": mask}
         if decoder.is_multimodal:
-            ids[:, 4:20] = decoder.image_token_id
+            ids[:, 4:20] = decoder.config.image_token_id
             batch["pixel_values"] = torch.randn(2, 3, 32, 32, generator=generator)
         batches.append(batch)
     return batches
