@@ -8,8 +8,8 @@
 #   bash compress.sh --model DIR --backend gptq --size 3GB --whole-checkpoint    a size of the checkpoint
 #   bash compress.sh --model DIR --backend quip-sharp --ft-epochs 2              with both fine-tunings
 #   bash compress.sh --model DIR --backend quip-sharp --plan plan.json           an edited plan
+#   bash compress.sh --model DIR --backend quip-sharp --evaluate                 and a report of both models
 #   bash compress.sh --model DIR --backend quip-sharp --dry-run                  say what would be done
-# For an evaluation give the outcome to eval/scripts/compare.sh.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 exec bash "$root/python.sh" -m casp.compress "$@"

@@ -84,7 +84,9 @@ def add_common_arguments(parser: argparse.ArgumentParser, default_model: str, ca
             "--dataset",
             default="demo",
             help="calibration data: rp, c4, wikitext2, ptb (hub), a .txt file, a .jsonl file with text or image, "
-            "question and answer, demo, demo-text or demo-images (built in) (default: %(default)s)",
+            "question and answer or messages, a built-in set (demo = demo-images for a model of images and text, "
+            "demo-speeches for one of text; demo-registers, demo-mixed, ...: see the README), or several by shares, as "
+            "in demo-images:4,demo-registers:1 (default: %(default)s)",
         )
 
 

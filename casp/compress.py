@@ -1,8 +1,9 @@
 """The whole job: `python -m casp.compress --model ... --bits 2.1 --backend ... --output DIR`.
 
 Runs the stages one after the other as their scripts do, each a process of its own, so that the memory of one is
-free for the next: moments, the plan, low rank and quantizing (with fine-tuning where asked for). Each resumes where it
-stopped and passes over what is finished; so does the same command as a whole.
+free for the next: moments, the plan, low rank and quantizing (with fine-tuning where asked for), comparison with the
+original where asked for. Each resumes where it stopped and passes over what is finished; so does the same command as a
+whole.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import torch
 
 from casp.backend import ENTRY_POINT_GROUP, load_backend
 from casp.cli import Parser, add_common_arguments, default_output, model_folder, pick_device, run_main
+from casp.data.sources import share_of_chats
 from casp.digest import content_hash
 from casp.errors import UserError
 from casp.models import Decoder
@@ -28,6 +30,8 @@ from casp.plan.budget import byte_budget, other_bytes
 from casp.plan.file import read_plan
 from casp.stage import MOST_EPOCHS
 
+EVALUATION = "casp_eval.compare"
+TOKENS_EVALUATED = 50_000
 TOKENS_A_CHAT = 100  # where chats are the calibration data: only estimates of time ask
 _MATRIX = 1024
 
@@ -57,6 +61,11 @@ def parser() -> argparse.ArgumentParser:
         type=whole(0, MOST_EPOCHS),
         default=0,
         help="passes over the calibration data in each of the fine-tunings that the backend has (default: %(default)s)",
+    )
+    flags.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="afterwards compare the outcome with the original as compare.sh does, into OUTPUT-report (default: off)",
     )
     flags.add_argument("--dry-run", action="store_true", help="say what would be done, and end (default: off)")
     flags.add_argument(
@@ -99,8 +108,8 @@ def steps(args: argparse.Namespace, decoder: Decoder, output: Path, budget: int)
     tuned = bool(args.ft_epochs)
     plan = args.plan or output.with_name(output.name + "-plan.json")
     weights = decoder.original_weights()
-    pictures = decoder.is_multimodal and not args.dataset.endswith((".txt", "-text"))
-    tokens = args.samples * (TOKENS_A_CHAT if pictures else args.sequence_length)
+    chats = share_of_chats(args.dataset) if decoder.is_multimodal else 0.0
+    tokens = args.samples * (chats * TOKENS_A_CHAT + (1 - chats) * args.sequence_length)
     rate = speed(pick_device(args.device))
     widths = sum(
         module.in_features**2 + module.out_features**2
@@ -125,6 +134,11 @@ def steps(args: argparse.Namespace, decoder: Decoder, output: Path, budget: int)
     command += ["--token-weights", args.token_weights, "--from-original"]
     command += ["--ft-epochs", str(args.ft_epochs)] if tunes(package) else []
     found.append(Step("quantize", [*command, *args.quantizing], output, rounding + 12 * args.ft_epochs * walk))
+    if args.evaluate:
+        report = output.with_name(output.name + "-report")
+        command = [*python, EVALUATION, args.model, str(output), "--device", args.device, "--dtype", args.dtype]
+        command += ["--output", str(report), "--update-cards"]
+        found.append(Step("evaluate", command, report / "report.json", 4 * TOKENS_EVALUATED * weights / rate))
     return found
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from casp.backend import Backend, Format
 from casp.budget import Plan, matrices, original_bytes, plan_bytes, promote, uniform_plan
-from casp.calibration import calibration_batches, fingerprint
 from casp.capture import capture_inputs
 from casp.checkpoint import size
 from casp.cli import default_output, model_folder, model_name, pick_device, pick_dtype, stage_input
+from casp.data import calibration_batches, fingerprint, sources
 from casp.digest import content_hash
 from casp.distill import distill
 from casp.errors import UserError
@@ -168,11 +168,6 @@ def calibration_record(
 def holds(decoder: Decoder, kind: type) -> bool:
     """Whether a linear of the decoder's blocks is a `kind`."""
     return any(isinstance(module, kind) for block in decoder.block_list for module in block.modules())
-
-
-def calibration_files(dataset: str) -> list[Path]:
-    """The file that --dataset names, which no output may touch; none for a set with a name."""
-    return [Path(dataset)] if Path(dataset).is_file() else []
 
 
 def base_model(folder: Path, model: str) -> str:
@@ -354,7 +349,7 @@ def quantize_stage(
         record["moments"] = moments.identity(decoder)
     else:
         record["true_sequential"] = args.true_sequential
-    inputs = [original, *calibration_files(args.dataset), *([moments.folder] if moments else [])]
+    inputs = [original, *sources.files(args.dataset), *([moments.folder] if moments else [])]
     inputs += [args.target_bytes_of] if args.target_bytes_of else []
     if beside is not None:
         check_places(beside(output), [decoder.folder, *inputs])

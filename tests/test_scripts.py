@@ -21,6 +21,7 @@ SCRIPTS = [
 #: What a script needs besides its defaults, with a model that does not exist.
 MISSPELT = "/nowhere/lama"
 NEEDS = {
+    "calibration_mix.sh": ["--model", MISSPELT, "--work", "out", "--output", "out.json", "demo-mixed@1"],
     "compare.sh": [MISSPELT, "--output", "out"],
     "lm_eval.sh": ["--model", MISSPELT, "--tasks", "any"],
     "lmms_eval.sh": ["--model", MISSPELT, "--tasks", "any"],

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from casp.backend import load_backend
 from casp.budget import uniform_plan
-from casp.calibration import calibration_batches, fingerprint
 from casp.capture import capture_inputs
 from casp.cli import Parser, add_common_arguments, model_folder, run_main
+from casp.data import calibration_batches, fingerprint
 from casp.errors import UserError
 from casp.files import write_json
 from casp.models import Decoder

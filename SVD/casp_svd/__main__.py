@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from casp.calibration import calibration_batches, fingerprint
 from casp.cli import (
     Parser,
     add_common_arguments,
@@ -21,6 +20,7 @@ from casp.cli import (
     pick_dtype,
     run_main,
 )
+from casp.data import calibration_batches, fingerprint, sources
 from casp.errors import UserError
 from casp.linear import LowRankLinear
 from casp.lowrank import factor, rank_for
@@ -32,7 +32,7 @@ from casp.notes import warnings_of
 from casp.numbers import real
 from casp.run import RunFolder
 from casp.seed import matrix_generator
-from casp.stage import base_model, calibration_files
+from casp.stage import base_model
 from casp.walk import Visit
 from casp_svd.statistics import Whitening, attention_moments, input_moments
 
@@ -184,7 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
         base_model(decoder.folder, args.model),
         settings,
         fingerprint(batches or []),
-        [*calibration_files(args.dataset), *([] if moments is None else [moments.folder])],
+        [*sources.files(args.dataset), *([] if moments is None else [moments.folder])],
     )
     if run.done:
         print(f"{output} is finished already")

@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Callable
 
 import torch
-from casp_eval.data import load_text
 from casp_eval.perplexity import text_windows
 from casp_svd.statistics import tracked_outputs
 from torch import Tensor
@@ -20,9 +19,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from casp.attention import AttentionCall
-from casp.calibration import calibration_batches
 from casp.capture import capture_inputs
 from casp.cli import Parser, add_common_arguments, model_folder, pick_device, run_main
+from casp.data import calibration_batches
+from casp.data.sources import evaluation_text
 from casp.inputs import BatchInputs
 from casp.lowrank import factor, rank_for
 from casp.models import Decoder
@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
     model = AutoModelForCausalLM.from_pretrained(decoder.folder, dtype=dtype).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(decoder.folder)
     length = args.sequence_length
-    windows = text_windows(tokenizer, load_text("validation"), length, args.windows).to(device)
+    windows = text_windows(tokenizer, evaluation_text("validation"), length, args.windows).to(device)
     original = [log_probabilities(model, ids) for ids in windows]
     for candidate, found in weights.items():
         model.load_state_dict(found, strict=False)

@@ -1,15 +1,19 @@
-"""The built-in texts: State of the Union speeches and Moby Dick, both in the public domain."""
+"""The built-in texts: registers to calibrate on, others of each to validate on, and four to test on."""
 
 from __future__ import annotations
 
 from casp.demo import assets_folder
 from casp.errors import UserError
 
-SPLITS = ("calibration", "validation", "test", "moby")
+REGISTERS = ("speeches", "fiction", "dialogue", "technical", "code")
+CALIBRATION = {register: f"calibration-{register}" for register in REGISTERS} | {"speeches": "calibration"}
+VALIDATION = {register: f"validation-{register}" for register in REGISTERS} | {"speeches": "validation"}
+TEST = ("test", "moby", "technical", "encyclopaedia")
+SPLITS = (*CALIBRATION.values(), *VALIDATION.values(), *TEST)
 
 
 def load(split: str) -> str:
-    """One text: speeches up to 1990 (calibration), of 1991-2000 (validation), later (test), or Moby Dick."""
+    """One of SPLITS; what each holds stands in assets/README.md. UserError for another name."""
     if split not in SPLITS:
         raise UserError(f"the built-in text has no split '{split}': choose one of {', '.join(SPLITS)}")
     return (assets_folder() / "text" / f"{split}.txt").read_text(encoding="utf-8")

@@ -2,7 +2,6 @@
 
 import argparse
 
-from casp.calibration import calibration_batches, fingerprint
 from casp.cli import (
     Parser,
     add_common_arguments,
@@ -12,6 +11,7 @@ from casp.cli import (
     run_main,
     stage_input,
 )
+from casp.data import calibration_batches, fingerprint, sources
 from casp.errors import UserError
 from casp.folder import WorkFolder
 from casp.linear import LowRankLinear, QuantizedLinear
@@ -19,7 +19,7 @@ from casp.models import Decoder
 from casp.moments.collect import collect
 from casp.moments.find import stage_name
 from casp.moments.weights import EXPLAINED, by_gradient, weighting_parts
-from casp.stage import base_model, calibration_files, calibration_record, holds
+from casp.stage import base_model, calibration_record, holds
 
 
 def parser() -> argparse.ArgumentParser:
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         base_model(decoder.folder, args.model),
         settings,
         fingerprint(batches),
-        calibration_files(args.dataset),
+        sources.files(args.dataset),
     )
     if work.done:
         print(f"{output} is finished already with these settings")

@@ -22,6 +22,8 @@ from casp.backend import backend_names, load_backend
 from casp.checkpoint import size
 from casp.cli import Parser, add_device_arguments, model_folder, run_main
 from casp.compress import package_of, tunes
+from casp.data.chats import Chat, chats_fingerprint
+from casp.data.sources import evaluation_chats, evaluation_text
 from casp.demo import NAMES
 from casp.errors import UserError
 from casp.files import write_json
@@ -31,7 +33,6 @@ from casp.numbers import seed as any_seed
 from casp.plan.file import shapes
 from casp.plan.options import chosen_formats
 from casp.reading.documents import read_json
-from casp_eval import data
 from casp_eval.compare import Evaluation, Figures, Subject
 from casp_eval.loading import is_multimodal
 from casp_eval.options import add_batch_argument, add_text_arguments
@@ -160,7 +161,7 @@ class Examiner:
     def __init__(self, folder: Path, args: argparse.Namespace) -> None:
         self.args, self.figures = args, Figures(folder / "figures")
         args.max_new_tokens = 4
-        self.texts = {"text": data.load_text("test"), "other_text": data.load_text("moby")}
+        self.texts = {"text": evaluation_text("test"), "other_text": evaluation_text("moby")}
         self.questions = {}
 
     def measure(self, name: str) -> dict[str, float | None]:
@@ -179,10 +180,10 @@ class Examiner:
         gc.collect()
         return found
 
-    def _questions(self, split: str) -> tuple[list[data.Item], str]:
+    def _questions(self, split: str) -> tuple[list[Chat], str]:
         if split not in self.questions:
-            items = data.load_questions(split, self.args.questions, 0)
-            self.questions[split] = (items, data.questions_fingerprint(items))
+            items = evaluation_chats(split, self.args.questions, 0)
+            self.questions[split] = (items, chats_fingerprint(items))
         return self.questions[split]
 
 

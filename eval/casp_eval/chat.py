@@ -14,6 +14,7 @@ import torch
 from transformers import TextStreamer
 
 from casp.cli import Parser, add_device_arguments, model_folder, run_main
+from casp.data.chats import Turn
 from casp.numbers import whole
 from casp.reading.config import open_config
 from casp.reading.pictures import Image, open_picture
@@ -44,7 +45,7 @@ def reply(checkpoint: Checkpoint, question: str, image: Image.Image | None, max_
 
     The first token's time is that of reading the question; NaN when there is no second one.
     """
-    prompt, _ = checkpoint.prompt(question, 0 if image is None else 1)
+    prompt, _ = checkpoint.prompt([Turn("user", (question,) if image is None else (image, question))])
     inputs = checkpoint.encode([prompt], None if image is None else [[image]], "left")
     timer = _Timer(checkpoint.tokenizer)
     with checkpoint.running():

@@ -22,6 +22,8 @@ import torch
 
 from casp.checkpoint import size
 from casp.cli import Parser, add_device_arguments, model_folder, model_name, pick_device, pick_dtype, run_main
+from casp.data import sources
+from casp.data.chats import Chat, chats_fingerprint
 from casp.digest import file_digest
 from casp.errors import UserError
 from casp.files import write_atomically, write_json
@@ -29,7 +31,7 @@ from casp.outputs import check_report
 from casp.reading.config import open_config, quantization_of
 from casp.reading.documents import read_json
 from casp.report import read_report
-from casp_eval import data, plots, questions, report
+from casp_eval import plots, questions, report
 from casp_eval.loading import Checkpoint, is_multimodal, open_checkpoint
 from casp_eval.options import add_batch_argument, add_question_arguments, add_text_arguments
 from casp_eval.perplexity import text_perplexity
@@ -38,6 +40,9 @@ REPORT_FILES = ("report.json", "report.md", *(f"{name}.png" for name in plots.FI
 
 PROTOCOL = 1
 """Raise it when what a figure means changes: kept figures of an older protocol are then measured again."""
+
+UNCALIBRATED = "encyclopaedia"
+"""The test text of a register that no built-in calibration set holds: what calibration did not see."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ class Evaluation:
         key = {
             **self.key,
             "figure": "text",
-            "data": data.text_fingerprint(text),
+            "data": hashlib.sha256(text.encode()).hexdigest(),
             "windows": options.windows,
             "sequence_length": options.sequence_length,
         }
@@ -130,7 +135,7 @@ class Evaluation:
             ),
         )
 
-    def answer_perplexity(self, items: list[data.Item], fingerprint: str) -> dict[str, Any]:
+    def answer_perplexity(self, items: list[Chat], fingerprint: str) -> dict[str, Any]:
         key = {**self.key, "figure": "answers", "data": fingerprint}
         return self.figures.get(
             key,
@@ -139,7 +144,7 @@ class Evaluation:
             ),
         )
 
-    def accuracy(self, items: list[data.Item], fingerprint: str) -> dict[str, Any]:
+    def accuracy(self, items: list[Chat], fingerprint: str) -> dict[str, Any]:
         length = self.options.max_new_tokens
         key = {**self.key, "figure": "accuracy", "data": fingerprint, "max_new_tokens": length}
 
@@ -153,13 +158,17 @@ class Evaluation:
     def _bar(self, what: str) -> str:
         return f"{self.subject.label or self.subject.given}: {what}"
 
-    def row(self, text: str, items: list[data.Item], fingerprint: str) -> report.Row:
-        """The row of report.json, with the interval, the kinds and where the checkpoint lies besides."""
+    def row(self, texts: dict[str, str], items: list[Chat], fingerprint: str) -> report.Row:
+        """The row of report.json, with the interval, the kinds and where the checkpoint lies besides.
+
+        texts: by name; the first is the one that plots and tables call the text.
+        """
         folder, subject = self.subject.folder, self.subject
         stages = read_report(folder)
         stored = size(folder)
         asked = is_multimodal(self.config)
-        text_figure = self.text(text)
+        text_figures = {name: self.text(text) for name, text in texts.items()}
+        text_figure, *_ = text_figures.values()
         answer_figure = self.answer_perplexity(items, fingerprint) if asked else None
         right = self.accuracy(items, fingerprint) if asked else None
         self.opened = None
@@ -170,6 +179,7 @@ class Evaluation:
             "bpw": stored.bpw,
             "bytes": stored.bytes,
             "perplexity_text": text_figure["perplexity"],
+            "perplexity_texts": {name: figure["perplexity"] for name, figure in text_figures.items()},
             "perplexity_image_text": answer_figure["perplexity"] if answer_figure else None,
             "accuracy": right["accuracy"] if right else None,
             "questions": right["questions"] if right else None,
@@ -215,12 +225,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--split",
         default="test",
-        choices=data.SCENES,
-        help="built-in questions, and the built-in text of that name (test for test-unseen) (default: %(default)s)",
+        choices=sources.EVALUATION_SCENES,
+        help="built-in questions, and the built-in texts of that split: for test and test-unseen, test and "
+        f"{UNCALIBRATED}, a register that calibration has nothing of (default: %(default)s)",
     )
     parser.add_argument(
         "--text",
-        help=f"another text than the split's: {', '.join((*data.TEXTS, *data.HUB_TEXTS))} or a .txt file",
+        action="append",
+        metavar="TEXT",
+        help="a text to score, several times for several, instead of the split's: "
+        f"{', '.join(sources.EVALUATION_TEXTS)} or a .txt or .jsonl file; the first is the one that plots show",
     )
     parser.add_argument(
         "--questions-file", help="a .jsonl of image, question, answer, kind, instead of the built-in questions"
@@ -240,24 +254,25 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_intermixed_args(arguments)
     subjects = [Subject.parse(text) for text in options.checkpoints]
-    files = [Path(name) for name in (options.text, options.questions_file) if name and Path(name).is_file()]
+    named = [*(options.text or []), options.questions_file]
+    files = [Path(name) for name in named if name and Path(name).is_file()]
     inputs = [*(subject.folder for subject in subjects), *files]
     check_report(options.output, REPORT_FILES, inputs, "report.json", {"model", "method", "bpw"})
-    text_name = options.text or ("test" if options.split == "test-unseen" else options.split)
-    text = data.load_text(text_name)
+    names = options.text or ([options.split] if options.split == "validation" else ["test", UNCALIBRATED])
+    texts = {name: sources.evaluation_text(name) for name in names}
     questions_name = options.questions_file or options.split
     evaluations = [Evaluation(subject, Figures(options.output / "figures"), options) for subject in subjects]
-    items: list[data.Item] = []
+    items: list[Chat] = []
     if any(is_multimodal(evaluation.config) for evaluation in evaluations):
-        items = data.load_questions(questions_name, options.questions, options.seed)
-    fingerprint = data.questions_fingerprint(items)
+        items = sources.evaluation_chats(questions_name, options.questions, options.seed)
+    fingerprint = chats_fingerprint(items)
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{options.output} cannot be made ({error.strerror}): choose another --output") from error
-    rows = [evaluation.row(text, items, fingerprint) for evaluation in evaluations]
+    rows = [evaluation.row(texts, items, fingerprint) for evaluation in evaluations]
     settings = {
-        "text": text_name,
+        "texts": ", ".join(texts),
         "windows": f"{options.windows or 'all'} of {options.sequence_length} tokens",
         "questions": f"{questions_name}, {len(items)} asked, at most {options.max_new_tokens} tokens an answer",
         "dtype": ", ".join(sorted({row["dtype"] for row in rows})),

@@ -17,6 +17,7 @@ from PIL import Image
 from torch.nn import functional
 from tqdm import tqdm
 
+from casp.data.chats import Turn
 from casp.errors import UserError
 from casp_eval.loading import Checkpoint, open_checkpoint
 from casp_eval.questions import answer_length
@@ -51,7 +52,7 @@ class CaspModel(lmms):
             for index in batch:
                 question, _, doc_to_visual, doc_id, task, split = requests[index].args
                 pictures.append(self._pictures(doc_to_visual, doc_id, task, split))
-                texts.append(self.checkpoint.prompt(question, len(pictures[-1]))[0])
+                texts.append(self.checkpoint.prompt([Turn("user", (*pictures[-1], question))])[0])
             inputs = self.checkpoint.encode(texts, pictures if any(pictures) else None, "left")
             passed = {name: settings[name] for name in PASSED_ON if settings.get(name) is not None}
             if not passed.get("temperature"):
@@ -82,7 +83,7 @@ class CaspModel(lmms):
             question, target, doc_to_visual, doc_id, task, split = request.args
             answer = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
             pictures = self._pictures(doc_to_visual, doc_id, task, split)
-            before, answer = self.checkpoint.prompt(question, len(pictures), str(answer).strip())
+            before, answer = self.checkpoint.prompt([Turn("user", (*pictures, question))], str(answer).strip())
             inputs = self.checkpoint.encode([before + answer], [pictures] if pictures else None, "right")
             length = answer_length(self.checkpoint.tokenizer, before, answer)
             wanted = inputs["input_ids"][0, -length:]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 import casp  # noqa: F401  (registers the quantization method "casp" with transformers)
 from casp.cli import model_folder, pick_device, pick_dtype
+from casp.data.chats import Turn, messages
 from casp.errors import UserError, in_brief, told_as
 from casp.models import check_weights
 from casp.reading.config import open_config, quantization_of
@@ -48,12 +49,12 @@ class Checkpoint:
     def is_multimodal(self) -> bool:
         return self.processor is not None
 
-    def prompt(self, question: str, images: int, answer: str | None = None) -> tuple[str, str]:
+    def prompt(self, asked: Sequence[Turn], answer: str | None = None) -> tuple[str, str]:
         """The model's own chat template filled in: (text up to the answer, the answer as the template spells it).
 
-        images: how many pictures come before the question. The second part is empty without an answer. Templates
-        put a space, a newline or nothing before the answer, so it is cut out of the rendered conversation rather
-        than appended to the prompt.
+        asked: all turns before the answer. The second part is empty without an answer. Templates put a space, a
+        newline or nothing before the answer, so it is cut out of the rendered conversation rather than appended to
+        the prompt.
         """
         template = getattr(self.chat, "chat_template", None)
         if not template:
@@ -61,13 +62,13 @@ class Checkpoint:
                 f"{self.folder} has no chat template, so questions cannot be put to it: add a chat_template.jinja "
                 "to the folder, or evaluate its text perplexity alone"
             )
-        user = _message("user", question, images, self.is_multimodal)
+        turns = messages(asked, strings=not self.is_multimodal)
         with told_as(f"the chat template of {self.folder} cannot be filled in", "copy the original model's there"):
-            before = self.chat.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
+            before = self.chat.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
             if answer is None:
                 return before, ""
-            reply = _message("assistant", answer, 0, self.is_multimodal)
-            whole = self.chat.apply_chat_template([user, reply], tokenize=False)
+            reply = messages([Turn("assistant", (answer,))], strings=not self.is_multimodal)
+            whole = self.chat.apply_chat_template([*turns, *reply], tokenize=False)
         end = whole.rfind(answer) + len(answer)
         if whole.startswith(before) and end > len(before):
             return before, whole[len(before) : end]
@@ -103,13 +104,6 @@ class Checkpoint:
             for name, value in batch.items()
             if isinstance(value, Tensor)
         }
-
-
-def _message(role: str, text: str, images: int, is_multimodal: bool) -> dict[str, Any]:
-    """One turn of a conversation; processors take lists of parts, the templates of text models take strings."""
-    if not is_multimodal:
-        return {"role": role, "content": text}
-    return {"role": role, "content": [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}]}
 
 
 def is_multimodal(config: Any) -> bool:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from casp.cli import Parser, add_device_arguments, run_main
+from casp.data.sources import EVALUATION_TEXTS, evaluation_text
 from casp.errors import UserError
 from casp.reading.pretrained import check_ids
-from casp_eval.data import HUB_TEXTS, TEXTS, load_text
 from casp_eval.loading import Checkpoint, open_checkpoint
 from casp_eval.options import (
     add_batch_argument,
@@ -95,14 +95,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--dataset",
         default="test",
-        help=f"text: built-in ({', '.join(TEXTS)}), from the hub ({', '.join(HUB_TEXTS)}) or a .txt file "
+        help=f"text: {', '.join(EVALUATION_TEXTS)} (the last three from the hub), or a .txt or .jsonl file "
         "(default: %(default)s)",
     )
     add_text_arguments(parser)
     add_batch_argument(parser)
     options = parser.parse_args(arguments)
     check_output(options)
-    text = load_text(options.dataset)
+    text = evaluation_text(options.dataset)
     checkpoint = open_checkpoint(options.model, options.device, options.dtype)
     figure = text_perplexity(
         checkpoint, text, options.sequence_length, options.windows, options.batch_size, progress="text"

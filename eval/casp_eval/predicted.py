@@ -17,9 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from casp.backend import Backend, load_backend, rounded
-from casp.calibration import calibration_batches
 from casp.capture import capture_inputs
 from casp.cli import Parser, add_common_arguments, model_folder, pick_device, pick_dtype, run_main
+from casp.data import calibration_batches
 from casp.factors import quantized_factors
 from casp.files import write_json
 from casp.head import head_logits

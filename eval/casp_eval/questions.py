@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from itertools import groupby
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from casp.cli import Parser, add_device_arguments, model_folder, run_main
+from casp.data.chats import Chat
+from casp.data.sources import EVALUATION_SCENES, evaluation_chats
 from casp.reading.config import open_config
-from casp_eval.data import SCENES, Item, load_questions
 from casp_eval.loading import Checkpoint, open_checkpoint, require_images
 from casp_eval.options import (
     add_batch_argument,
@@ -61,15 +63,13 @@ def answer_length(tokenizer: Any, before: str, answer: str) -> int:
 
 
 def answer_loss(
-    checkpoint: Checkpoint, items: list[Item], batch_size: int, progress: str | None = None
+    checkpoint: Checkpoint, items: list[Chat], batch_size: int, progress: str | None = None
 ) -> tuple[float, int]:
     """Mean negative log-likelihood of the answers' tokens in nats, and how many tokens that were."""
     total, tokens = 0.0, 0
     for batch in tqdm(_batches(items, batch_size), desc=progress, disable=progress is None, leave=False):
-        rendered = [checkpoint.prompt(item.question, 1, item.answer) for item in batch]
-        inputs = checkpoint.encode(
-            [before + answer for before, answer in rendered], [[item.image] for item in batch], "right"
-        )
+        rendered = [checkpoint.prompt(item.asked(), item.answer()) for item in batch]
+        inputs = checkpoint.encode([before + answer for before, answer in rendered], _pictures(batch), "right")
         ids = inputs["input_ids"]
         keep = torch.zeros_like(ids, dtype=torch.bool)
         ends = inputs["attention_mask"].sum(dim=1).tolist()
@@ -84,13 +84,13 @@ def answer_loss(
 
 @torch.inference_mode()
 def answers(
-    checkpoint: Checkpoint, items: list[Item], batch_size: int, max_new_tokens: int, progress: str | None = None
+    checkpoint: Checkpoint, items: list[Chat], batch_size: int, max_new_tokens: int, progress: str | None = None
 ) -> list[str]:
     """Greedy answers, one an item, decoded without special tokens."""
     given: list[str] = []
     for batch in tqdm(_batches(items, batch_size), desc=progress, disable=progress is None, leave=False):
-        prompts = [checkpoint.prompt(item.question, 1)[0] for item in batch]
-        inputs = checkpoint.encode(prompts, [[item.image] for item in batch], "left")
+        prompts = [checkpoint.prompt(item.asked())[0] for item in batch]
+        inputs = checkpoint.encode(prompts, _pictures(batch), "left")
         with checkpoint.running():
             output = checkpoint.model.generate(**inputs, max_new_tokens=max_new_tokens)
         new = output[:, inputs["input_ids"].shape[1] :]
@@ -98,28 +98,35 @@ def answers(
     return given
 
 
-def accuracy(items: list[Item], given: list[str]) -> dict[str, Any]:
+def accuracy(items: list[Chat], given: list[str]) -> dict[str, Any]:
     """Exact match over all questions and per kind, each with its 95% interval.
 
     {"accuracy", "interval": [low, high], "questions", "kinds": {kind: {"accuracy", "interval", "questions"}}}
     """
     right: dict[str, list[bool]] = defaultdict(list)
     for item, answer in zip(items, given, strict=True):
-        right[item.kind].append(normalise(answer) == normalise(item.answer))
+        right[item.kind].append(normalise(answer) == normalise(item.answer()))
     kinds = {kind: _share(marks) for kind, marks in sorted(right.items())}
     return {**_share([mark for marks in right.values() for mark in marks]), "kinds": kinds}
 
 
 def answer_perplexity(
-    checkpoint: Checkpoint, items: list[Item], batch_size: int, progress: str | None = None
+    checkpoint: Checkpoint, items: list[Chat], batch_size: int, progress: str | None = None
 ) -> dict[str, Any]:
     """{"perplexity", "tokens", "questions"}: exp of `answer_loss`."""
     loss, tokens = answer_loss(checkpoint, items, batch_size, progress)
     return {"perplexity": perplexity(loss, str(checkpoint.folder)), "tokens": tokens, "questions": len(items)}
 
 
-def _batches(items: list[Item], size: int) -> list[list[Item]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
+def _batches(items: list[Chat], size: int) -> list[list[Chat]]:
+    """Questions in their order; a processor takes pictures for all of a batch or for none."""
+    alike = [list(group) for _, group in groupby(items, key=lambda item: bool(item.pictures()))]
+    return [group[start : start + size] for group in alike for start in range(0, len(group), size)]
+
+
+def _pictures(batch: list[Chat]) -> list[list[Any]] | None:
+    """The pictures of each question of a batch, None where there are none."""
+    return [item.pictures() for item in batch] if batch[0].pictures() else None
 
 
 def _share(marks: list[bool]) -> dict[str, Any]:
@@ -137,14 +144,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--dataset",
         default="test",
-        help=f"questions: built-in ({', '.join(SCENES)}) or a .jsonl of image, question, answer, kind "
+        help=f"questions: built-in ({', '.join(EVALUATION_SCENES)}) or a .jsonl of image, question, answer, kind "
         "(default: %(default)s)",
     )
     add_question_arguments(parser, "--dataset")
     add_batch_argument(parser)
     options = parser.parse_args(arguments)
     check_output(options)
-    items = load_questions(options.dataset, options.questions, options.seed)
+    items = evaluation_chats(options.dataset, options.questions, options.seed)
     folder = model_folder(options.model)
     require_images(folder, open_config(folder))
     checkpoint = open_checkpoint(options.model, options.device, options.dtype)

@@ -16,7 +16,7 @@ BACKENDS = {"gptq": "GPTQ", "quip-sharp": "QuIP#", "aqlm": "AQLM"}
 DENSE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 NOTES = """\
 *bpw*: bits stored for the decoder's linears, every overhead counted, per weight they had in the original model.
-*Text perplexity*: exp of the mean loss over non-overlapping windows. *Answer perplexity*: the same over the tokens
+*Perplexity* of a text: exp of the mean loss over non-overlapping windows. *Answer perplexity*: the same over the tokens
 of the right answers, given image and question. *Exact match*: share of questions answered right by greedy decoding,
 after trimming, lower-casing and dropping a final dot; in brackets the 95% Wilson interval. A dash: not applicable."""
 
@@ -64,17 +64,17 @@ def _format_words(formats: list[dict[str, Any]]) -> str:
 
 def table(rows: list[Row], this: Row | None = None) -> str:
     """The comparison as a Markdown table; `this` row in bold."""
-    lines = [
-        "| model | method | bpw | size, MB | text perplexity | answer perplexity | exact match | questions |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    texts = list(rows[0]["perplexity_texts"]) if rows else []
+    heads = ["model", "method", "bpw", "size, MB", *(f"perplexity of {Path(name).stem}" for name in texts)]
+    heads += ["answer perplexity", "exact match", "questions"]
+    lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * (len(heads) - 2)]
     for row in rows:
         cells = [
             row["model"],
             row["method"],
             number(row["bpw"], 2),
             number(row["bytes"] and row["bytes"] / 1e6, 1),
-            number(row["perplexity_text"], 2),
+            *(number(row["perplexity_texts"][name], 2) for name in texts),
             number(row["perplexity_image_text"], 3),
             share(row["accuracy"], row["accuracy_interval"]),
             "–" if row["questions"] is None else str(row["questions"]),

@@ -77,13 +77,28 @@ def test_answers_follow_from_the_layout() -> None:
         assert scenes.ask("count", scene, rng)[1] == "two"
 
 
-def test_texts_are_long_enough_and_differ() -> None:
+def test_texts_are_long_enough() -> None:
     texts = {split: text.load(split) for split in text.SPLITS}
+    # Characters a token: 2.5 in code, 3 in dialogue and technical prose, 4 elsewhere, all rounded down.
+    for split in text.CALIBRATION.values():
+        assert len(texts[split]) > 128 / len(text.REGISTERS) * 512 * 3, split
     assert len(texts["calibration"]) > 256 * 512 * 4
-    for split in ("test", "moby"):
-        assert len(texts[split]) > 64 * 512 * 5
+    for split in text.VALIDATION.values():
+        assert len(texts[split]) > 16 * 512 * 4, split
+    for split in text.TEST:
+        assert len(texts[split]) > 64 * 512 * 5, split
     assert "Ishmael" in texts["moby"]
-    assert len({t[:2000] for t in texts.values()}) == len(texts)
+
+
+def test_no_sentence_stands_in_two_texts() -> None:
+    """No 20 words in a row are shared; shorter ones are set phrases ("God bless you, and ...")."""
+    seen: dict[int, str] = {}
+    for split in text.SPLITS:
+        words_in = text.load(split).split()
+        stretches = {hash(tuple(words_in[i : i + 20])): i for i in range(len(words_in) - 20)}
+        shared = next((stretch for stretch in stretches if stretch in seen), None)
+        assert shared is None, (split, seen[shared], " ".join(words_in[stretches[shared] :][:20]))
+        seen |= dict.fromkeys(stretches, split)
 
 
 def test_unknown_splits_are_refused_by_name() -> None:

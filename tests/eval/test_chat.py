@@ -13,10 +13,11 @@ def test_answers_lines_until_the_end(run_script, tiny_llava, pictures):
     )
     assert done.returncode == 0, done.stderr
     checkpoint = open_checkpoint(str(tiny_llava), "cpu", "float32")
-    from casp_eval.data import load_questions
     from casp_eval.questions import answers
 
-    item = load_questions(str(pictures), 0, 0)[0]
+    from casp.data.sources import evaluation_chats
+
+    item = evaluation_chats(str(pictures), 0, 0)[0]
     expected = answers(checkpoint, [item], 1, 5)[0].lstrip()
     assert done.stdout == f"{expected}\n" * 2
     assert done.stderr.count("tokens/s") == 2

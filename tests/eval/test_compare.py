@@ -75,10 +75,22 @@ def test_report_has_the_rows_asked_for(tiny_llava, low_rank_llava, tiny_llama, a
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50  # lines, markers and letters, not a blank sheet
 
 
+def test_several_texts_are_scored_each_on_its_own(tiny_llama, arguments, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("pack my box with five dozen liquor jugs. " * 12)
+    both = run([tiny_llama], [*arguments, "--text", str(other)])
+    (row,), (first,) = both, run([tiny_llama], arguments)
+    (second,) = run([tiny_llama], [*arguments[:2], "--text", str(other), *arguments[4:]])
+    assert list(row["perplexity_texts"].values()) == [first["perplexity_text"], second["perplexity_text"]]
+    assert row["perplexity_text"] == first["perplexity_text"] != second["perplexity_text"]
+    head = report.table(both).splitlines()[0]
+    assert head.index("perplexity of text") < head.index("perplexity of other")
+
+
 def test_figures_are_those_of_the_single_scripts(tiny_llava, arguments, pictures):
     row = run([tiny_llava], arguments)[0]
     checkpoint = open_checkpoint(str(tiny_llava), "cpu", "float32")
-    items = compare.data.load_questions(str(pictures), 0, 0)
+    items = compare.sources.evaluation_chats(str(pictures), 0, 0)
     expected = questions.accuracy(items, questions.answers(checkpoint, items, 2, 3))
     assert (row["accuracy"], row["kinds"]) == (expected["accuracy"], expected["kinds"])
     perplexity = questions.answer_perplexity(checkpoint, items, 2)["perplexity"]

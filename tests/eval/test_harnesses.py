@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from casp_eval import harness, lm_eval, lmms_eval
-from casp_eval.data import load_questions
 from casp_eval.loading import open_checkpoint
 from casp_eval.questions import answer_loss, answers
 
+from casp.data.sources import evaluation_chats
 from casp.errors import UserError
 
 needs_lm_eval = pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="needs the extra lm-eval")
@@ -106,7 +106,7 @@ def test_lm_eval_scores_what_the_model_itself_says(low_rank_llava, capitals):
 @needs_lmms_eval
 def test_lmms_eval_gets_the_answers_that_questions_sh_gets(low_rank_llava, pictures, picture_task):
     checkpoint = open_checkpoint(str(low_rank_llava), "cpu", "float32")
-    items = load_questions(str(pictures), 0, 0)
+    items = evaluation_chats(str(pictures), 0, 0)
     expected = [text.partition("zz")[0].strip() for text in answers(checkpoint, items, 1, 3)]
     for batch_size in (1, 4):
         found = lmms_eval.evaluate(checkpoint, ["casp_pictures"], picture_task, batch_size=batch_size)
@@ -125,13 +125,13 @@ def test_the_plug_in_scores_answers(tiny_llava, pictures):
     from casp_eval.lmms_model import CaspModel
     from lmms_eval.api.instance import Instance
 
-    items = load_questions(str(pictures), 0, 0)
+    items = evaluation_chats(str(pictures), 0, 0)
     model = CaspModel(str(tiny_llava), device="cpu", dtype="float32")
     model.task_dict = {"task": {"test": items}}
     requests = [
         Instance(
             "loglikelihood",
-            (item.question, " " + item.answer, lambda doc: [doc.image], index, "task", "test"),
+            (item.asked()[0].text(), " " + item.answer(), lambda doc: doc.pictures(), index, "task", "test"),
             0,
             {"task": "task", "doc_id": index, "repeats": 1},
         )

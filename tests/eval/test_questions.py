@@ -5,16 +5,18 @@ import math
 
 import pytest
 import torch
-from casp_eval.data import Item, load_questions
 from casp_eval.loading import open_checkpoint
 from casp_eval.questions import accuracy, answer_length, answer_loss, answers, main, normalise, wilson
 from scipy.stats import binomtest
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from casp.data.chats import Chat
+from casp.data.sources import evaluation_chats
+
 
 @pytest.fixture(scope="module")
-def items(pictures) -> list[Item]:
-    return load_questions(str(pictures), 0, 0)
+def items(pictures) -> list[Chat]:
+    return evaluation_chats(str(pictures), 0, 0)
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +65,9 @@ def test_answer_perplexity_is_that_of_the_answer_tokens(llava, items):
     model, processor = llava.model, llava.processor
     total, count = 0.0, 0
     for item in items:
-        before = f"user: <image>\n{item.question}\nassistant:"
-        inputs = processor(text=f"{before} \n{item.answer}", images=item.image, return_tensors="pt")
-        tokens = len(f" \n{item.answer}")  # one token a character
+        before = f"user: <image>\n{item.asked()[0].text()}\nassistant:"
+        inputs = processor(text=f"{before} \n{item.answer()}", images=item.pictures(), return_tensors="pt")
+        tokens = len(f" \n{item.answer()}")  # one token a character
         with torch.inference_mode():
             scores = model(**inputs).logits[0, :-1].log_softmax(-1)
         wanted = inputs["input_ids"][0, 1:]
@@ -100,7 +102,7 @@ def test_greedy_answers_do_not_depend_on_the_batch(llava, items):
     assert answers(llava, items, 4, 6) == alone
     assert len(set(alone)) > 1  # the questions and images matter
     inputs = llava.processor(
-        text="user: <image>\nWhat is this?\nassistant:", images=items[0].image, return_tensors="pt"
+        text="user: <image>\nWhat is this?\nassistant:", images=items[0].pictures(), return_tensors="pt"
     )
     with torch.inference_mode():
         first = llava.model(**inputs).logits[0, -1].argmax()
@@ -119,9 +121,9 @@ def test_sampling_settings_of_a_model_are_not_used(tiny_llava, items, tmp_path):
 
 
 def test_the_seed_draws_from_a_long_file(pictures):
-    drawn = [[item.question for item in load_questions(str(pictures), 3, seed)] for seed in (0, 0, 1)]
+    drawn = [[item.asked()[0].text() for item in evaluation_chats(str(pictures), 3, seed)] for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
-    assert len(load_questions(str(pictures), 9, 0)) == 6
+    assert len(evaluation_chats(str(pictures), 9, 0)) == 6
 
 
 @pytest.mark.parametrize(
@@ -171,8 +173,23 @@ def test_script_with_every_option(run_script, tiny_llava, pictures, tmp_path):
     assert sum(kind["questions"] for kind in figure["kinds"].values()) == 4
 
 
+def test_chats_of_any_form_are_answered_as_one_at_a_time(llava, pictures):
+    """Several pictures, none, several turns: in batches as alone, in their order."""
+    (first, second, *_) = evaluation_chats(str(pictures), 0, 0)
+    image = first.pictures()[0]
+    plain = Chat.about([], "what is two and two?", "four", "here")
+    double = Chat.about([image, second.pictures()[0]], "which?", "both", "here")
+    longer = Chat((*first.turns, *plain.turns), "here")
+    chats = [first, plain, double, longer, plain, second]
+    assert answers(llava, chats, 4, 3) == [answers(llava, [chat], 1, 3)[0] for chat in chats]
+    losses = [answer_loss(llava, [chat], 1) for chat in chats]
+    loss, tokens = answer_loss(llava, chats, 4)
+    assert tokens == sum(count for _, count in losses)
+    assert loss == pytest.approx(sum(one * count for one, count in losses) / tokens, rel=1e-5)
+
+
 @pytest.mark.parametrize("split", ["validation", "test", "test-unseen"])
 def test_built_in_questions(split):
-    rows = load_questions(split, 12, 0)
+    rows = evaluation_chats(split, 12, 0)
     assert len(rows) == 12
     assert len({row.kind for row in rows}) == 6

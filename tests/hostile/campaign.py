@@ -245,7 +245,7 @@ class Campaign:
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
         self.bases = scratch / "bases"
-        for module in {*MODULES.values(), "casp_eval.data", "transformers"}:
+        for module in {*MODULES.values(), "casp.data.sources", "transformers"}:
             importlib.import_module(module)
         import torch
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import casp.run
-from casp.calibration import calibration_batches
 from casp.checkpoint import size
+from casp.data import calibration_batches
 from casp.errors import UserError
 from casp.folder import LOG_FILE
 from casp.linear import LowRankLinear

@@ -192,3 +192,16 @@ def test_compress_announces_and_does_the_whole_job(tiny_llava, tmp_path, capfd):
     compress(flags)
     assert capfd.readouterr().out.count("done already") == 3
     AutoModelForImageTextToText.from_pretrained(output)
+
+
+def test_compress_evaluates_if_asked(tiny_llama, texts, moments, planned, tmp_path, capfd):
+    output = tmp_path / "out"
+    flags = ["--model", str(tiny_llama), "--backend", "quip-sharp", "--plan", str(planned), "--moments", str(moments)]
+    compress([*flags, *data_flags(texts), "--output", str(output), "--evaluate"])
+    said = capfd.readouterr().out
+    assert said.index("1 moments") < said.index("2 quantize") < said.index("3 evaluate")
+    original, compressed = json.loads((tmp_path / "out-report" / "report.json").read_text())
+    assert original["bpw"] > 15
+    assert compressed["bpw"] == pytest.approx(size(output).bpw)
+    assert compressed["perplexity_text"] != original["perplexity_text"]
+    assert "perplexity" in (output / "README.md").read_text()

@@ -19,7 +19,10 @@ from transformers import (
     LlavaNextProcessor,
 )
 
-from casp.calibration import _windows_of_text, calibration_batches, fingerprint
+from casp.data import calibration_batches, fingerprint
+from casp.data.batches import _windows_of_text
+from casp.data.chats import chats_fingerprint
+from casp.data.sources import evaluation_chats, evaluation_text
 from casp.errors import UserError
 
 
@@ -179,15 +182,22 @@ def test_other_outputs_of_a_processor_pass_through(tiny_llava: Path, tmp_path: P
 # ---- built in
 
 
-def test_built_in_text_is_the_calibration_split(tiny_llama: Path, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch):
+def test_built_in_texts_are_of_the_calibration_splits(tiny_llama: Path, tiny_llava: Path, monkeypatch):
     from casp.demo import text
 
     splits, original = [], text.load
     monkeypatch.setattr(text, "load", lambda split: (splits.append(split), original(split)[:5000])[1])
-    found = batches(tiny_llama, "demo")
-    assert fingerprint(found) == fingerprint(batches(tiny_llama, "demo-text"))
-    assert fingerprint(found) == fingerprint(batches(tiny_llava, "demo-text"))
-    assert splits == ["calibration"] * 3
+    found = batches(tiny_llama, "demo-mixed", samples=10)
+    assert fingerprint(found) == fingerprint(batches(tiny_llama, "demo-registers", samples=10))
+    assert fingerprint(found) == fingerprint(batches(tiny_llava, "demo-registers", samples=10))
+    assert splits == [*text.CALIBRATION.values()] * 3
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-text", "demo-speeches"])
+def test_the_speeches_are_cut_as_they_were_when_they_were_all_the_built_in_text(demo_llama: Path, name: str):
+    """SHA-256 of the batches of --dataset demo before other registers joined: earlier figures can be made again."""
+    found = batches(demo_llama, name, samples=128, sequence_length=512, batch_size=8)
+    assert fingerprint(found) == "93d0de41d9293eda5198368110436c54ccee158665424fda8dd2719447b8566b"
 
 
 def test_built_in_images_are_of_the_calibration_split(tiny_llava: Path, monkeypatch: pytest.MonkeyPatch):
@@ -195,10 +205,9 @@ def test_built_in_images_are_of_the_calibration_split(tiny_llava: Path, monkeypa
 
     splits, original = [], scenes.question
     monkeypatch.setattr(scenes, "question", lambda split, i: (splits.append(split), original(split, i))[1])
-    found = batches(tiny_llava, "demo")
+    found = batches(tiny_llava, "demo-images")
     assert splits == ["calibration"] * 8
     assert sum(len(batch["pixel_values"]) for batch in found) == 8
-    assert fingerprint(found) == fingerprint(batches(tiny_llava, "demo-images"))
     assert fingerprint(found) != fingerprint(batches(tiny_llava, "demo-images", seed=1))
 
 
@@ -316,9 +325,22 @@ def test_unreadable_files(tiny_llama: Path, tmp_path: Path):
     [
         ("{not json", "line 3 of .* is not valid JSON"),
         ("[1, 2]", "line 3 of .* does not hold a JSON object"),
-        ('{"image": "0.png", "question": "q"}', "line 3 of .* has neither"),
-        ('{"image": "0.png", "question": "q", "answer": 3}', "line 3 of .* has no text in quotes"),
-        ('{"text": "words"}', "line 3 of .* another kind"),
+        ('{"image": "0.png", "question": "q"}', "line 3 of .* has none of"),
+        ('{"image": "0.png", "question": "q", "answer": null}', "line 3 of .* has no text in quotes"),
+        ('{"image": ["0.png"], "question": "q", "answer": "a"}', "line 3 of .* has no text in quotes"),
+        ('{"images": "0.png", "question": "q", "answer": "a"}', "line 3 of .* has no list as 'images'"),
+        ('{"images": ["0.png", 1], "question": "q", "answer": "a"}', "line 3 of .* has no text in quotes"),
+        ('{"video": "0.mp4", "question": "q", "answer": "a"}', "line 3 of .* has a video"),
+        ('{"messages": "hello"}', "line 3 of .* has no list of objects as 'messages'"),
+        ('{"messages": [{"role": "robot", "content": "hello"}]}', "line 3 of .* role is none of system, user"),
+        (
+            '{"messages": [{"role": "user", "content": "hello"}]}',
+            "line 3 of .* does not end with text of the assistant",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "video", "video": "0.mp4"}]}]}',
+            "line 3 of .* neither text nor an image",
+        ),
         ('{"image": "none.png", "question": "q", "answer": "a"}', "line 3 of .*none.png cannot be read .no such file"),
         ('{"image": "chats.jsonl", "question": "q", "answer": "a"}', "line 3 of .* does not open"),
     ],
@@ -339,7 +361,7 @@ def test_truncated_image(tiny_llava: Path, chat_file: Path):
 
 
 def test_too_few_or_no_rows(tiny_llava: Path, chat_file: Path, tmp_path: Path):
-    with pytest.raises(UserError, match=r"has only 10 rows for 11 samples"):
+    with pytest.raises(UserError, match=r"has only 10 chats for 11 samples"):
         batches(tiny_llava, chat_file, samples=11)
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(UserError, match=r"empty.jsonl has no usable rows"):
@@ -352,6 +374,56 @@ def test_a_chat_longer_than_the_model(tiny_llava: Path, chat_file: Path):
     chat_file.write_text("\n".join(lines))
     with pytest.raises(UserError, match=r"line 7 of .* makes 6.. tokens, more than the model's 512"):
         batches(tiny_llava, chat_file, samples=10)
+
+
+def test_kinds_of_rows_mix_in_one_file(tiny_llava: Path, chat_file: Path):
+    """Each kind gives samples by its share of the rows; messages say what the same question and answer say."""
+    turns = [
+        {"role": "user", "content": [{"type": "image", "image": "0.png"}, {"type": "text", "text": "what is 0?"}]},
+        {"role": "assistant", "content": "xyz"},
+    ]
+    rows = [{"text": "t" * 400}, {"text": "u" * 400}, {"messages": turns}]
+    rows += [{"images": ["1.png", "2.png"], "question": "which?", "answer": "both"}]
+    rows += [{"question": "without a picture?", "answer": "yes"}] * 2
+    path = chat_file.parent / "mixed.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    found = batches(tiny_llava, path, samples=6, sequence_length=100, batch_size=2)
+    pictured = [batch for batch in found if "pixel_values" in batch]
+    assert sorted(n for batch in pictured for n in (batch["input_ids"] == 3).sum(1).tolist()) == [16, 32]
+    assert sum(len(batch["pixel_values"]) for batch in pictured) == 3
+    said = [text.replace("<pad>", "") for text in decoded(tiny_llava, found)]
+    assert sum(set(text) <= set("tu\n") for text in said) == 2
+    assert sum(text.count("without a picture?") for text in said) == 2
+    asked = chat_file.parent / "asked.jsonl"
+    asked.write_text(json.dumps({"image": "0.png", "question": "what is 0?", "answer": "xyz"}))
+    (alone,) = batches(tiny_llava, asked, samples=1)
+    assert any(torch.equal(ids[mask.bool()], alone["input_ids"][0]) for ids, mask in rows_of(found))
+    model = AutoModelForImageTextToText.from_pretrained(tiny_llava)
+    assert all(model(**batch).logits.isfinite().all() for batch in found)
+
+
+def test_chats_without_pictures_for_a_text_model(tiny_llama: Path, tmp_path: Path):
+    path = tmp_path / "chats.jsonl"
+    turns = [{"role": role, "content": role[0] * 3} for role in ("system", "user", "assistant", "user", "assistant")]
+    path.write_text(json.dumps({"messages": turns}) + "\n" + json.dumps({"question": "why?", "answer": "so"}))
+    found = batches(tiny_llama, path, samples=2, batch_size=2)
+    assert sorted(text.replace("<pad>", "") for text in decoded(tiny_llama, found)) == [
+        "system: sss\nuser: uuu\nassistant: aaa\nuser: uuu\nassistant: aaa\n",
+        "user: why?\nassistant: so\n",
+    ]
+    assert all((mask.diff() <= 0).all() for _, mask in rows_of(found))
+
+
+def test_one_file_serves_calibration_and_evaluation(chat_file: Path):
+    chat_file.write_text(chat_file.read_text() + json.dumps({"text": "one"}) + "\n" + json.dumps({"text": "two"}))
+    assert evaluation_text(str(chat_file)) == "one\n\ntwo"
+    chats = evaluation_chats(str(chat_file), 0, 0)
+    assert [chat.answer() for chat in chats] == ["x" * (1 + 3 * number) for number in range(10)]
+    assert [chat.pictures()[0].size for chat in chats] == [(30 + number, 40) for number in range(10)]
+    assert len({chats_fingerprint([chat]) for chat in chats}) == 10
+    chat_file.write_text('{"text": "one"}')
+    with pytest.raises(UserError, match="has no questions"):
+        evaluation_chats(str(chat_file), 0, 0)
 
 
 def test_images_for_a_text_model(tiny_llama: Path, chat_file: Path):

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from casp.calibration.sources import Chat, find
+from casp.data import mixture
+from casp.data.chats import Chat, messages
+from casp.data.sources import draw
 from casp.errors import UserError, told_as
 from casp.reading.config import open_config
 from casp.reading.pretrained import check_ids, open_processor, open_tokenizer
-
-__all__ = ["calibration_batches", "fingerprint"]
 
 
 def calibration_batches(
@@ -30,9 +30,9 @@ def calibration_batches(
 ) -> list[dict[str, Tensor]]:
     """Batches of `samples` sequences for the checkpoint in `folder`, on the CPU.
 
-    `dataset` is rp, c4, wikitext2 or ptb (hub); a local .txt or .jsonl file; or demo, demo-text or demo-images
-    (built in; demo is demo-images for a multimodal model and demo-text for a text model). The rows of a
-    .jsonl are all {"text"} or all {"image", "question", "answer"}, image paths relative to the file.
+    `dataset` is rp, c4, wikitext2 or ptb (hub); a local .txt or .jsonl file; a built-in set (`sources.BUILT_IN`);
+    or a mixture of these, "NAME:SHARE,NAME:SHARE" (`mixture.shares`). Chats and texts together give batches of chats
+    and batches of text, evenly spread. `chats` says what the rows of a .jsonl may be.
     """
     sizes = {"samples": samples, "sequence length": sequence_length, "batch size": batch_size}
     for name, value in sizes.items():
@@ -48,22 +48,26 @@ def calibration_batches(
             f" {folder}: lower --sequence-length"
         )
     rng = random.Random(seed)
-    found = find(dataset, multimodal, samples, rng)
-    if isinstance(found, list):
-        if not multimodal:
-            raise UserError(f"{dataset} has images, but {folder} is a text model: use a text set")
-        batches = _chat_batches(found, folder, batch_size, positions, rng)
-        for batch in batches:
-            check_ids(batch["input_ids"], config, folder)
-        return batches
-    tokenizer = open_tokenizer(folder)
-    if isinstance(found, str):
-        windows = _windows_of_text(found, dataset, tokenizer, samples, sequence_length, rng)
-    else:
-        windows = _windows_of_documents(found, dataset, tokenizer, samples, sequence_length, rng)
-    check_ids(torch.stack(windows), config, folder)
-    parts = torch.stack(windows).split(batch_size)
-    return [{"input_ids": ids.clone(), "attention_mask": torch.ones_like(ids)} for ids in parts]
+    chats: list[Chat] = []
+    windows: list[Tensor] = []
+    parts = mixture.counts(mixture.shares(dataset, multimodal), samples)
+    for name, count in parts.items():
+        drawn = draw(name, count, rng)
+        if not multimodal and any(chat.pictures() for chat in drawn.chats):
+            raise UserError(f"{name} has images, but {folder} is a text model: use a text set")
+        chats += drawn.chats
+        if drawn.windows:
+            cut = _windows_of_text if isinstance(drawn.text, str) else _windows_of_documents
+            windows += cut(drawn.text, name, open_tokenizer(folder), drawn.windows, sequence_length, rng)
+    if len(parts) > 1:
+        rng.shuffle(windows)
+    texts = [torch.stack(windows[start : start + batch_size]) for start in range(0, len(windows), batch_size)]
+    text_batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in texts]
+    chat_batches = _chat_batches(chats, folder, multimodal, batch_size, positions, rng) if chats else []
+    batches = mixture.interleaved(chat_batches, text_batches)
+    for batch in batches:
+        check_ids(batch["input_ids"], config, folder)
+    return batches
 
 
 def fingerprint(batches: list[dict[str, Tensor]]) -> str:
@@ -122,20 +126,23 @@ def _tokens(tokenizer: Any, text: str) -> Tensor:
 
 
 def _chat_batches(
-    chats: list[Chat], folder: Path, batch_size: int, positions: int | None, rng: random.Random
+    chats: list[Chat], folder: Path, multimodal: bool, batch_size: int, positions: int | None, rng: random.Random
 ) -> list[dict[str, Tensor]]:
     """Chats of like length together, so that little is padding; the batches in random order."""
-    processor = open_processor(folder)
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    renderer = open_processor(folder) if multimodal else open_tokenizer(folder)
+    tokenizer = renderer.tokenizer if multimodal else renderer
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    padding = {"processor_kwargs": {"padding": True}} if multimodal else {"padding": True}
 
     def render(part: list[Chat]) -> dict[str, Tensor]:
-        batch = processor.apply_chat_template(
-            [chat.messages() for chat in part],
+        batch = renderer.apply_chat_template(
+            [messages(chat.turns, strings=not multimodal) for chat in part],
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "right"},
+            **padding,
         )
         return dict(batch)
 
@@ -152,8 +159,11 @@ def _chat_batches(
                 f"{chat.source} makes {lengths[number]} tokens, more than the model's {positions} positions:"
                 " shorten or remove it"
             )
-    order = sorted(lengths, key=lambda number: lengths[number])
-    starts = range(0, len(order), batch_size)
-    batches = [render([chats[i] for i in order[start : start + batch_size]]) for start in starts]
+    batches = []
+    for pictured in (True, False):  # a processor takes pictures for all chats of a batch or for none
+        alike = [number for number, chat in enumerate(chats) if bool(chat.pictures()) == pictured]
+        alike.sort(key=lambda number: lengths[number])
+        starts = range(0, len(alike), batch_size)
+        batches += [render([chats[i] for i in alike[start : start + batch_size]]) for start in starts]
     rng.shuffle(batches)
     return batches

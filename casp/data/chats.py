@@ -1,0 +1,169 @@
+"""Texts and chats with pictures, as the rows of a .jsonl file hold them.
+
+A row is one of
+    {"text": "..."}
+    {"question": "...", "answer": "...", "image": "a.png" or "images": ["a.png", "b.png"], "kind": "..."}
+    {"messages": [{"role": "user", "content": "..." or [{"type": "image", "image": "a.png"},
+                                                        {"type": "text", "text": "..."}]}, ...], "kind": "..."}
+with paths relative to the file; pictures and "kind" (what reports group questions by) may be left out. Kinds of rows
+may be mixed in one file. "messages" is the form of transformers' chat templates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from casp.errors import UserError
+from casp.reading.pictures import open_picture
+from casp.reading.texts import read_rows, string_of
+
+ROLES = ("system", "user", "assistant")
+OTHER_MEDIA = ("video", "videos", "audio", "audios")
+
+Part = str | Path | Image.Image
+"""What a turn is made of: text, or a picture, which is a path until `Chat.opened`."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side says."""
+
+    role: str
+    parts: tuple[Part, ...]
+
+    def text(self) -> str:
+        """The text of the turn, without its pictures."""
+        return "\n".join(part for part in self.parts if isinstance(part, str))
+
+    def pictures(self) -> list[Path | Image.Image]:
+        """The pictures of the turn, in order."""
+        return [part for part in self.parts if not isinstance(part, str)]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation; `source` says in error messages where it came from, `kind` groups questions in reports."""
+
+    turns: tuple[Turn, ...]
+    source: str
+    kind: str = "question"
+
+    @classmethod
+    def about(
+        cls, pictures: list[Path | Image.Image], question: str, answer: str, source: str, kind: str = "question"
+    ) -> Chat:
+        """One question about pictures (or none) and its answer."""
+        return cls((Turn("user", (*pictures, question)), Turn("assistant", (answer,))), source, kind)
+
+    def pictures(self) -> list[Path | Image.Image]:
+        """The pictures of all turns, in order."""
+        return [picture for turn in self.turns for picture in turn.pictures()]
+
+    def asked(self) -> tuple[Turn, ...]:
+        """All turns before the answer."""
+        return self.turns[:-1]
+
+    def answer(self) -> str:
+        """What the assistant says last."""
+        return self.turns[-1].text()
+
+    def opened(self) -> Chat:
+        """The same chat with its pictures decoded, RGB; UserError for one that does not open."""
+        turns = tuple(
+            replace(turn, parts=tuple(open_picture(p, self.source) if isinstance(p, Path) else p for p in turn.parts))
+            for turn in self.turns
+        )
+        return replace(self, turns=turns)
+
+
+def messages(turns: Sequence[Turn], strings: bool) -> list[dict[str, Any]]:
+    """Turns, with their pictures open, as `apply_chat_template` takes them.
+
+    strings: with texts for content, as templates of text models want; else with lists of parts, as processors do.
+    """
+    if strings:
+        return [{"role": turn.role, "content": turn.text()} for turn in turns]
+    return [{"role": turn.role, "content": [_content(part) for part in turn.parts]} for turn in turns]
+
+
+def chats_fingerprint(chats: Sequence[Chat]) -> str:
+    """SHA-256 over kinds, roles, texts and the pixels of opened chats."""
+    digest = hashlib.sha256()
+    for chat in chats:
+        said = [
+            [turn.role, [part if isinstance(part, str) else part.size for part in turn.parts]] for turn in chat.turns
+        ]
+        digest.update(json.dumps([chat.kind, said]).encode())
+        for picture in chat.pictures():
+            digest.update(picture.convert("RGB").tobytes())
+    return digest.hexdigest()
+
+
+def read_samples(path: Path) -> tuple[list[str], list[Chat]]:
+    """The texts and the chats of a .jsonl file, each in their order; every row is checked, no picture opened."""
+    texts: list[str] = []
+    chats: list[Chat] = []
+    for number, row in read_rows(path):
+        source = f"line {number} of {path}"
+        if any(medium in row for medium in OTHER_MEDIA):
+            raise UserError(f"{source} has a video or sound, which are not read: remove it")
+        kind = string_of(row, "kind", source) if "kind" in row else "question"
+        if "text" in row:
+            texts.append(string_of(row, "text", source))
+        elif "messages" in row:
+            chats.append(Chat(_turns(row["messages"], path.parent, source), source, kind))
+        elif "question" in row and "answer" in row:
+            question, answer = string_of(row, "question", source), string_of(row, "answer", source, number_too=True)
+            chats.append(Chat.about(_named_pictures(row, path.parent, source), question, answer, source, kind))
+        else:
+            raise UserError(
+                f"{source} has none of {{'text'}}, {{'question', 'answer'}} and {{'messages'}}: correct or remove it"
+            )
+    return texts, chats
+
+
+def _content(part: Part) -> dict[str, Any]:
+    return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
+
+
+def _named_pictures(row: dict[str, Any], folder: Path, source: str) -> list[Path]:
+    """The paths in "image" and "images" of a row."""
+    names = [string_of(row, "image", source)] if "image" in row else []
+    listed = row.get("images", [])
+    if not isinstance(listed, list):
+        raise UserError(f"{source} has no list as 'images': correct or remove it")
+    names += [string_of({"images": name}, "images", source) for name in listed]
+    return [folder / name for name in names]
+
+
+def _turns(messages: Any, folder: Path, source: str) -> tuple[Turn, ...]:
+    """The turns of a row's "messages", which end with what the model says."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise UserError(f"{source} has no list of objects as 'messages': correct or remove it")
+    turns = []
+    for message in messages:
+        if message.get("role") not in ROLES:
+            raise UserError(f"{source} has a message whose role is none of {', '.join(ROLES)}: correct or remove it")
+        content = message.get("content")
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        turns.append(Turn(message["role"], tuple(_part(part, folder, source) for part in parts)))
+    if not turns or turns[-1].role != "assistant" or not turns[-1].text() or turns[-1].pictures():
+        raise UserError(f"{source} does not end with text of the assistant: add the answer or remove it")
+    return tuple(turns)
+
+
+def _part(part: Any, folder: Path, source: str) -> Part:
+    """One part of a message's content."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text":
+        return string_of(part, "text", source)
+    if kind == "image":
+        return folder / string_of(part, "image", source)
+    raise UserError(f"{source} has a part of a message that is neither text nor an image: correct or remove it")

@@ -1,0 +1,117 @@
+"""The names of data sets: what calibration draws from each, and the texts and questions of evaluations."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+from casp.data import hub
+from casp.data.chats import Chat, read_samples
+from casp.data.mixture import STANDS_FOR, counts, shares
+from casp.demo import scenes, text
+from casp.errors import UserError
+from casp.reading.texts import read_prose
+
+#: Built-in texts of one register each.
+BUILT_IN_TEXTS = {f"demo-{register}": split for register, split in text.CALIBRATION.items()}
+BUILT_IN = (*STANDS_FOR, "demo-images", *BUILT_IN_TEXTS)
+EVALUATION_TEXTS = (*text.VALIDATION.values(), *text.TEST, *hub.TEST)
+EVALUATION_SCENES = ("validation", "test", "test-unseen")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What calibration takes of a set: a number of windows of one text or of documents, and chats."""
+
+    text: str | Iterator[str] = ""
+    windows: int = 0
+    chats: list[Chat] = field(default_factory=list)
+
+
+def draw(dataset: str, samples: int, rng: random.Random) -> Drawn:
+    """`samples` of the set that a name stands for; chats come with their pictures open.
+
+    A .jsonl gives windows of its texts, joined, and chats, as many of each as their share of the rows.
+    """
+    if dataset in BUILT_IN_TEXTS:
+        return Drawn(text.load(BUILT_IN_TEXTS[dataset]), samples)
+    if dataset == "demo-images":
+        # The split has no end: draw from enough of it that another seed draws other pictures.
+        drawn = (scenes.question("calibration", i) for i in rng.sample(range(8 * samples), samples))
+        return Drawn(chats=[_chat(question, "demo-images") for question in drawn])
+    if dataset in hub.TRAINING:
+        return Drawn(hub.training_text(dataset, rng), samples)
+    path = _path(dataset)
+    if path.suffix == ".txt":
+        return Drawn(read_prose(path), samples)
+    if path.suffix != ".jsonl":
+        names = ", ".join((*hub.TRAINING, *BUILT_IN))
+        raise UserError(f"there is no data set '{dataset}': use {names}, or a local .txt or .jsonl file")
+    texts, chats = read_samples(path)
+    rows = len(texts) + len(chats)
+    parts = counts({"text": Fraction(len(texts), rows), "chats": Fraction(len(chats), rows)}, samples)
+    wanted = parts.get("chats", 0)
+    if len(chats) < wanted:
+        raise UserError(f"{path} has only {len(chats)} chats for {wanted} samples: lower --samples or add rows")
+    chosen = [chat.opened() for chat in rng.sample(chats, wanted)]
+    return Drawn("\n\n".join(texts), parts.get("text", 0), chosen)
+
+
+def files(dataset: str) -> list[Path]:
+    """The local files among the sets that a data set's name, or a mixture, stands for."""
+    return [_path(name) for name in shares(dataset, multimodal=True) if _path(name).is_file()]
+
+
+def share_of_chats(dataset: str) -> float:
+    """About how much of a multimodal model's data is chats, by its name alone: a .jsonl is not read, but counted so."""
+    parts = shares(dataset, multimodal=True).items()
+    return float(sum(share for name, share in parts if name == "demo-images" or name.endswith(".jsonl")))
+
+
+def evaluation_text(name: str) -> str:
+    """The text called `name`: one of EVALUATION_TEXTS, a .txt file, or the texts of a .jsonl file, joined."""
+    if name in hub.TEST:
+        return hub.test_text(name)
+    if name in EVALUATION_TEXTS:
+        return text.load(name)
+    path = _path(name)
+    if path.suffix == ".txt":
+        return read_prose(path)
+    if path.suffix != ".jsonl":
+        names = ", ".join(EVALUATION_TEXTS)
+        raise UserError(f"unknown text {name!r}: choose one of {names}, or a local .txt or .jsonl file")
+    texts, _ = read_samples(path)
+    if not texts:
+        raise UserError(f"{path} has no rows with a text: give a .jsonl of {{'text'}} or a .txt file")
+    return "\n\n".join(texts)
+
+
+def evaluation_chats(name: str, count: int, seed: int) -> list[Chat]:
+    """`count` chats (0 = all) of one of EVALUATION_SCENES or of a .jsonl file, with their pictures open.
+
+    Of a .jsonl with more chats than `count`, `seed` draws which; built-in splits come in their fixed, balanced order.
+    """
+    if name in EVALUATION_SCENES:
+        return [_chat(question, name) for question in (scenes.load(name, count) if count else scenes.load(name))]
+    path = _path(name)
+    if path.suffix != ".jsonl":
+        names = ", ".join(EVALUATION_SCENES)
+        raise UserError(f"unknown questions {name!r}: choose one of {names}, or a local .jsonl file")
+    _, chats = read_samples(path)
+    if not chats:
+        raise UserError(f"{path} has no questions: give a .jsonl with rows of question and answer")
+    if count and count < len(chats):
+        chats = random.Random(seed).sample(chats, count)
+    return [chat.opened() for chat in chats]
+
+
+def _chat(question: scenes.Question, dataset: str) -> Chat:
+    source = f"picture {question.scene} of {dataset}"
+    return Chat.about([question.image], question.question, question.answer, source, question.kind)
+
+
+def _path(name: str) -> Path:
+    return Path(name).expanduser() if name.startswith("~/") else Path(name)

@@ -1,0 +1,153 @@
+"""What a model keeps, by what it was calibrated on: `python -m casp_eval.calibration_mix ... DATASET@SAMPLES ...`.
+
+Each calibration set makes its own 2-bit QuIP# checkpoint, not fine-tuned, and all are scored alike with the original
+model: texts of every register, and questions where the model takes images. Shares and numbers of samples are chosen
+on the validation split; the test split only shows what was chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from casp.cli import Parser, add_device_arguments, model_folder, run_main
+from casp.demo import text
+from casp.errors import UserError
+from casp.files import write_atomically, write_json
+from casp.numbers import whole
+from casp.reading.config import open_config
+from casp_eval import compare, report
+from casp_eval.loading import is_multimodal
+
+SPLITS = {"validation": tuple(text.VALIDATION.values()), "test": text.TEST}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    flags = Parser(prog="calibration_mix.sh", description=__doc__.splitlines()[0])
+    flags.add_argument("--model", required=True, help="hub id, folder, or built-in name (demo-llama, demo-llava)")
+    flags.add_argument(
+        "candidates", nargs="+", metavar="DATASET@SAMPLES", help="a calibration set and how many samples of it"
+    )
+    flags.add_argument("--split", default="validation", choices=SPLITS, help="what is scored (default: %(default)s)")
+    flags.add_argument("--work", type=Path, required=True, help="folder for the checkpoints and the kept figures")
+    flags.add_argument("--output", type=Path, required=True, help="JSON file to write; a table goes beside it as .md")
+    flags.add_argument("--windows", type=whole(1), default=16, help="windows of each text (default: %(default)s)")
+    flags.add_argument("--questions", type=whole(1), default=300, help="questions asked (default: %(default)s)")
+    add_device_arguments(flags)
+    return flags
+
+
+def checkpoint(model: str, dataset: str, samples: int, work: Path) -> Path:
+    """A 2-bit QuIP# checkpoint of `model` calibrated on `samples` of `dataset`, made where it is not there yet."""
+    folder = work / f"{dataset.replace('/', '_').replace(':', '-').replace(',', '-')}-{samples}"
+    data = ["--model", model, "--dataset", dataset, "--samples", str(samples)]
+    stages = {
+        folder / "moments": ["casp.moments", *data, "--from-original"],
+        folder / "quip-sharp-2bit": [
+            *("casp_quip_sharp", *data, "--from-original", "--moments", str(folder / "moments")),
+            *("--bits", "2", "--ft-epochs", "0"),
+        ],
+    }
+    for output, arguments in stages.items():
+        done = subprocess.run([sys.executable, "-m", *arguments, "--output", str(output)], stdout=sys.stderr)
+        if done.returncode:
+            raise UserError(f"calibrating on {dataset} failed (see above): correct that and run again, it resumes")
+    return folder / "quip-sharp-2bit"
+
+
+def excess(row: report.Row, original: report.Row) -> dict[str, float]:
+    """Nats a token above the original model, by text; "answers" for the answers to questions."""
+    found = {
+        name: math.log(perplexity / original["perplexity_texts"][name])
+        for name, perplexity in row["perplexity_texts"].items()
+    }
+    if row["perplexity_image_text"]:
+        found["answers"] = math.log(row["perplexity_image_text"] / original["perplexity_image_text"])
+    return found
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Excess nats by text, one row a calibration set, and how many times the best text's excess the worst's is."""
+    texts = list(results[0]["excess"])
+    asked = results[0]["accuracy"] is not None
+    heads = [
+        "calibrated on",
+        "samples",
+        *texts,
+        "mean of texts",
+        "worst / best",
+        *(["questions right"] if asked else []),
+    ]
+    lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
+    for result in results:
+        losses = [nats for name, nats in result["excess"].items() if name != "answers"]
+        cells = [f"`{result['dataset']}`", str(result["samples"]), *(f"{result['excess'][name]:.3f}" for name in texts)]
+        cells += [f"{sum(losses) / len(losses):.3f}", f"{max(losses) / min(losses):.2f}"]
+        cells += [report.share(result["accuracy"], result["accuracy_interval"])] if asked else []
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parser().parse_intermixed_args(arguments)
+    candidates = []
+    for candidate in args.candidates:
+        dataset, _, samples = candidate.rpartition("@")
+        if not dataset or not samples.isdigit():
+            raise UserError(f"{candidate} is not DATASET@SAMPLES: write for example demo-mixed@32")
+        candidates.append((dataset, int(samples)))
+    original = model_folder(args.model)
+    folders = [checkpoint(args.model, dataset, samples, args.work) for dataset, samples in candidates]
+    scored = args.work / f"compared-{args.split}"
+    texts = [word for name in SPLITS[args.split] for word in ("--text", name)]
+    sizes = ["--windows", str(args.windows), "--questions", str(args.questions)]
+    sizes += ["--device", args.device, "--dtype", args.dtype]
+    compare.main([*map(str, [original, *folders]), "--output", str(scored), "--split", args.split, *texts, *sizes])
+    first, *rows = json.loads((scored / "report.json").read_text(encoding="utf-8"))
+    results = [
+        {
+            "dataset": dataset,
+            "samples": samples,
+            "excess": excess(row, first),
+            "accuracy": row["accuracy"],
+            "accuracy_interval": row["accuracy_interval"],
+            "bpw": row["bpw"],
+        }
+        for (dataset, samples), row in zip(candidates, rows, strict=True)
+    ]
+    command = shlex.join(
+        ["bash", "eval/scripts/calibration_mix.sh", *(sys.argv[1:] if arguments is None else arguments)]
+    )
+    multimodal = is_multimodal(open_config(original))
+    write_json(
+        args.output,
+        {
+            "command": command,
+            "model": args.model,
+            "split": args.split,
+            "original": {
+                "perplexity_texts": first["perplexity_texts"],
+                "perplexity_answers": first["perplexity_image_text"],
+                "accuracy": first["accuracy"],
+            },
+            "results": results,
+        },
+    )
+    right = f"; the original answers {100 * first['accuracy']:.1f}% right" if multimodal else ""
+    text_ = (
+        f"# `{args.model}`, {args.split}\n\nNats a token above the original model, 2-bit QuIP#, not fine-tuned, "
+        f"{args.windows} windows of 512 tokens a text{right}.\n\n{table(results)}\n\n```bash\n{command}\n```\n"
+    )
+    write_atomically(args.output.with_suffix(".md"), text_.encode())
+    print(table(results))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,37 @@
+"""What calibration keeps: the figures that are drawn from a comparison, and the whole on a tiny model."""
+
+import json
+import math
+
+import pytest
+from casp_eval.calibration_mix import excess, main, table
+
+
+def row(texts: dict[str, float], answers: float | None = None) -> dict:
+    return {"perplexity_texts": texts, "perplexity_image_text": answers}
+
+
+def test_excess_is_the_difference_of_mean_losses():
+    original = row({"a": math.exp(3.0), "b": math.exp(1.0)}, math.exp(0.5))
+    found = excess(row({"a": math.exp(3.25), "b": math.exp(2.0)}, math.exp(0.75)), original)
+    assert found == pytest.approx({"a": 0.25, "b": 1.0, "answers": 0.25})
+    assert set(excess(row({"a": 2.0}), row({"a": 1.0}))) == {"a"}
+
+
+def test_the_table_leaves_answers_out_of_the_mean_of_texts():
+    result = {"dataset": "x", "samples": 3, "excess": {"a": 0.2, "b": 0.6, "answers": 9.0}}
+    result |= {"accuracy": 0.5, "accuracy_interval": [0.4, 0.6]}
+    cells = [cell.strip() for cell in table([result]).splitlines()[-1].strip("|").split("|")]
+    assert cells == ["`x`", "3", "0.200", "0.600", "9.000", "0.400", "3.00", "50.0% (40–60)"]
+
+
+@pytest.mark.slow
+def test_every_set_makes_its_checkpoint_and_a_row(tiny_llama, tmp_path, texts):
+    output = tmp_path / "mix.json"
+    sets = [f"{texts}@2", f"{texts}@4"]
+    sizes = ["--work", tmp_path / "work", "--output", output, "--windows", 1]
+    main(["--model", str(tiny_llama), *map(str, sizes), *sets])
+    written = json.loads(output.read_text())
+    assert [(one["dataset"], one["samples"]) for one in written["results"]] == [(str(texts), 2), (str(texts), 4)]
+    assert set(written["results"][0]["excess"]) == set(written["original"]["perplexity_texts"])
+    assert table(written["results"]) in output.with_suffix(".md").read_text()
