@@ -8,7 +8,7 @@ from torch import Tensor
 
 from casp.attention import NAME
 from casp.errors import UserError, told_as
-from casp.inputs import BatchInputs, first_output, moved, require_finite
+from casp.inputs import BatchInputs, PassedOver, first_output, moved, require_finite
 from casp.modality import visual_tokens
 from casp.models import Decoder
 
@@ -37,10 +37,10 @@ class _Recorder:
                 raise UserError("the model passes positional arguments to its blocks, which CASP cannot replay.")
             if self._last is None:
                 self.hidden = hidden_states
-                self._last = torch.full_like(hidden_states, self._level)
+                self._last = torch.full_like(hidden_states, self._level).as_subclass(PassedOver)
             elif hidden_states is not self._last:
                 self.added[index] = hidden_states - self._level
-                self._last = torch.full_like(hidden_states, self._level)
+                self._last = torch.full_like(hidden_states, self._level).as_subclass(PassedOver)
             cache = {"past_key_values": None, "use_cache": False}
             self.kwargs[index] = {key: cache.get(key, value) for key, value in kwargs.items()}
             return self._last
@@ -178,7 +178,7 @@ def _own(decoder: Decoder, given: dict[str, Tensor], index: int) -> tuple[Tensor
 
     def at(number: int) -> Callable[..., Any]:
         if number != index:
-            return lambda hidden_states, *args, **kwargs: hidden_states
+            return lambda hidden_states, *args, **kwargs: hidden_states.as_subclass(PassedOver)
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             output = type(block).forward(block, hidden_states, *args, **kwargs)

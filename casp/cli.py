@@ -57,6 +57,11 @@ def add_common_arguments(parser: argparse.ArgumentParser, default_model: str, ca
         help=f"hub id, folder, or built-in name ({', '.join(NAMES)}) (default: %(default)s)",
     )
     parser.add_argument("--output", type=Path, help="folder to write (default: runs/<model>/<stage>)")
+    parser.add_argument(
+        "--allow-partial",
+        action="store_true",
+        help="work on a model of whose decoder less than 90%% of the weights can be compressed (default: off)",
+    )
     add_device_arguments(parser)
     parser.add_argument(
         "--seed", type=seed, default=0, help="seed of everything random, an integer (default: %(default)s)"

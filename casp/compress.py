@@ -102,6 +102,7 @@ def steps(args: argparse.Namespace, decoder: Decoder, output: Path, budget: int)
         raise UserError(f"backend {backend!r} has no fine-tuning; leave --ft-epochs out.")
     python = [sys.executable, "-m"]
     run = ["--model", args.model, "--device", args.device, "--dtype", args.dtype, "--seed", str(args.seed)]
+    partial = ["--allow-partial"] if args.allow_partial else []
     data = ["--dataset", args.dataset, "--samples", str(args.samples), "--batch-size", str(args.batch_size)]
     data += ["--sequence-length", str(args.sequence_length)]
     moments = args.moments or default_output(args.model, "moments")
@@ -123,14 +124,26 @@ def steps(args: argparse.Namespace, decoder: Decoder, output: Path, budget: int)
     of_plan += ["--format", *args.format] if args.format else []
     of_plan += ["--tuned"] if tuned or args.tuned else []
     of_plan += ["--allocation", args.allocation, "--low-rank" if args.low_rank else "--no-low-rank"]
-    command = [*python, "casp.moments", *run, *data, "--from-original", "--output", str(moments)]
+    command = [*python, "casp.moments", *run, *partial, *data, "--from-original", "--output", str(moments)]
     found = [Step("moments", command, moments, moment_seconds)]
     if args.plan is None:
         size = ["--size", f"{budget}B"]
         command = [*python, "casp.plan", *run, *of_plan, *size, "--output", str(plan)]
         command += [] if args.costs is None else ["--costs", str(args.costs)]
         found.append(Step("plan", command, plan, rounding))
-    command = [*python, package, *run, *data, "--plan", str(plan), "--moments", str(moments), "--output", str(output)]
+    command = [
+        *python,
+        package,
+        *run,
+        *partial,
+        *data,
+        "--plan",
+        str(plan),
+        "--moments",
+        str(moments),
+        "--output",
+        str(output),
+    ]
     command += ["--token-weights", args.token_weights, "--from-original"]
     command += ["--ft-epochs", str(args.ft_epochs)] if tunes(package) else []
     found.append(Step("quantize", [*command, *args.quantizing], output, rounding + 12 * args.ft_epochs * walk))

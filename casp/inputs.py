@@ -10,6 +10,16 @@ from casp.errors import UserError
 from casp.split import Expert
 
 
+class PassedOver(Tensor):
+    """What a block that is passed over puts out: a tensor, and alike the tuple around it that older models unpack."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """The tensor itself as the first of the tuple; else as any tensor."""
+        return self if type(index) is int and index == 0 else super().__getitem__(index)
+
+
 @dataclass
 class BatchInputs:
     """One calibration batch as the blocks see it.

@@ -20,6 +20,7 @@ from casp.notes import warnings_of
 from casp.plan.options import stored_shapes
 from casp.run import RunFolder
 from casp.seed import matrix_generator
+from casp.split import side_by_side
 from casp.teacher import Teacher
 from casp.tuning import Training, tunable_tensors, tune_block
 from casp.walk import Visit, walk
@@ -144,7 +145,7 @@ def quantize_block(
     generator = matrix_generator(method.seed, f"{decoder.blocks[visit.index]} tuning")
     linears: dict[str, dict[str, Any]] = {}
     tuning = []
-    for stage in [[group] for group in groups] if one_by_one else [groups]:
+    for stage in side_by_side(groups) if one_by_one else [groups]:
         shared = block_moments(visit, stage, weights) if moments is None else [None] * len(stage)
         for group, seen in zip(stage, shared, strict=True):
             for path in group:

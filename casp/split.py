@@ -7,7 +7,7 @@ by its name and size.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -253,6 +253,17 @@ def pool_of(path: str) -> str | None:
     """What the paths of one place in all experts of a layer have in common; None for a path outside of experts."""
     pool, found = re.subn(r"\.each\.\d+\.", ".each.*.", path)
     return pool if found else None
+
+
+def side_by_side(groups: Sequence[list[str]]) -> list[list[list[str]]]:
+    """Groups of linears that share an input, in the order of computation -> those that may be seen at the same time.
+
+    The same place of all experts of a layer is one entry: none of them reads what another puts out.
+    """
+    found: dict[str, list[list[str]]] = {}
+    for group in groups:
+        found.setdefault(pool_of(group[0]) or group[0], []).append(group)
+    return list(found.values())
 
 
 @contextmanager

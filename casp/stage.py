@@ -249,7 +249,7 @@ def end_to_end(
     decoder, learned_file = run.decoder, run.folder / END_TO_END_FILE
     if not learned_file.exists():
         targets = teacher.advance_to(len(decoder.blocks) - 1)
-        inputs = capture_inputs(decoder, batches, device, dtype)
+        inputs = capture_inputs(decoder, batches, device, dtype, check=False)
         run.load_finished(device, dtype)
         decoder.load_rest(device, dtype)
         learned, curve = distill(
@@ -314,6 +314,7 @@ def quantize_stage(
     decoder = Decoder.open(stage_input(args.model, "svd", args.from_original or args.plan is not None))
     if holds(decoder, QuantizedLinear):
         raise UserError(f"{decoder.folder} is already quantized; give the original model or the output of stage svd.")
+    share = decoder.require_share(args.allow_partial)
     if check is not None:
         check(decoder, ladder[0])
     low_rank = holds(decoder, LowRankLinear)
@@ -337,6 +338,7 @@ def quantize_stage(
         **(ladder[0] if obeyed is None else {"plan": obeyed.fingerprint()}),
         **settings,
         "byte_budget": budget,
+        "share_of_weights": round(share, 4),
         **calibration_record(args, device, dtype, data=bool(batches)),
     }
     original = model_folder(args.model) if tuning.wanted else decoder.folder

@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     decoder = Decoder(stage_input(args.model, "svd", args.from_original))
     if holds(decoder, QuantizedLinear):
         raise UserError(f"{decoder.folder} is already quantized; give the original model or the output of stage svd.")
+    share = decoder.require_share(args.allow_partial)
     stage = stage_name(holds(decoder, LowRankLinear))
     output = args.output or default_output(args.model, stage)
     device = pick_device(args.device)
@@ -79,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = {
         "token_weights": weightings,
         "gradients": args.gradients,
+        "share_of_weights": round(share, 4),
         **calibration_record(args, device, dtype),
     }
     work = WorkFolder(
