@@ -1,6 +1,7 @@
 """The contract that a quantizer fulfils, and how the installed quantizers are found."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,12 +17,30 @@ Format = Mapping[str, Any]
 """A JSON description of how one linear is stored; from it and the shape the empty module can be built."""
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """One of a group of matrices that share an input, and so its second moment.
+
+    weight: (out, in), any float dtype; generator: of what is random about it, on the CPU; name: what messages call it.
+    """
+
+    weight: Tensor
+    format: Format
+    generator: torch.Generator | None
+    name: str
+
+
 @runtime_checkable
 class Backend(Protocol):
-    """A quantizer of one weight matrix: it knows nothing of models, files or loops.
+    """A quantizer of weight matrices: it knows nothing of models, files or loops.
 
     A package offers one through the entry-point group `casp.backends`: an object, or a class without
-    arguments, that has the attributes below.
+    arguments, that has the attributes below. One that can do the work on a moment once for all matrices which share it
+    (q, k and v, or one matrix in several formats) has besides
+
+        quantize_group(matrices: Sequence[Matrix], hessian: Tensor, **settings) -> Iterator[dict[str, Tensor]]
+
+    whose n-th outcome is what `quantize` returns for the n-th matrix; of a group of one, to the byte.
     """
 
     name: str
@@ -71,20 +90,27 @@ class Backend(Protocol):
         """The tensors of a quantized module that fine-tuning may move, by name."""
 
 
+def quantized(
+    backend: Backend, matrices: Sequence[Matrix], hessian: Tensor, settings: Mapping[str, Any]
+) -> Iterator[dict[str, Tensor]]:
+    """The state dicts of `matrices`, quantized in turn under the moment (in, in) of the input that they share."""
+    together = getattr(backend, "quantize_group", None)
+    if together is not None:
+        yield from together(matrices, hessian, **settings)
+        return
+    for one in matrices:
+        weight = one.weight.float()
+        yield backend.quantize(weight, hessian, one.format, one.generator, name=one.name, **settings)
+
+
 def rounded(
-    backend: Backend,
-    weight: Tensor,
-    hessian: Tensor,
-    format: Format,
-    generator: torch.Generator | None,
-    name: str,
-    settings: Mapping[str, Any],
-) -> tuple[dict[str, Tensor], Tensor]:
-    """`weight` (out, in) quantized under `hessian` (in, in): what is stored, and the dense float32 it stands for."""
-    tensors = backend.quantize(weight, hessian, format, generator, name=name, **settings)
-    module = backend.linear(*weight.shape, False, format, dtype=torch.float32, device=weight.device)
-    module.load_state_dict(tensors)
-    return tensors, module.dequantize().float()
+    backend: Backend, matrices: Sequence[Matrix], hessian: Tensor, settings: Mapping[str, Any]
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """As `quantized`: what is stored of each matrix, and the dense float32 (out, in) that it stands for."""
+    for one, tensors in zip(matrices, quantized(backend, matrices, hessian, settings), strict=True):
+        module = backend.linear(*one.weight.shape, False, one.format, dtype=torch.float32, device=one.weight.device)
+        module.load_state_dict(tensors)
+        yield tensors, module.dequantize().float()
 
 
 def backend_names() -> list[str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from casp.backend import Backend, Format, rounded
+from casp.backend import Backend, Format, Matrix, rounded
 from casp.linear import LowRankLinear
 from casp.lowrank import WHITENING_DAMPING, RoundedFactors, decompose, round_factors
 from casp.seed import matrix_generator
@@ -32,7 +32,8 @@ def quantized_factors(
 
     def rounder(factor: Tensor, moment: Tensor, which: str) -> tuple[dict[str, Tensor], Tensor]:
         path = f"{name}.{which}"
-        return rounded(backend, factor, moment, named[which], matrix_generator(seed, path), path, settings)
+        one = Matrix(factor, named[which], matrix_generator(seed, path), path)
+        return next(rounded(backend, [one], moment, settings))
 
     found = decompose(weight, hessian, gradient_moment, WHITENING_DAMPING, name)
     return round_factors(weight, found.factors(rank)[1], hessian, rounder, name)

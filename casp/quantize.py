@@ -1,13 +1,13 @@
 """Quantizing a decoder with any backend, block by block, as a plan of formats says."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from casp.backend import Backend
+from casp.backend import Backend, Matrix, quantized
 from casp.budget import Plan
 from casp.capture import capture_inputs
 from casp.errors import UserError
@@ -25,12 +25,23 @@ from casp.teacher import Teacher
 from casp.tuning import Training, tunable_tensors, tune_block
 from casp.walk import Visit, walk
 
+_ROWS = 1024  # of a matrix whose error is told at once: copies of all of a wide one would be as large as its moment
+
 
 def weighted_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
-    """`tr(D H D^T) / tr(W H W^T)` with D = W - W': the share of the output's energy that is lost."""
-    w, d, h = weight.double(), (weight - approximation).double(), hessian.double()
-    energy = ((w @ h) * w).sum().item()
-    return ((d @ h) * d).sum().item() / energy if energy > 0 else 0.0
+    """`tr(D H D^T) / tr(W H W^T)` with D = W - W': the share of the output's energy that is lost.
+
+    Products are taken in float32, in units in which no weight is beyond 1, and added up in float64.
+    """
+    unit = weight.abs().max().item() or 1.0
+    hessian = hessian.float()
+    lost = energy = 0.0
+    for w, other in zip(weight.split(_ROWS), approximation.split(_ROWS), strict=True):
+        d = ((w - other) / unit).float()
+        w = (w / unit).float()
+        lost += ((d @ hessian) * d).sum(dtype=torch.float64).item()
+        energy += ((w @ hessian) * w).sum(dtype=torch.float64).item()
+    return lost / energy if energy > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -55,44 +66,49 @@ class Method:
     ranks: Mapping[str, int] = field(default_factory=dict)
 
 
-def _quantize_matrix(
-    visit: Visit,
-    path: str,
-    full_path: str,
-    hessian: Tensor,
-    method: Method,
-) -> dict[str, Any]:
-    old, backend = visit.block.get_submodule(path), method.backend
-    format = method.plan[full_path]
-    weight = old.weight.detach().float()
-    generator = matrix_generator(method.seed, full_path)
-    with warnings_of("casp.moments") as notes:
-        tensors = backend.quantize(weight, hessian, format, generator, name=full_path, **method.settings)
-    new = backend.linear(
-        old.out_features,
-        old.in_features,
-        old.bias is not None,
-        format,
-        dtype=old.weight.dtype,
-        device=visit.device,
-    )
-    spoilt = [name for name, tensor in tensors.items() if not is_finite(tensor)]
-    if spoilt:
-        raise UserError(
-            f"{full_path}: its {spoilt[0]} would hold NaN or infinity, its weights are too large for the format; check "
-            "the checkpoint."
+def _quantize_group(
+    visit: Visit, paths: Sequence[str], prefix: str, hessian: Tensor, method: Method
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Quantize matrices that share an input, in place; path and report of each. prefix: the block's path."""
+    backend = method.backend
+    matrices = []
+    for path in paths:
+        name = f"{prefix}.{path}"
+        weight = visit.block.get_submodule(path).weight.detach()
+        matrices.append(Matrix(weight, method.plan[name], matrix_generator(method.seed, name), name))
+    made = quantized(backend, matrices, hessian, method.settings)
+    for path, one in zip(paths, matrices, strict=True):
+        old = visit.block.get_submodule(path)
+        with warnings_of("casp.moments") as notes:
+            tensors = next(made)
+        new = backend.linear(
+            old.out_features,
+            old.in_features,
+            old.bias is not None,
+            one.format,
+            dtype=old.weight.dtype,
+            device=visit.device,
         )
-    if old.bias is not None:
-        tensors = {**tensors, "bias": old.bias.detach()}
-    new.load_state_dict(tensors)
-    parent, _, leaf = path.rpartition(".")
-    setattr(visit.block.get_submodule(parent), leaf, new)
-    bits = 8 * backend.bytes(format, old.out_features, old.in_features) / weight.numel()
-    return {
-        "bits": round(bits, 4),
-        "relative_error": weighted_error(weight, new.dequantize().float(), hessian),
-        **({"notes": notes} if notes else {}),
-    }
+        spoilt = [name for name, tensor in tensors.items() if not is_finite(tensor)]
+        if spoilt:
+            raise UserError(
+                f"{one.name}: its {spoilt[0]} would hold NaN or infinity, its weights are too large for the format; "
+                "check the checkpoint."
+            )
+        if old.bias is not None:
+            tensors = {**tensors, "bias": old.bias.detach()}
+        new.load_state_dict(tensors)
+        parent, _, leaf = path.rpartition(".")
+        setattr(visit.block.get_submodule(parent), leaf, new)
+        bits = 8 * backend.bytes(one.format, old.out_features, old.in_features) / one.weight.numel()
+        yield (
+            path,
+            {
+                "bits": round(bits, 4),
+                "relative_error": weighted_error(one.weight.float(), new.dequantize().float(), hessian),
+                **({"notes": notes} if notes else {}),
+            },
+        )
 
 
 def _quantize_factors(
@@ -142,19 +158,20 @@ def quantize_block(
     groups = visit.input_groups(list(roles)) if moments is None else moments.groups
     one_by_one = method.true_sequential or method.block_training is not None
     weights = token_weights(visit, method.weighting) if moments is None else None
-    generator = matrix_generator(method.seed, f"{decoder.blocks[visit.index]} tuning")
+    prefix = decoder.blocks[visit.index]
+    generator = matrix_generator(method.seed, f"{prefix} tuning")
     linears: dict[str, dict[str, Any]] = {}
     tuning = []
     for stage in side_by_side(groups) if one_by_one else [groups]:
         shared = block_moments(visit, stage, weights) if moments is None else [None] * len(stage)
         for group, seen in zip(stage, shared, strict=True):
-            for path in group:
-                full_path = f"{decoder.blocks[visit.index]}.{path}"
-                if full_path in method.ranks:
-                    linears |= _quantize_factors(visit, path, full_path, moments[path], method, roles[path])
-                    continue
-                hessian = seen if moments is None else moments[path].hessian(method.weighting).to(visit.device)
-                linears[roles[path]] = _quantize_matrix(visit, path, full_path, hessian, method)
+            whole = [path for path in group if f"{prefix}.{path}" not in method.ranks]
+            for path in [path for path in group if path not in whole]:
+                linears |= _quantize_factors(visit, path, f"{prefix}.{path}", moments[path], method, roles[path])
+            for paths in [whole] if moments is None else moments.sharing(whole, method.weighting):
+                hessian = seen if moments is None else moments[paths[0]].hessian(method.weighting).to(visit.device)
+                for path, report in _quantize_group(visit, paths, prefix, hessian, method):
+                    linears[roles[path]] = report
         if method.block_training is not None:
             curve = tune_block(visit, targets, method.backend, method.block_training, generator)
             tuning.append({"after": [roles[path] for group in stage for path in group], "curve": curve})

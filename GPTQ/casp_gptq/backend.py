@@ -1,15 +1,17 @@
 """GPTQ as a backend of the core: formats, exact bytes, tensors in and out."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from casp_gptq.gptq import Quantized, gptq_quantize
+from casp.backend import Matrix
+from casp_gptq.gptq import Quantized, check_inputs, quantize_under
 from casp_gptq.grid import BITS, check_format
 from casp_gptq.linear import GPTQLinear, tensor_shapes
+from casp_gptq.moment import Moment
 from casp_gptq.packing import pack
 
 GROUP_SIZES = (128, 64)  # that a plan chooses from
@@ -56,12 +58,33 @@ class GPTQ:
         generator: torch.Generator | None = None,
         **settings: Any,
     ) -> dict[str, Tensor]:
-        """Quantize `weight` (out, in) under `hessian` (in, in); `settings` are those of `gptq_quantize`.
+        """Quantize `weight` (out, in) under `hessian` (in, in): a group of one, see `quantize_group`.
 
         Nothing here is random: `generator` is ignored.
         """
-        quantized = gptq_quantize(weight, hessian, format["bits"], format["group_size"], **settings)
-        return pack_tensors(quantized, format["bits"])
+        one = Matrix(weight, format, generator, settings.pop("name", "the weight"))
+        return next(self.quantize_group([one], hessian, **settings))
+
+    def quantize_group(
+        self,
+        matrices: Sequence[Matrix],
+        hessian: Tensor,
+        *,
+        damping: float = 0.01,
+        act_order: bool = True,
+        **settings: Any,
+    ) -> Iterator[dict[str, Tensor]]:
+        """Quantize matrices that share an input, whose moment is ordered and factored once.
+
+        settings: those of `casp_gptq.gptq.gptq_quantize`.
+        """
+        for one in matrices:
+            check_inputs(one.weight, hessian, one.name)
+        moment = Moment.of(hessian, damping, act_order, matrices[0].name)
+        for one in matrices:
+            bits, group_size = one.format["bits"], one.format["group_size"]
+            found = quantize_under(one.weight, moment, bits, group_size, act_order=act_order, **settings)
+            yield pack_tensors(found, bits)
 
     def linear(
         self,

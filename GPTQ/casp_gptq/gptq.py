@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from casp.errors import UserError
-from casp.moments import damped_cholesky
+from casp.linear import is_finite
 from casp_gptq.grid import check_format, find_grid, group_bounds, to_codes
+from casp_gptq.moment import Moment
 from casp_gptq.refine import refine
 
 _BLOCK = 128  # columns between two updates of all that follow: one matrix product instead of 128 outer products
@@ -40,21 +41,13 @@ class Quantized:
 
 def check_inputs(weight: Tensor, hessian: Tensor, name: str) -> None:
     """UserError that names the layer when its weight holds NaN or infinity or the Hessian has another width."""
-    if not torch.isfinite(weight).all():
+    if not is_finite(weight):
         raise UserError(f"{name} holds NaN or infinity; download or write the checkpoint again.")
     if hessian.shape != (weight.shape[1], weight.shape[1]):
         raise UserError(
             f"{name} has {weight.shape[1]} columns, its Hessian the shape {tuple(hessian.shape)}; take both from the "
             "same layer."
         )
-
-
-def processing_order(hessian: Tensor, act_order: bool) -> Tensor:
-    """Columns in the order in which they are rounded: as they stand, or (act-order) largest input first."""
-    diagonal = hessian.diagonal()
-    if not act_order:
-        return torch.arange(len(diagonal), device=diagonal.device)
-    return torch.argsort(diagonal, descending=True, stable=True)
 
 
 def _round_block(
@@ -105,16 +98,30 @@ def gptq_quantize(
 
     Works in float32 on the device of `weight`, with a float64 factor of the Hessian. Raises UserError for NaN.
     """
-    check_format(bits, group_size)
     check_inputs(weight, hessian, name)
+    moment = Moment.of(hessian, damping, act_order, name)
+    return quantize_under(
+        weight, moment, bits, group_size, symmetric=symmetric, act_order=act_order, clip_steps=clip_steps, sweeps=sweeps
+    )
+
+
+def quantize_under(
+    weight: Tensor,
+    moment: Moment,
+    bits: int,
+    group_size: int,
+    *,
+    symmetric: bool = False,
+    act_order: bool = True,
+    clip_steps: int = 20,
+    sweeps: int = 2,
+) -> Quantized:
+    """As `gptq_quantize`, under a moment made ready by the same act_order: shared by matrices of one input."""
+    check_format(bits, group_size)
     out_features, columns = weight.shape
     bounds = group_bounds(columns, group_size)
-    order = processing_order(hessian, act_order)
+    order, lower = moment.order, moment.lower
     group_of = (torch.arange(columns, device=weight.device) // bounds[0][1])[order]
-    ordered = hessian[order][:, order]
-    # Reversing both axes turns the lower factor that Cholesky gives into the upper one that is needed.
-    flipped, damping = damped_cholesky(ordered.flip(0, 1), damping, name)
-    lower = flipped.flip(0, 1).T.float().contiguous()  # R^T: what column j takes from the earlier ones is its row j
     # What rounding column j costs once later columns have made good what they can: R_jj^2, not H_jj.
     importance = lower.diagonal().square()
 
@@ -148,8 +155,8 @@ def gptq_quantize(
 
     back = torch.argsort(order)
     codes, target = codes[back], target[back]
-    if sweeps and damping < math.inf:  # what has no factor, damped or not, is nothing to descend on
-        codes, scales = refine(target, hessian, codes, scales, zeros, bounds, bits, damping, sweeps)
+    if sweeps and moment.damping < math.inf:  # what has no factor, damped or not, is nothing to descend on
+        codes, scales = refine(target, moment.damped(), codes, scales, zeros, bounds, bits, sweeps)
     return Quantized(
         codes=codes.T.to(torch.uint8).contiguous(),
         scales=scales.T.to(torch.float16).contiguous(),

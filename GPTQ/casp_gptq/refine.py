@@ -76,25 +76,19 @@ def descend(
 
 def refine(
     target: Tensor,
-    hessian: Tensor,
+    damped: Tensor,
     codes: Tensor,
     scales: Tensor,
     zeros: Tensor,
     bounds: list[tuple[int, int]],
     bits: int,
-    damping: float,
     sweeps: int,
 ) -> tuple[Tensor, Tensor]:
     """Alternate `best_scales` and `descend` `sweeps` times, under the damped Hessian that GPTQ used.
 
-    target, codes: (in, out) float32; scales, zeros: (groups, out); hessian: (in, in); bounds: columns of each
+    target, codes: (in, out) float32; damped: (in, in) float32; scales, zeros: (groups, out); bounds: columns of each
     group. Zeros stay. Returns codes and scales of no higher cost.
     """
-    hessian = hessian.float()
-    diagonal = hessian.diagonal()
-    occurring = diagonal > 0
-    mean = diagonal[occurring].mean() if occurring.any() else diagonal.new_ones(())
-    damped = hessian + torch.diag(torch.where(occurring, damping * mean, mean))
     spread_zeros = _spread(zeros, bounds)
     gradient = damped @ (target - _spread(scales, bounds) * (codes - spread_zeros))
     for sweep in range(sweeps):

@@ -3,11 +3,12 @@
 import logging
 import math
 
-import torch
 from torch import Tensor
 
 from casp.errors import UserError
-from casp.moments.second_moment import NOT_FINITE
+from casp.linear import is_finite
+from casp.moments.second_moment import NOT_FINITE, sum_dtype
+from casp.moments.symmetric import cholesky_, mirror_, symmetrise_
 
 log = logging.getLogger(__name__)
 
@@ -24,16 +25,16 @@ def damped_cholesky(matrix: Tensor, damping: float, name: str) -> tuple[Tensor, 
     layer) and the damping. An input that never occurs (a zero on the diagonal) gets the mean diagonal, so
     that it stays apart from all others; the mean is over the inputs that do occur.
 
-    Returns the lower factor (n, n) in float64 on the matrix's device, and the damping used. Where no damping helps,
-    what the field's tools fall back to: the factor of the damped diagonal alone, under which errors of one column are
-    not made good by others (plain rounding), infinity as its damping, and a warning. Raises UserError for NaN or
-    infinity, and for a diagonal that is negative by more than rounding.
+    Returns the lower factor (n, n) on the matrix's device, and the damping used. The factor has the dtype that a moment
+    of this width is summed in (`SecondMoment`: float64, beyond 16,384 float32) and is the only matrix held besides the
+    given one. Where no damping helps, what the field's tools fall back to: the factor of the damped diagonal alone,
+    under which errors of one column are not made good by others (plain rounding), infinity as its damping, and a
+    warning. Raises UserError for NaN or infinity, and for a diagonal that is negative by more than rounding.
     """
-    matrix = matrix.to(torch.float64)
-    if not torch.isfinite(matrix).all():
+    lower = matrix.to(sum_dtype(len(matrix)), copy=True).contiguous()
+    if not is_finite(lower):
         raise UserError(f"{name}: {NOT_FINITE}")
-    matrix = (matrix + matrix.T) / 2
-    diagonal = matrix.diagonal()
+    diagonal = symmetrise_(lower).diagonal().clone()
     dead = diagonal == 0
     if (diagonal < -_ROUNDING * diagonal.abs().sum()).any():
         raise UserError(f"{name}: the second moment of its inputs has a negative diagonal; recompute it")
@@ -41,14 +42,14 @@ def damped_cholesky(matrix: Tensor, damping: float, name: str) -> tuple[Tensor, 
     mean = diagonal[~dead].mean().item() if not dead.all() else 1.0
     diagonal[dead] = mean
     tried = damping
-    for _ in range(_TRIES):
-        damped = matrix.clone()
-        damped.diagonal().add_(tried * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
+    for attempt in range(_TRIES):
+        if attempt:
+            mirror_(lower)  # an attempt overwrites the lower half alone
+        lower.diagonal().copy_(diagonal + tried * mean)
+        if cholesky_(lower):
             if tried != damping:
                 log.warning("%s: no Cholesky factor at damping %g; used %g", name, damping, tried)
-            return lower, tried
+            return lower.tril_(), tried
         tried = max(tried * 10, _FIRST_DAMPING)
     log.warning(
         "%s: no Cholesky factor even at damping %g; rounded without feedback: give more calibration samples",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from casp.errors import UserError
+from casp.moments.symmetric import mirror_, panels
 
 NOT_FINITE = (
     "the second moment of its inputs holds NaN or infinity; check the model's weights and the calibration data, or run "
@@ -17,6 +18,11 @@ NOT_FINITE = (
 )
 _ROWS = 512  # of a panel: enough for a matrix product at full speed, few enough to save nearly half of it
 WIDEST_DOUBLE = 16384  # up to this width a sum is kept in float64, 1.1 GB of it; beyond it in float32
+
+
+def sum_dtype(size: int) -> torch.dtype:
+    """The dtype in which a second moment of this width is summed and factored."""
+    return torch.float64 if size <= WIDEST_DOUBLE else torch.float32
 
 
 class SecondMoment:
@@ -30,7 +36,7 @@ class SecondMoment:
     def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
         self.size = size
         self.count = 0.0
-        dtype = torch.float64 if size <= WIDEST_DOUBLE else torch.float32
+        dtype = sum_dtype(size)
         self._panels = [
             torch.zeros(rows.stop - rows.start, size - rows.start, dtype=dtype, device=device) for rows in _panels(size)
         ]
@@ -119,23 +125,17 @@ def unpacked(triangle: Tensor) -> Tensor:
     if size * (size + 1) // 2 != len(triangle):
         raise ValueError(f"{len(triangle)} numbers are no triangle of a square matrix")
     matrix = torch.empty(size, size)
-    start = 0
-    for rows in _panels(size):
-        panel = torch.zeros(rows.stop - rows.start, size - rows.start)
-        upper = _upper(panel)
-        count = int(upper.sum())
-        panel[upper] = triangle[start : start + count]
-        start += count
-        panel[:, : len(panel)] += panel[:, : len(panel)].triu(1).T
-        matrix[rows, rows.start :] = panel
-        matrix[rows.start :, rows] = panel.T
-    return matrix
+    # Row by row in NumPy: half the time of a mask, which would be as large as the matrix.
+    numbers, place, start = triangle.float().cpu().numpy(), matrix.numpy(), 0
+    for row in range(size):
+        place[row, row:] = numbers[start : start + size - row]
+        start += size - row
+    return mirror_(matrix)
 
 
 def _panels(size: int) -> Iterator[slice]:
     """The rows of each panel of a (size, size): a panel holds its rows from their first diagonal entry on."""
-    for first in range(0, size, _ROWS):
-        yield slice(first, min(first + _ROWS, size))
+    return panels(size, _ROWS)
 
 
 def _upper(panel: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ For Llama-2-7B that is 343 MB a block for each of "none" and "attention", 443 MB
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,11 @@ class BlockMoments(dict[str, LinearMoments]):
     influence: float
     density: dict[str, float | None]
     loss: float | None
+
+    def sharing(self, paths: Sequence[str], weighting: str) -> list[list[str]]:
+        """`paths`, which share an input, by the moment of it under `weighting`: gradients differ between linears."""
+        own = any(by_gradient(part) for part in weighting_parts(weighting))
+        return [[path] for path in paths] if own or not paths else [list(paths)]
 
 
 class Moments:

@@ -8,7 +8,7 @@ are predicted well, large ones too low: the order is what counts.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from casp.backend import Backend, Format, rounded
+from casp.backend import Backend, Format, Matrix, rounded
 from casp.lowrank import WHITENING_DAMPING, Decomposition, decompose, rank_for, refit
-from casp.plan.options import LOW_RANK_ROLES, Option, chosen_formats, layouts, stored_shapes
+from casp.plan.options import LOW_RANK_ROLES, Option, chosen_formats, layouts
 from casp.seed import matrix_generator
 
 ANCHORS = (0.1875, 0.5625)
@@ -82,10 +82,17 @@ class Pricing:
         """The formats that a matrix of this shape may take."""
         return chosen_formats(self.backend, *shape, self.tuned, self.wanted)
 
-    def rounded(self, weight: Tensor, hessian: Tensor, format: Format, name: str) -> Tensor:
-        """What `weight` (out, in) becomes, dense float32."""
-        generator = matrix_generator(self.seed, name)
-        return rounded(self.backend, weight.float(), hessian.float(), format, generator, name, self.search)[1]
+    def rounded(
+        self, weight: Tensor, hessian: Tensor, name: str, shape: tuple[int, int] | None = None
+    ) -> Iterator[tuple[Format, Tensor]]:
+        """What `weight` (rows, in) becomes in each format, dense float32: a group of one matrix that share its moment.
+
+        shape: of the whole matrix, where `weight` is a sample of its rows.
+        """
+        formats = self.formats(shape or tuple(weight.shape))
+        matrices = [Matrix(weight, format, matrix_generator(self.seed, name), name) for format in formats]
+        for format, (_, dense) in zip(formats, rounded(self.backend, matrices, hessian, self.search), strict=True):
+            yield format, dense
 
 
 def smoothed_hessian(moments: LinearMoments, weighting: str) -> Tensor:
@@ -112,8 +119,8 @@ def full_rank_costs(
     picked = torch.linspace(0, len(weight) - 1, min(pricing.rows, len(weight)), dtype=torch.float64).round().long()
     sample = weight[picked].float()
     return [
-        (format, row_cost(sample - pricing.rounded(sample, hessian, format, name), hessian, energy))
-        for format in pricing.formats(tuple(weight.shape))
+        (format, row_cost(sample - dense, hessian, energy))
+        for format, dense in pricing.rounded(sample, hessian, name, tuple(weight.shape))
     ]
 
 
@@ -163,14 +170,12 @@ def factor_costs(
         _, down = found.factors(rank)
         up = refit(exact, down, h, name)
         before = two_sided_cost(exact - up @ down, h, g)
-        of_down, of_up = stored_shapes(rank, out_features, in_features)
-        for format in pricing.formats(of_down):
-            known = pricing.rounded(down, hessian, format, f"{name}.down").to(torch.float64)
+        for format, dense in pricing.rounded(down.float(), hessian, f"{name}.down"):
+            known = dense.to(torch.float64)
             after = two_sided_cost(exact - refit(exact, known, h, name) @ known, h, g)
             costs[0].setdefault(key(format), {})[rank] = max(after - before, tiny)
-        for format in pricing.formats(of_up):
-            known = pricing.rounded(up, down @ h @ down.T, format, f"{name}.up").to(torch.float64)
-            after = two_sided_cost(exact - known @ down, h, g)
+        for format, dense in pricing.rounded(up.float(), (down @ h @ down.T).float(), f"{name}.up"):
+            after = two_sided_cost(exact - dense.to(torch.float64) @ down, h, g)
             costs[1].setdefault(key(format), {})[rank] = max(after - before, tiny)
     return FactorCosts(*costs)
 

@@ -1,6 +1,6 @@
 """QuIP# as a backend of the core: formats, exact bytes, tensors in and out."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from types import MappingProxyType
 from typing import Any
@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from casp.backend import Matrix
 from casp_quip_sharp.codebook import FAMILIES, codebook_of, rates
 from casp_quip_sharp.linear import TUNED, QuipSharpLinear, tensor_shapes
-from casp_quip_sharp.quantize import quantize_matrix
+from casp_quip_sharp.quantize import SharedInput, quantize_matrix
 
 
 class QuipSharp:
@@ -51,12 +52,25 @@ class QuipSharp:
         generator: torch.Generator | None = None,
         **settings: Any,
     ) -> dict[str, Tensor]:
-        """Quantize `weight` (out, in) under `hessian` (in, in); `settings` are those of `quantize_matrix`.
+        """Quantize `weight` (out, in) under `hessian` (in, in): a group of one, see `quantize_group`.
 
         generator draws the signs of both sides (a CPU generator, whatever the weight's device).
         """
-        tuned = format.get("vectors") == TUNED
-        return quantize_matrix(weight, hessian, codebook_of(format), generator, tuned=tuned, **settings)
+        one = Matrix(weight, format, generator, settings.pop("name", "weight"))
+        return next(self.quantize_group([one], hessian, **settings))
+
+    def quantize_group(
+        self, matrices: Sequence[Matrix], hessian: Tensor, *, damping: float = 0.01, **settings: Any
+    ) -> Iterator[dict[str, Tensor]]:
+        """Quantize matrices that share an input, and so the signs of that side and the moment in that basis.
+
+        The first matrix draws these signs, each those of its outputs. settings: those of `quantize_matrix`.
+        """
+        shared = SharedInput(hessian, damping, matrices[0].name)
+        for one in matrices:
+            tuned = one.format.get("vectors") == TUNED
+            codebook = codebook_of(one.format)
+            yield quantize_matrix(one.weight, shared, codebook, one.generator, tuned=tuned, name=one.name, **settings)
 
     def linear(
         self,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from casp.moments import damped_cholesky
+from casp.moments.symmetric import symmetrise_
 from casp_quip_sharp.codebook import Codebook
 
 _BLOCK = 128  # columns between two updates of all that follow: few large matrix products instead of many small ones
@@ -39,16 +40,18 @@ def block_ldl(hessian: Tensor, damping: float, group: int, name: str = "weight")
     UserError as `damped_cholesky`.
     """
     lower, used = damped_cholesky(hessian, damping, name)
+    squares = torch.linalg.vector_norm(lower, dim=1).square()
     corners = _corners(lower, group)
     if group == 1:
-        feedback = lower / corners[:, 0, 0]
+        feedback = lower.float().div_(corners[:, 0, 0])
     else:
         inverse = torch.linalg.solve_triangular(corners, torch.eye(group).to(corners).expand_as(corners), upper=False)
-        feedback = torch.einsum("igj,gjk->igk", lower.unflatten(1, (-1, group)), inverse).reshape(lower.shape)
+        feedback = torch.einsum("igj,gjk->igk", lower.unflatten(1, (-1, group)), inverse).reshape(lower.shape).float()
+    del lower
     # Without a factor of its own the Hessian counts by its diagonal alone, in the sweeps as in the feedback.
-    damped = ((hessian + hessian.T) / 2).float() if used < math.inf else torch.zeros_like(lower, dtype=torch.float32)
-    damped.diagonal().copy_(lower.square().sum(1))  # damping has moved nothing else; cheaper than the whole product
-    return Factors(damped, feedback.float())
+    damped = symmetrise_(hessian.to(torch.float32, copy=True)) if used < math.inf else torch.zeros_like(feedback)
+    damped.diagonal().copy_(squares)  # damping has moved nothing else; cheaper than the whole product
+    return Factors(damped, feedback)
 
 
 @dataclass(frozen=True)

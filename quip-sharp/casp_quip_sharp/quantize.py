@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from casp.errors import UserError
+from casp.linear import is_finite
 from casp_quip_sharp.codebook import Codebook
 from casp_quip_sharp.incoherence import incoherent_hessian, incoherent_weight, random_signs, unpack_signs
 from casp_quip_sharp.ldlq import Factors, Rounded, block_ldl, descend, ldlq
@@ -31,6 +32,39 @@ def gaussian_scale(weight: Tensor, codebook: Codebook) -> float:
     return storable(weight.square().mean().sqrt().item() * codebook.gaussian_scale)
 
 
+class SharedInput:
+    """What matrices of one input have in common: its signs, and its moment rotated by them and factored.
+
+    hessian: (in, in), of any float dtype; damping: share of its mean diagonal that is added to the diagonal; name: what
+    messages call it. The signs are drawn by the first matrix that needs them. The moment is rotated in float32, whose
+    rounding, 1e-7 of its largest eigenvalue, is far below any damping that LDLQ can use, and factored in float64
+    (float32 beyond the widths whose moments are summed in it).
+    """
+
+    def __init__(self, hessian: Tensor, damping: float, name: str) -> None:
+        self.hessian, self.damping, self.name = hessian, damping, name
+        self._signs: dict[int, Tensor] = {}
+        self._factors: dict[tuple[int, int], Factors] = {}
+
+    def signs(self, columns: int, generator: torch.Generator | None) -> Tensor:
+        """The packed signs of this many (padded) inputs."""
+        if columns not in self._signs:
+            self._signs[columns] = random_signs(columns, generator)
+        return self._signs[columns]
+
+    def factors(self, vector: Tensor, group: int, *, scaled: bool = False) -> Factors:
+        """Of the moment in the basis of `vector` (padded in,), in blocks of `group`; kept where it is the signs."""
+        key = len(vector), group
+        if scaled or key not in self._factors:
+            extra = len(vector) - len(self.hessian)
+            padded_hessian = F.pad(self.hessian.to(vector), (0, extra, 0, extra)) if extra else self.hessian.to(vector)
+            found = block_ldl(incoherent_hessian(padded_hessian, vector), self.damping, group, self.name)
+            if scaled:
+                return found
+            self._factors[key] = found
+        return self._factors[key]
+
+
 @dataclass(frozen=True)
 class Basis:
     """A rotated weight (out, in), the factors of its Hessian, rotated and damped, and the inputs' vector (in,)."""
@@ -40,18 +74,8 @@ class Basis:
     in_vector: Tensor
 
     @classmethod
-    def of(
-        cls,
-        weight: Tensor,
-        hessian: Tensor,
-        out_vector: Tensor,
-        in_vector: Tensor,
-        damping: float,
-        group: int,
-        name: str,
-    ) -> Self:
-        """Rotate `weight` float32 and `hessian` float64; what is divided out of a column returns in `in_vector`."""
-        factors = block_ldl(incoherent_hessian(hessian, in_vector.double()), damping, group, name)
+    def of(cls, weight: Tensor, out_vector: Tensor, in_vector: Tensor, factors: Factors) -> Self:
+        """Rotate `weight` float32; what is divided out of a column returns in `in_vector`."""
         return cls(incoherent_weight(weight, out_vector, 1 / in_vector), factors, in_vector)
 
 
@@ -118,53 +142,50 @@ def round_best(ranked: Sequence[Candidate], codebook: Codebook, sweeps: int) -> 
 
 def quantize_matrix(
     weight: Tensor,
-    hessian: Tensor,
+    shared: SharedInput,
     codebook: Codebook,
     generator: torch.Generator | None = None,
     *,
     tuned: bool = False,
-    damping: float = 0.01,
     search_scale: bool = True,
     sweeps: int | None = None,
     name: str = "weight",
 ) -> dict[str, Tensor]:
-    """Quantize `weight` (out, in) under `hessian` = E[x x^T] (in, in), minimising `tr(E H E^T)`.
+    """Quantize `weight` (out, in) under the H = E[x x^T] of `shared`, minimising `tr(E H E^T)`.
 
     generator: draws the signs. tuned: return real vectors, which fine-tuning can move, in the place
-    of signs. damping: share of the mean diagonal added to the diagonal of `hessian`. search_scale: compare scales,
-    with real vectors also those of the columns, under the weighted loss instead of taking the Gaussian's. sweeps: most
-    rounds of coordinate descent after LDLQ, None for the codebook's own. name: the layer, for messages.
+    of signs. search_scale: compare scales, with real vectors also those of the columns, under the weighted loss instead
+    of taking the Gaussian's. sweeps: most rounds of coordinate descent after LDLQ, None for the codebook's own. name:
+    the layer, for messages.
 
     Works in float32 on the device of `weight`, factoring in float64. Returns the tensors of a `QuipSharpLinear`.
     UserError when something is not finite or the shapes do not match.
     """
     rows, columns = weight.shape
     sweeps = codebook.effort.sweeps if sweeps is None else sweeps
-    if not torch.isfinite(weight).all():
+    if not is_finite(weight):
         raise UserError(f"{name}: its weight holds NaN or infinity; download or write the checkpoint again.")
-    if hessian.shape != (columns, columns):
+    if shared.hessian.shape != (columns, columns):
         raise UserError(
-            f"{name}: a Hessian of shape {tuple(hessian.shape)} does not fit a weight of {columns} columns; "
+            f"{name}: a Hessian of shape {tuple(shared.hessian.shape)} does not fit a weight of {columns} columns; "
             "take both from the same layer."
         )
     device, extra = weight.device, padded(columns, codebook) - columns
     out_signs = random_signs(rows, generator).to(device)
-    in_signs = random_signs(columns + extra, generator).to(device)
+    in_signs = shared.signs(columns + extra, generator).to(device)
     out_vector, in_vector = unpack_signs(out_signs, rows), unpack_signs(in_signs, columns + extra)
-    weight, hessian = weight.float(), hessian.to(device, torch.float64)
-    in_vectors = [in_vector]
-    if tuned and search_scale:
-        in_vectors = [
-            in_vector / F.pad(column_scales(weight, hessian, powers), (0, extra), value=1.0) for powers in POWERS
-        ]
-        in_vectors = [vector.to(torch.bfloat16).float() for vector in in_vectors]
-    padded_weight, padded_hessian = F.pad(weight, (0, extra)), F.pad(hessian, (0, extra, 0, extra))
-    bases = [
-        Basis.of(padded_weight, padded_hessian, out_vector, vector, damping, codebook.group, name)
-        for vector in in_vectors
-    ]
+    weight = weight.float()
+    scalings = POWERS if tuned and search_scale else POWERS[:1]
+    bases = []
+    for powers in scalings:
+        vector, scaled = in_vector, any(powers)
+        if scaled:
+            scales = column_scales(weight, shared.hessian.to(device), powers)
+            vector = (in_vector / F.pad(scales, (0, extra), value=1.0)).to(torch.bfloat16).float()
+        factors = shared.factors(vector, codebook.group, scaled=scaled)
+        bases.append(Basis.of(F.pad(weight, (0, extra)), out_vector, vector, factors))
     usual = gaussian_scale(bases[0].weight, codebook)
-    if not math.isfinite(usual) or not all(torch.isfinite(basis.weight).all() for basis in bases):
+    if not math.isfinite(usual) or not all(is_finite(basis.weight) for basis in bases):
         raise UserError(f"{name}: its weights are too large, up to {weight.abs().max():.1e}; check the checkpoint.")
     if usual and search_scale:
         chosen, rounded = round_best(rank_scales(bases, codebook), codebook, sweeps)

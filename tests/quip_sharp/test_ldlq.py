@@ -3,13 +3,13 @@
 import pytest
 import torch
 from casp_gptq.gptq import gptq_quantize
-from casp_quip_sharp.codebook import codebook_of
+from casp_quip_sharp.backend import QuipSharp
 from casp_quip_sharp.incoherence import incoherent_hessian, incoherent_weight, random_signs, unpack_signs
 from casp_quip_sharp.lattice import Lattice
 from casp_quip_sharp.ldlq import block_ldl, descend, ldlq
 from casp_quip_sharp.ldlq_compiled import descend_block_compiled, round_block_compiled
 from casp_quip_sharp.linear import QuipSharpLinear
-from casp_quip_sharp.quantize import quantize_matrix, round_matrix
+from casp_quip_sharp.quantize import round_matrix
 from casp_quip_sharp.search import descend_block_reference, quantize_vectors, round_block_reference
 from casp_quip_sharp.trellis.codebook import Trellis
 from casp_quip_sharp.trellis.columns import nearest_column
@@ -132,7 +132,7 @@ def error_of(weight, hessian, format, weighted_error, used=None, **settings):
     """Weighted error of a quantized matrix; used: the Hessian that it was quantized under, if another."""
     module = QuipSharpLinear(*weight.shape, False, format)
     used, seed = hessian if used is None else used, torch.Generator().manual_seed(0)
-    module.load_state_dict(quantize_matrix(weight, used, codebook_of(format), seed, **settings))
+    module.load_state_dict(QuipSharp().quantize(weight, used, format, seed, **settings))
     return weighted_error(weight, module.dequantize(), hessian)
 
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from casp_quip_sharp.backend import QuipSharp
 from casp_quip_sharp.lattice import Lattice
 from casp_quip_sharp.linear import QuipSharpLinear
-from casp_quip_sharp.quantize import Basis, Candidate, quantize_matrix, rank_scales, round_best
+from casp_quip_sharp.quantize import Basis, Candidate, SharedInput, rank_scales, round_best
 from casp_quip_sharp.rescale import column_scales
 
 
@@ -49,9 +50,10 @@ def test_real_vectors_bring_less_error_than_signs(uneven, weighted_error, bits):
     weight, hessian = uneven
     errors = {}
     for vectors in ("signs", "tuned"):
-        module = QuipSharpLinear(64, 192, False, {"bits": bits, "vectors": vectors})
+        format = {"bits": bits, "vectors": vectors}
+        module = QuipSharpLinear(64, 192, False, format)
         generator = torch.Generator().manual_seed(0)
-        module.load_state_dict(quantize_matrix(weight, hessian, Lattice(bits), generator, tuned=vectors == "tuned"))
+        module.load_state_dict(QuipSharp().quantize(weight, hessian, format, generator))
         errors[vectors] = weighted_error(weight, module.dequantize(), hessian)
     assert errors["tuned"] < 0.1 * errors["signs"]
 
@@ -59,7 +61,7 @@ def test_real_vectors_bring_less_error_than_signs(uneven, weighted_error, bits):
 def test_a_scale_that_fails_on_the_whole_matrix_gives_way_to_the_next(correlated):
     weight, hessian = correlated(64, 96)
     signs = torch.ones(64), torch.ones(96)
-    basis = Basis.of(weight, hessian.double(), *signs, 0.01, 8, "weight")
+    basis = Basis.of(weight, *signs, SharedInput(hessian, 0.01, "weight").factors(signs[1], 8))
     good = rank_scales([basis], Lattice(2))[0]
     misleading = Candidate(good.loss / 2, basis, good.scale / 8)  # promises much, and clips nearly every weight
     chosen, rounded = round_best([misleading, good], Lattice(2), sweeps=1)

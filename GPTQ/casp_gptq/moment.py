@@ -1,0 +1,54 @@
+"""What GPTQ needs of a second moment: the order of the columns, a factor and the damped moment for the refinement."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from casp.moments import damped_cholesky
+
+
+def processing_order(hessian: Tensor, act_order: bool) -> Tensor:
+    """Columns in the order in which they are rounded: as they stand, or (act-order) largest input first."""
+    diagonal = hessian.diagonal()
+    if not act_order:
+        return torch.arange(len(diagonal), device=diagonal.device)
+    return torch.argsort(diagonal, descending=True, stable=True)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A second moment H (in, in) made ready for rounding; of use to every matrix that takes this input.
+
+    order: (in,), see `processing_order`; lower: R^T (in, in) float32, lower triangular, `H + damping = R R^T` with rows
+    and columns in that order: what a column takes from those before it is its row; damping: the share of the mean
+    diagonal used, infinity where H has no factor (`damped_cholesky`).
+    """
+
+    hessian: Tensor
+    order: Tensor
+    lower: Tensor
+    damping: float
+    _kept: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, hessian: Tensor, damping: float, act_order: bool, name: str) -> "Moment":
+        """Order and factor `hessian`; UserError as `damped_cholesky`, which calls it `name`."""
+        order = processing_order(hessian, act_order)
+        # Reversing both axes turns the lower factor that Cholesky gives into the upper one that is needed.
+        backwards = order.flip(0)
+        flipped, used = damped_cholesky(hessian[backwards][:, backwards], damping, name)
+        return cls(hessian, order, flipped.float().flip(0, 1).T.contiguous(), used)
+
+    def damped(self) -> Tensor:
+        """The damped moment, float32, columns as they stand; made when it is first asked for."""
+        if not self._kept:
+            hessian = self.hessian.to(torch.float32, copy=True)
+            diagonal = hessian.diagonal()
+            occurring = diagonal > 0
+            mean = diagonal[occurring].mean() if occurring.any() else diagonal.new_ones(())
+            extra = 0.0 if math.isinf(self.damping) else self.damping
+            diagonal.add_(torch.where(occurring, extra * mean, mean))
+            self._kept.append(hessian)
+        return self._kept[0]
