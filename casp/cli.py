@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from casp.demo import NAMES
 from casp.errors import UserError
+from casp.modality import Visual
 from casp.numbers import count, seed
 from casp.reading.files import is_there, require_folder
 
@@ -85,6 +86,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, default_model: str, ca
             default=8,
             help="samples run at once, a count (default: %(default)s)",
         )
+        add_visual_arguments(parser)
         parser.add_argument(
             "--dataset",
             default="demo",
@@ -93,6 +95,32 @@ def add_common_arguments(parser: argparse.ArgumentParser, default_model: str, ca
             "demo-speeches for one of text; demo-registers, demo-mixed, ...: see the README), or several by shares, as "
             "in demo-images:4,demo-registers:1 (default: %(default)s)",
         )
+
+
+def add_visual_arguments(parser: argparse.ArgumentParser) -> None:
+    """--frames and --visual-tokens, of everything that calibrates on pictures and videos."""
+    add_frames_argument(parser)
+    parser.add_argument(
+        "--visual-tokens",
+        type=count,
+        default=Visual.tokens,
+        help="the most tokens of pictures and video in a sample; larger ones are scaled down (default: %(default)s)",
+    )
+
+
+def add_frames_argument(parser: argparse.ArgumentParser) -> None:
+    """--frames, of everything that reads videos."""
+    parser.add_argument(
+        "--frames",
+        type=count,
+        default=Visual.frames,
+        help="frames of a video, evenly spaced in time, a count (default: %(default)s)",
+    )
+
+
+def visual_of(args: argparse.Namespace) -> Visual:
+    """What the flags of `add_visual_arguments` say."""
+    return Visual(args.frames, args.visual_tokens)
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:

@@ -105,6 +105,7 @@ def steps(args: argparse.Namespace, decoder: Decoder, output: Path, budget: int)
     partial = ["--allow-partial"] if args.allow_partial else []
     data = ["--dataset", args.dataset, "--samples", str(args.samples), "--batch-size", str(args.batch_size)]
     data += ["--sequence-length", str(args.sequence_length)]
+    data += ["--frames", str(args.frames), "--visual-tokens", str(args.visual_tokens)]
     moments = args.moments or default_output(args.model, "moments")
     tuned = bool(args.ft_epochs)
     plan = args.plan or output.with_name(output.name + "-plan.json")

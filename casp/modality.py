@@ -1,5 +1,6 @@
 """Which tokens of a sequence are text, which stand for pictures and which for video, for every family."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -7,6 +8,14 @@ from torch import Tensor
 
 FIELDS = {"image": ("image_token_id", "image_token_index"), "video": ("video_token_id", "video_token_index")}
 """Modality -> the names under which a config of transformers says which token id stands for one of its features."""
+
+
+@dataclass(frozen=True)
+class Visual:
+    """How much of pictures and videos enters a sample: frames of a video, and the most tokens for all of them."""
+
+    frames: int = 8
+    tokens: int = 4096
 
 
 def token_ids(config: Any) -> dict[str, frozenset[int]]:

@@ -14,7 +14,7 @@ from casp.backend import Backend, Format
 from casp.budget import Plan, matrices, original_bytes, plan_bytes, promote, uniform_plan
 from casp.capture import capture_inputs
 from casp.checkpoint import size
-from casp.cli import default_output, model_folder, model_name, pick_device, pick_dtype, stage_input
+from casp.cli import default_output, model_folder, model_name, pick_device, pick_dtype, stage_input, visual_of
 from casp.data import calibration_batches, fingerprint, sources
 from casp.digest import content_hash
 from casp.distill import distill
@@ -156,6 +156,8 @@ def calibration_record(
         "samples": args.samples,
         "sequence_length": args.sequence_length,
         "batch_size": args.batch_size,
+        "frames": args.frames,
+        "visual_tokens": args.visual_tokens,
     }
     return {
         **(about_data if data else {}),
@@ -331,7 +333,13 @@ def quantize_stage(
     batches = []
     if moments is None or tuning.wanted:
         batches = calibration_batches(
-            decoder.folder, args.dataset, args.samples, args.sequence_length, args.seed, args.batch_size
+            decoder.folder,
+            args.dataset,
+            args.samples,
+            args.sequence_length,
+            args.seed,
+            args.batch_size,
+            visual_of(args),
         )
     record = {
         "backend": backend.name,

@@ -19,6 +19,7 @@ from casp.cli import (
     pick_device,
     pick_dtype,
     run_main,
+    visual_of,
 )
 from casp.data import calibration_batches, fingerprint, sources
 from casp.errors import UserError
@@ -191,7 +192,13 @@ def main(arguments: list[str] | None = None) -> None:
     batches = None
     if moments is None or args.whitening == "attention":
         batches = calibration_batches(
-            decoder.folder, args.dataset, args.samples, args.sequence_length, args.seed, args.batch_size
+            decoder.folder,
+            args.dataset,
+            args.samples,
+            args.sequence_length,
+            args.seed,
+            args.batch_size,
+            visual_of(args),
         )
     settings = {
         "whitening": args.whitening,

@@ -10,6 +10,7 @@ from casp.cli import (
     pick_dtype,
     run_main,
     stage_input,
+    visual_of,
 )
 from casp.data import calibration_batches, fingerprint, sources
 from casp.errors import UserError
@@ -75,7 +76,13 @@ def main(argv: list[str] | None = None) -> None:
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device, decoder.dtype)
     batches = calibration_batches(
-        decoder.folder, args.dataset, args.samples, args.sequence_length, args.seed, args.batch_size
+        decoder.folder,
+        args.dataset,
+        args.samples,
+        args.sequence_length,
+        args.seed,
+        args.batch_size,
+        visual_of(args),
     )
     settings = {
         "token_weights": weightings,

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from casp.backend import Backend, load_backend, rounded
 from casp.capture import capture_inputs
-from casp.cli import Parser, add_common_arguments, model_folder, pick_device, pick_dtype, run_main
+from casp.cli import Parser, add_common_arguments, model_folder, pick_device, pick_dtype, run_main, visual_of
 from casp.data import calibration_batches
 from casp.factors import quantized_factors
 from casp.files import write_json
@@ -124,7 +124,13 @@ def main(arguments: list[str] | None = None) -> None:
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device, decoder.dtype)
     batches = calibration_batches(
-        decoder.folder, args.dataset, args.samples, args.sequence_length, args.seed, args.batch_size
+        decoder.folder,
+        args.dataset,
+        args.samples,
+        args.sequence_length,
+        args.seed,
+        args.batch_size,
+        visual_of(args),
     )
     linears, moments = read_costs(args.costs, len(decoder.blocks)), Moments(args.moments)
     backend = load_backend(args.backend)

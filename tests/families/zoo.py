@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
 
-BASE = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+BASE = {"vocab_size": 136, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = BASE | {
     "intermediate_size": 96,
     "num_key_value_heads": 2,
