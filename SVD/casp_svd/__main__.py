@@ -182,8 +182,8 @@ def main(arguments: list[str] | None = None) -> None:
     factored = attention_blocks(decoder)
     share = factored_share(decoder, factored)
     print(
-        f"factoring W_q and W_k of {len(factored)} of {len(decoder.blocks)} blocks: {share:.1%} of the weights that the "
-        "decoder's linears have"
+        f"factoring W_q and W_k of {len(factored)} of {len(decoder.blocks)} blocks: {share:.1%} of the weights in the "
+        "decoder's linears"
     )
     needed = {"gradient": "gradient", "input": "none"}.get(args.whitening)
     moments = find_moments(args, decoder, low_rank=False, weighting=needed)

@@ -25,6 +25,8 @@ from casp.modality import Visual, visual_tokens
 from casp.reading.config import open_config
 from casp.reading.pretrained import check_ids, open_processor, open_tokenizer
 
+DEFAULT_VISUAL = Visual()
+
 
 def calibration_batches(
     folder: Path,
@@ -33,7 +35,7 @@ def calibration_batches(
     sequence_length: int,
     seed: int,
     batch_size: int,
-    visual: Visual = Visual(),
+    visual: Visual = DEFAULT_VISUAL,
 ) -> list[dict[str, Tensor]]:
     """Batches of `samples` sequences for the checkpoint in `folder`, on the CPU.
 

@@ -6,8 +6,9 @@ A row is one of
      "kind": "..."}
     {"messages": [{"role": "user", "content": "..." or [{"type": "image", "image": "a.png"},
                                                         {"type": "text", "text": "..."}]}, ...], "kind": "..."}
-with paths relative to the file; a video is a file or a folder of frames, in messages {"type": "video", "video": "..."}.
-Pictures, video and "kind" (what reports group questions by) may be left out. Kinds of rows may be mixed in one file. "messages" is the form of transformers' chat templates.
+with paths relative to the file. A video is a file or a folder of frames; in messages {"type": "video", "video": "..."}.
+Pictures, video and "kind" (what reports group questions by) may be left out. Kinds of rows may be mixed in one file.
+"messages" is the form of transformers' chat templates.
 """
 
 from __future__ import annotations
