@@ -12,7 +12,7 @@ from casp.inputs import BatchInputs, PassedOver, first_output, moved, require_fi
 from casp.modality import visual_tokens
 from casp.models import Decoder
 
-LONG = 1024  # tokens from which the model's own attention is asked for in the form that keeps no map
+MOST_MAP = 1 << 28  # bytes of attention maps from which the model's own attention is asked for in a form without them
 TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 """How much of what a block adds may differ between its replay and the model's own forward."""
 
@@ -190,7 +190,8 @@ def _own(decoder: Decoder, given: dict[str, Tensor], index: int) -> tuple[Tensor
     if not decoder.shows_attention:
         run_outside(decoder, given, at)
         return seen[0], seen[1]
-    long = given["input_ids"].shape[-1] >= LONG and model._supports_sdpa
+    batch, tokens = given["input_ids"].shape
+    long = 4 * batch * decoder.heads * tokens**2 > MOST_MAP and model._supports_sdpa
     capped = getattr(decoder.text_config, "attn_logit_softcapping", None) is not None
     model.set_attn_implementation("sdpa" if long and not capped else "eager")
     try:

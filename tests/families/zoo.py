@@ -200,7 +200,7 @@ FAMILIES = {
         causal("Falcon", "FalconConfig", **FALCON, num_kv_heads=2, new_decoder_architecture=True), text
     ),
     "bloom": Family(causal("Bloom", "BloomConfig", vocab_size=128, hidden_size=64, n_layer=2, n_head=4), text),
-    "mixtral": Family(causal("Mixtral", "MixtralConfig", **TEXT, num_local_experts=4), text, fast=True),
+    "mixtral": Family(causal("Mixtral", "MixtralConfig", **TEXT, num_local_experts=4), text),
     "qwen3_moe": Family(causal("Qwen3Moe", "Qwen3MoeConfig", **TEXT, **EXPERTS, head_dim=16, num_experts=4), text),
     "granitemoe": Family(
         causal("GraniteMoe", "GraniteMoeConfig", **TEXT, num_local_experts=4, num_experts_per_tok=2), text
@@ -229,9 +229,7 @@ FAMILIES = {
         "image",
     ),
     "llava_next": Family(seeing("LlavaNext", **NEXT), lambda: tiled(36, 2), "image"),
-    "llava_next_video": Family(
-        seeing("LlavaNextVideo", **NEXT, video_token_index=4), lambda: clip(8, 2), "video", fast=True
-    ),
+    "llava_next_video": Family(seeing("LlavaNextVideo", **NEXT, video_token_index=4), lambda: clip(8, 2), "video"),
     "llava_onevision": Family(
         seeing(
             "LlavaOnevision",
