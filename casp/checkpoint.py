@@ -1,31 +1,37 @@
 """Compressed checkpoints: ordinary Hugging Face folders whose config says how each linear is stored.
 
-`import casp` registers quant_method "casp" with transformers; from then on
+Importing this module registers quant_method "casp" with transformers; where CASP is installed a hook at start-up
+(`casp_entry.hook`) does so when a checkpoint asks for it. Then
 `AutoModelForCausalLM.from_pretrained(folder)` and `AutoModelForImageTextToText.from_pretrained(folder)`
 build the compressed modules on the meta device and read the packed tensors into them, so that memory holds
 what the disk holds. `save_pretrained` writes the same format again.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedModel
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from casp.errors import UserError
 from casp.linear import LowRankLinear, QuantizedLinear, is_finite
 from casp.models import Decoder, decoder_blocks
-from casp.reading.compression import check_compression
+from casp.reading.compression import WEIGHTS_KEY, check_compression
 from casp.reading.header import read_header
 from casp.shards import Shards
-from casp.split import apply_splits
-from casp.swap import in_model, swap_modules
+from casp.split import Experts, SplitLinear, apply_splits
+from casp.swap import describe_modules, in_model, swap_modules, to_dense
 
 QUANT_METHOD = "casp"
 COMPRESSED = (QuantizedLinear, LowRankLinear)
+
+AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)  # the stand-in of the start-up hook
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -59,6 +65,16 @@ class CaspConfig(QuantizationConfigMixin):
         return {key: getattr(self, key) for key in keys} | ({"splits": self.splits} if self.splits else {})
 
 
+def _sign(model: nn.Module) -> str:
+    """The name that the weight of the first compressed module has in the dense model.
+
+    Parts of what is taken apart have none there; they serve where there is nothing else.
+    """
+    compressed = [path for path, module in model.named_modules() if isinstance(module, COMPRESSED)]
+    split = tuple(path + "." for path, module in model.named_modules() if isinstance(module, SplitLinear | Experts))
+    return next((path for path in compressed if not path.startswith(split)), compressed[0]) + ".weight"
+
+
 @register_quantizer(QUANT_METHOD)
 class CaspQuantizer(HfQuantizer):
     """Builds the compressed modules before transformers reads the tensors into them."""
@@ -70,6 +86,8 @@ class CaspQuantizer(HfQuantizer):
         check_compression(config)
         apply_splits(model, {in_model(model, path): spec for path, spec in self.quantization_config.splits.items()})
         swap_modules(model, config)
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        model._keys_to_ignore_on_load_unexpected = {*ignored, f"^{re.escape(_sign(model))}$"}
         # Of tensors that are missing or of another kind transformers warns, and goes on with random or cast numbers.
         files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
         if files:
@@ -87,13 +105,38 @@ class CaspQuantizer(HfQuantizer):
                     if not tensor.is_meta and not is_finite(tensor):
                         raise UserError(f"{path}.{name} holds NaN or infinity; make or download the checkpoint again.")
 
+    def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
+        """Called with the model's config before its files are looked for: the weights are where they always are."""
+        config.__dict__.pop(WEIGHTS_KEY, None)
+        return config
+
+    update_tp_plan = update_attn_implementation  # what is called there by transformers before 5.21
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Dense linears in the place of all compressed modules, in `dtype` (default: the model's)."""
+        return to_dense(model, dtype or model.dtype)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What `save_pretrained` writes: the modules as they are, and a sign that stock transformers refuses.
+
+        `save_pretrained` drops the config's key that does so in the checkpoints made here. The sign is an empty tensor
+        with the name of a dense weight, whose shape is then told to be wrong.
+        """
+        self.quantization_config.modules = describe_modules(model)
+        return {**model.state_dict(), _sign(model): torch.empty(0)}, {}
+
     def is_serializable(self) -> bool:
         """save_pretrained writes the compressed modules as they are."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Packed codes do not train; low-rank factors alone do."""
+        """Adapters, prompts and whatever stands beside the compressed modules can be trained."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Packed codes do not train; low-rank factors alone do, without adapters."""
         return self.quantization_config.backend is None
 
 

@@ -8,6 +8,7 @@ whole.
 
 import argparse
 import importlib
+import os
 import shlex
 import subprocess
 import sys
@@ -20,15 +21,17 @@ import torch
 
 from casp.backend import ENTRY_POINT_GROUP, load_backend
 from casp.cli import Parser, add_common_arguments, default_output, model_folder, pick_device, run_main
-from casp.data.sources import share_of_chats
+from casp.cli.quantizing import MOST_EPOCHS
+from casp.data import sources
 from casp.digest import content_hash
 from casp.errors import UserError
+from casp.folder import check_places
 from casp.models import Decoder
 from casp.numbers import whole
-from casp.plan.__main__ import add_budget_arguments, add_pricing_arguments, checked_bits
-from casp.plan.budget import byte_budget, other_bytes
-from casp.plan.file import read_plan
-from casp.stage import MOST_EPOCHS
+from casp.outputs import check_file
+from casp.plan.budget import other_bytes
+from casp.plan.file import SHAPE, read_plan
+from casp.plan.flags import add_budget_arguments, add_pricing_arguments, goal_of
 
 EVALUATION = "casp_eval.compare"
 TOKENS_EVALUATED = 50_000
@@ -82,8 +85,13 @@ def package_of(backend: str) -> str:
 
 def tunes(package: str) -> bool:
     """Whether the quantizing stage of `package` has fine-tunings."""
-    flags, _ = importlib.import_module(f"{package}.__main__").parser().parse_known_args([])
+    flags, _ = parser_of(package).parse_known_args([])
     return hasattr(flags, "ft_epochs")
+
+
+def parser_of(package: str) -> argparse.ArgumentParser:
+    """The command line of a stage."""
+    return importlib.import_module(f"{package}.__main__").parser()
 
 
 def speed(device: torch.device) -> float:
@@ -108,9 +116,9 @@ def steps(args: argparse.Namespace, decoder: Decoder, output: Path, budget: int)
     data += ["--frames", str(args.frames), "--visual-tokens", str(args.visual_tokens)]
     moments = args.moments or default_output(args.model, "moments")
     tuned = bool(args.ft_epochs)
-    plan = args.plan or output.with_name(output.name + "-plan.json")
+    plan = plan_file(args, output)
     weights = decoder.original_weights()
-    chats = share_of_chats(args.dataset) if decoder.is_multimodal else 0.0
+    chats = sources.share_of_chats(args.dataset) if decoder.is_multimodal else 0.0
     tokens = args.samples * (chats * TOKENS_A_CHAT + (1 - chats) * args.sequence_length)
     rate = speed(pick_device(args.device))
     widths = sum(
@@ -156,6 +164,26 @@ def steps(args: argparse.Namespace, decoder: Decoder, output: Path, budget: int)
     return found
 
 
+def check(args: argparse.Namespace, folder: Path, output: Path) -> None:
+    """UserError, before the first stage runs for hours, where a later one would not write where it is told to."""
+    moments = args.moments or default_output(args.model, "moments")
+    inputs = [folder, *sources.files(args.dataset), *([args.plan] if args.plan else [])]
+    check_places(moments, inputs)
+    check_places(output, [*inputs, moments])
+    if args.plan is None:
+        check_file(plan_file(args, output), [SHAPE], [*inputs, moments])
+    places = {"output": output, "model": args.model, "moments": moments, "plan": plan_file(args, output)}
+    given = [f"--{name}={place}" for name, place in places.items()]
+    wanted = parser_of(package_of(args.backend)).parse_args([*given, *args.quantizing])
+    if any(getattr(wanted, name) != place for name, place in places.items()):
+        raise UserError("--output, --model, --moments and --plan are for all stages; give them before the --.")
+
+
+def plan_file(args: argparse.Namespace, output: Path) -> Path:
+    """The plan that is obeyed: --plan, else the one that is made, beside the output."""
+    return args.plan or output.with_name(output.name + "-plan.json")
+
+
 def duration(seconds: float) -> str:
     """A length of time in words."""
     if seconds < 90:
@@ -183,11 +211,14 @@ def main(arguments: list[str] | None = None) -> None:
     backend = load_backend(args.backend)  # a misspelt one is told before anything is computed, and so is a bad plan
     decoder = Decoder.open(model_folder(args.model))
     if args.plan is None:
-        budget = byte_budget(decoder, checked_bits(args), args.size, args.whole_checkpoint)
+        budget = goal_of(args).budget(decoder).bytes
     else:
         budget = read_plan(args.plan, decoder, content_hash(decoder.folder), backend).bytes
     name = f"casp-{args.backend}-{8 * budget / decoder.original_weights():.3g}bit" + ("-ft" if args.ft_epochs else "")
     output = args.output or default_output(args.model, name)
+    if output.name in ("", ".."):  # said by dots alone
+        output = Path(os.path.abspath(output))
+    check(args, decoder.folder, output)
     todo = steps(args, decoder, output, budget)
     announce(todo, decoder, budget, args)
     if args.dry_run:

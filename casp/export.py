@@ -12,15 +12,16 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from casp.cli.places import base_model
 from casp.digest import companions
 from casp.errors import UserError
 from casp.files import write_atomically, write_json, write_shard
 from casp.folder import WorkFolder
 from casp.models import Decoder
+from casp.reading.compression import WEIGHTS_KEY
 from casp.reading.documents import read_json
 from casp.report import REPORT_FILE
 from casp.shards import INDEX
-from casp.stage import base_model
 
 _WRITTEN = {"config.json", INDEX, "README.md", REPORT_FILE}  # made here, or of no use there
 
@@ -79,6 +80,7 @@ def export_checkpoint(
     for file in copied:
         write_atomically(work.result / file.name, file.read_bytes())
     config = read_json(folder / "config.json", "the config")
+    config.pop(WEIGHTS_KEY, None)  # others read this one
     write_json(work.result / "config.json", {**config, "quantization_config": dict(quantization_config)})
     write_atomically(work.result / "README.md", card.encode())
     return work.close({*_WRITTEN, *weight_map.values(), *(file.name for file in copied)} - {REPORT_FILE})

@@ -32,6 +32,14 @@ def sync(folder: Path) -> None:
         os.close(handle)
 
 
+def make_folder(path: Path) -> None:
+    """Folder `path`, and those above it that are missing, such that their names survive a loss of power."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Put `data` at `path` such that `path` holds either what it held before or all of `data`."""
     scratch = temporary(path)

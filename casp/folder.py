@@ -24,7 +24,7 @@ from torch import Tensor
 
 from casp.digest import file_digest, hash_of, read_files, state
 from casp.errors import UserError, in_brief
-from casp.files import is_temporary, lock, publish, write_atomically, write_json
+from casp.files import is_temporary, lock, make_folder, publish, write_atomically, write_json
 from casp.models import Decoder
 from casp.outputs import RUN_FILE, VERSION, check_folder, read_record, refuse_inputs
 from casp.reading.header import read_header_with_metadata
@@ -123,7 +123,7 @@ class WorkFolder:
                 self._clear_up()
                 return True
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                make_folder(self.folder)
                 _refuse_foreign(self.folder)
                 self._lock = lock(self.folder / LOCK_FILE)
             except FileNotFoundError:

@@ -1,6 +1,6 @@
 """The two kinds of module that stand in for a decoder's `nn.Linear`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -69,6 +69,19 @@ class QuantizedLinear(nn.Module):
         self.format = dict(format)
         empty = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
+        """As of every module, for `model.bfloat16()` and the like; packed tensors keep the dtype of their format.
+
+        Rounding the float16 scales of a group to bfloat16 would cost 0.4% of every weight, without a word.
+        """
+        packed = {id(tensor) for tensor in self._buffers.values()}
+
+        def keep(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            return tensor.to(changed.device) if id(tensor) in packed and changed.dtype != tensor.dtype else changed
+
+        return super()._apply(keep, recurse)
 
     def dequantize(self) -> Tensor:
         """The dense (out_features, in_features) weight that the packed tensors stand for."""

@@ -184,6 +184,10 @@ class Decoder:
         """The decoder of the checkpoint in `folder`; UserError if it has none that CASP knows."""
         return cls(folder)
 
+    def holds(self, kind: type[nn.Module]) -> bool:
+        """Whether a linear of the blocks is a `kind`."""
+        return any(isinstance(module, kind) for block in self.block_list for module in block.modules())
+
     @property
     def shows_attention(self) -> bool:
         """Whether the attention of the blocks can be watched: older models of transformers compute their own."""

@@ -62,8 +62,7 @@ def _real(path: Path, flag: str) -> Path:
 def check_folder(output: Path, inputs: Iterable[Path] = (), flag: str = "--output") -> None:
     """UserError unless `output` is absent, an empty folder or the result of a run, and apart from `inputs`."""
     refuse_inputs(output, inputs, flag)
-    if not _real(output, flag).name:
-        raise UserError(f"{flag} {output} is the root of the file system; name a folder below it.")
+    _refuse_root(output, flag)
     try:
         if output.is_symlink():
             raise UserError(f"{flag} {output} is a symbolic link; give the folder that it stands for or another one.")
@@ -76,6 +75,11 @@ def check_folder(output: Path, inputs: Iterable[Path] = (), flag: str = "--outpu
         raise UserError(f"{flag} {_short(output)} cannot be read ({error.strerror}); choose another {flag}.") from error
     if not empty and read_record(output) is None:
         raise UserError(f"{output} holds other files; choose another {flag}.")
+
+
+def _refuse_root(folder: Path, flag: str) -> None:
+    if not _real(folder, flag).name:
+        raise UserError(f"{flag} {folder} is the root of the file system; name a folder below it.")
 
 
 def check_file(path: Path, shapes: Iterable[Collection[str]], inputs: Iterable[Path] = ()) -> None:
@@ -105,14 +109,20 @@ def check_report(folder: Path, names: Iterable[str], inputs: Iterable[Path], rec
     earlier report does. Other files in the folder stay. Folders of models and of runs take no report.
     """
     refuse_inputs(folder, inputs)
-    if (folder / "config.json").exists() or (folder / RUN_FILE).exists():
-        raise UserError(f"{folder} is the folder of a model or a run; choose another --output.")
+    _refuse_root(folder, "--output")
+    try:
+        if (folder / "config.json").exists() or (folder / RUN_FILE).exists():
+            raise UserError(f"{folder} is the folder of a model or a run; choose another --output.")
+        there = [name for name in names if (folder / name).exists() or (folder / name).is_symlink()]
+    except OSError as error:
+        raise UserError(
+            f"--output {_short(folder)} cannot be read ({error.strerror}); choose another --output."
+        ) from error
     try:
         rows = read_json(folder / record, "the report", list)
         ours = all(isinstance(row, dict) and columns <= row.keys() for row in rows)
     except UserError:
         ours = False
-    there = [name for name in names if (folder / name).exists() or (folder / name).is_symlink()]
     if there and not ours:
         raise UserError(f"{folder / there[0]} exists and is no report of this script; choose another --output.")
 

@@ -16,6 +16,7 @@ from casp.errors import UserError, told_as
 from casp.files import write_atomically, write_json, write_shard
 from casp.folder import WORK_PREFIX, WorkFolder
 from casp.models import Decoder
+from casp.reading.compression import INSTEAD_OF_WEIGHTS, WEIGHTS_KEY
 from casp.reading.documents import read_json
 from casp.reading.header import read_header
 from casp.report import REPORT_FILE, merge_reports
@@ -163,6 +164,7 @@ class RunFolder(WorkFolder):
         for file in copied:
             write_atomically(self.result / file.name, file.read_bytes())
         config = read_json(decoder.folder / "config.json", "the config")
+        config[WEIGHTS_KEY] = INSTEAD_OF_WEIGHTS
         config["quantization_config"] = {
             "quant_method": "casp",
             "version": 2 if decoder.splits else 1,

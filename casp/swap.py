@@ -1,13 +1,16 @@
 """Putting compressed modules in the place of a model's linears, as `quantization_config` describes them."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from casp.backend import load_backend
 from casp.errors import UserError, told_as
 from casp.linear import LowRankLinear, QuantizedLinear
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def in_model(model: nn.Module, path: str) -> str:
@@ -72,6 +75,24 @@ def describe_modules(model: nn.Module) -> dict[str, dict[str, Any]]:
         elif isinstance(module, QuantizedLinear):
             entries[path] = {"format": module.format}
     return entries
+
+
+@torch.no_grad()
+def to_dense(model: ModelT, dtype: torch.dtype) -> ModelT:
+    """`model` with a dense linear in `dtype` in the place of every compressed module, one at a time."""
+    for path in [path for path, module in model.named_modules() if isinstance(module, LowRankLinear | QuantizedLinear)]:
+        try:
+            old = model.get_submodule(path)
+        except AttributeError:
+            continue  # a factor of a low-rank linear that is dense already
+        weight = old.weight.to(dtype)
+        new = nn.Linear(old.in_features, old.out_features, old.bias is not None, device="meta")
+        new.weight = nn.Parameter(weight, requires_grad=False)
+        if old.bias is not None:
+            new.bias = nn.Parameter(old.bias.detach().to(dtype), requires_grad=False)
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, new)
+    return model
 
 
 def module_bytes(module: nn.Module) -> int:

@@ -3,11 +3,19 @@
 import argparse
 
 from casp.cli import Parser, add_common_arguments, run_main
+from casp.cli.quantizing import (
+    FineTuning,
+    add_quantizing_arguments,
+    add_tuning_arguments,
+    fine_tuning_of,
+    quantizing_of,
+)
+from casp.cli.stage import quantize_stage
 from casp.errors import UserError
 from casp.numbers import real, whole
-from casp.stage import FineTuning, add_quantizing_arguments, add_tuning_arguments, quantize_stage
 from casp_aqlm.backend import AQLM, OFFERED
 from casp_aqlm.export import check_exportable, export_aqlm, export_folder
+from casp_aqlm.options import Rounds
 from casp_aqlm.scheme import ENTRY_DTYPES, Scheme
 
 BLOCK_RATE, END_TO_END_RATE = 1e-3, 3e-4  # relative to a tensor's root mean square
@@ -59,12 +67,6 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def check_flags(args: argparse.Namespace) -> None:
-    """UserError for flags that do not go together."""
-    if args.export and (args.bits_budget is not None or args.target_bytes_of is not None):
-        raise UserError("--export writes one scheme for all layers; leave it or the byte budget out.")
-
-
 def label(scheme: Scheme, tuning: FineTuning) -> str:
     """What the output is filed under: aqlm-2x8g8, and what of it was fine-tuned."""
     parts = {"ft": tuning.block, "e2e": tuning.end_to_end}
@@ -74,21 +76,22 @@ def label(scheme: Scheme, tuning: FineTuning) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Quantize one model."""
     args = parser().parse_args(argv)
-    check_flags(args)
-    tuning = FineTuning.from_flags(args)
+    tuning = fine_tuning_of(args)
+    asked = quantizing_of(args, tuning)
+    if args.export and asked.has_budget:
+        raise UserError("--export writes one scheme for all layers; leave it or the byte budget out.")
     backend, scheme = AQLM(), Scheme.parse(args.scheme, args.entries)
     above = [Scheme.parse(text, args.entries) for text in OFFERED]
     ladder = [scheme.format, *(rung.format for rung in above if rung.bits > scheme.bits)]
-    search = {"damping": args.damping, "tolerance": args.tolerance, "max_rounds": args.max_rounds}
+    search = Rounds(args.damping, args.tolerance, args.max_rounds)
     output = quantize_stage(
-        args,
+        asked,
         backend,
         ladder,
         search,
         label(scheme, tuning),
         check_exportable if args.export else None,
-        tuning=tuning,
-        beside=export_folder if args.export else None,
+        export_folder if args.export else None,
     )
     if args.export:
         print(f"wrote {export_aqlm(output, export_folder(output))} for the package aqlm")

@@ -1,6 +1,8 @@
 """Loss against time of this room's search and of the published algorithm, on matrices of a model: a JSON file.
 
 `python -m casp_aqlm.compare_published --model demo-llama --moments DIR --output FILE.json`
+
+Time is the processor's, which other work on the machine hardly lengthens: on one thread, that of a quiet machine.
 """
 
 import argparse
@@ -57,8 +59,11 @@ def read(decoder: Decoder, moments: Moments, matrix: str, scheme: Scheme) -> tup
 
 def compare(weight: Tensor, hessian: Tensor, scheme: Scheme, seed: int, name: str, seconds: float) -> dict[str, Any]:
     """Both histories, [seconds, relative loss] each, and how long ours took to reach the other's last loss."""
-    ours = quantize_additive(weight, hessian, scheme, matrix_generator(seed, name), damping=1e-6, name=name)
-    theirs = published_aqlm(weight, hessian, scheme, matrix_generator(seed, name), seconds=seconds)
+    clock = time.process_time
+    ours = quantize_additive(
+        weight, hessian, scheme, matrix_generator(seed, name), damping=1e-6, clock=clock, name=name
+    )
+    theirs = published_aqlm(weight, hessian, scheme, matrix_generator(seed, name), seconds=seconds, clock=clock)
     took, loss = theirs.history[-1]
     reached = next((at for at, value in ours.history if value <= loss), None)
     return {

@@ -18,6 +18,15 @@ def _corners(matrix: Tensor, group: int) -> Tensor:
     return torch.stack([matrix[i : i + group, i : i + group] for i in range(0, len(matrix), group)])
 
 
+def order_of_activation(hessian: Tensor, group: int) -> Tensor:
+    """The groups of `hessian` (n, n) by what their inputs carry, the least first: (n / group,) int64.
+
+    Rounding goes from the last group to the first, so that the heaviest errors are made while most others can still
+    repair them (act-order in GPTQ). What is stored stays in the order of the columns: this costs nothing.
+    """
+    return hessian.diagonal().view(-1, group).sum(1).argsort(stable=True)
+
+
 @dataclass(frozen=True)
 class Factors:
     """What the search needs of a damped Hessian H (n, n), groups of g columns; all float32.

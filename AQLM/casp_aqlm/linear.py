@@ -1,4 +1,4 @@
-"""The linear layer that holds AQLM's codes, codebooks and scales; plain PyTorch, the reference for kernels."""
+"""The linear layer of codes, codebooks and scales; decoding in plain PyTorch is the reference for kernels."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from casp.kernels import has_operator, run, warn_of_plain_pytorch
 from casp.linear import QuantizedLinear
+from casp_aqlm.kernels import Layer
 from casp_aqlm.packing import unpack
 from casp_aqlm.scheme import Scheme
 
@@ -55,3 +57,14 @@ class AQLMLinear(QuantizedLinear):
         """The dense (out_features, in_features) weight, float32; differentiable in codebooks and scales."""
         points = decode(self.unpacked_codes(), self.codebooks.float())
         return points[:, : self.in_features] * self.scales.float()[:, None]
+
+    def kernel(self) -> Layer:
+        """What `casp.kernels` runs."""
+        return Layer(self.codes, self.codebooks, self.scales, self.scheme.code_bits, self.bias, self.dequantize)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., in_features) to (..., out_features) of x's dtype, differentiable in x, codebooks and scales."""
+        layer = self.kernel()
+        if not has_operator(layer.operator, x.device.type):
+            warn_of_plain_pytorch(x.device.type)
+        return run(layer, x)

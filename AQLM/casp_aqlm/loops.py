@@ -60,27 +60,38 @@ def nearest_pairs(targets, entries, norms, products, codes):
     """Codes of the sum of two entries nearest to each target (rows, g), exactly, into codes (rows, 2).
 
     entries (2, g, n), norms (2, n); products (n, n): twice the inner product of an entry of the first codebook and one
-    of the second.
+    of the second. Two targets at a time share what is read of `products`, which the first-level cache does not hold.
     """
-    size = norms.shape[1]
-    first, second, least = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
-    for row in range(targets.shape[0]):
-        _scores(targets[row], entries[0], norms[0], first)
-        _scores(targets[row], entries[1], norms[1], second)
+    rows, size = targets.shape[0], norms.shape[1]
+    first, second = np.empty((2, size), np.float32), np.empty((2, size), np.float32)
+    least = np.empty((2, size), np.float32)
+    for row in range(0, rows, 2):
+        other = min(row + 1, rows - 1)
+        for t, at in enumerate((row, other)):
+            _scores(targets[at], entries[0], norms[0], first[t])
+            _scores(targets[at], entries[1], norms[1], second[t])
         least[:] = np.float32(np.inf)
+        here, there = least[0], least[1]
         for i in range(0, size, 4):
-            p, q, r, s = first[i], first[i + 1], first[i + 2], first[i + 3]
+            p, q, r, s = first[0, i], first[0, i + 1], first[0, i + 2], first[0, i + 3]
+            t, u, v, o = first[1, i], first[1, i + 1], first[1, i + 2], first[1, i + 3]
             w, x, y, z = products[i], products[i + 1], products[i + 2], products[i + 3]
             for j in range(size):
                 a, b, c, d = p + w[j], q + x[j], r + y[j], s + z[j]
                 a = a if a < b else b
                 c = c if c < d else d
                 a = a if a < c else c
-                least[j] = a if a < least[j] else least[j]
-        for j in range(size):
-            least[j] += second[j]
-        chosen = _smallest_place(least)
-        for i in range(size):
-            first[i] += products[i, chosen]
-        codes[row, 0] = _smallest_place(first)
-        codes[row, 1] = chosen
+                here[j] = a if a < here[j] else here[j]
+                a, b, c, d = t + w[j], u + x[j], v + y[j], o + z[j]
+                a = a if a < b else b
+                c = c if c < d else d
+                a = a if a < c else c
+                there[j] = a if a < there[j] else there[j]
+        for t, at in enumerate((row, other)):
+            for j in range(size):
+                least[t, j] += second[t, j]
+            chosen = _smallest_place(least[t])
+            for i in range(size):
+                first[t, i] += products[i, chosen]
+            codes[at, 0] = _smallest_place(first[t])
+            codes[at, 1] = chosen

@@ -78,14 +78,15 @@ def published_aqlm(
     *,
     max_epochs: int = 1000,
     seconds: float = float("inf"),
+    clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[float, float], None] = lambda seconds, loss: None,
 ) -> Additive:
     """The published algorithm on `weight` (out, in) under `hessian` (in, in), both taken as float64.
 
-    It ends at its own criterion, after `max_epochs`, or at the end of the first epoch beyond `seconds`. progress is
-    called with the seconds so far and the relative loss after each step of the history.
+    It ends at its own criterion, after `max_epochs`, or at the end of the first epoch beyond `seconds` of `clock`.
+    progress is called with the seconds so far and the relative loss after each step of the history.
     """
-    began, weight, hessian = time.perf_counter(), weight.double(), hessian.double()
+    began, weight, hessian = clock(), weight.double(), hessian.double()
     energy = ((weight @ hessian) * weight).sum().item()
     scales = weight.norm(dim=1) + _EPSILON
     codebooks, codes = residual_k_means((weight / scales[:, None]).view(-1, scheme.group), scheme, generator)
@@ -100,14 +101,14 @@ def published_aqlm(
     def record() -> float:
         with torch.no_grad():
             found = loss().item() / energy
-        state.history.append((time.perf_counter() - began, found))
+        state.history.append((clock() - began, found))
         progress(*state.history[-1])
         return found
 
     best = float("inf")
     for _ in range(max_epochs):
         now = record()
-        if now > (1 - TOLERANCE) * best or time.perf_counter() - began > seconds:
+        if now > (1 - TOLERANCE) * best or clock() - began > seconds:
             break
         best = min(best, now)
         with torch.enable_grad():

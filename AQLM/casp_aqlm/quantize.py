@@ -6,6 +6,7 @@ codes are rounded with error feedback, so that the alternation starts about wher
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from casp.errors import UserError
 from casp_aqlm.codebooks import best_scales, first_codebooks, refit
 from casp_aqlm.codes import descend, round_with_feedback
-from casp_aqlm.factors import Factors, weighted_loss
+from casp_aqlm.factors import Factors, order_of_activation, weighted_loss
 from casp_aqlm.linear import decode
 from casp_aqlm.nearest import JOINT, Search
 from casp_aqlm.packing import pack
@@ -24,7 +25,6 @@ from casp_aqlm.scheme import ENTRY_DTYPES, Scheme
 log = logging.getLogger(__name__)
 
 _STEPS = 10  # of conjugate gradients in each refit of the codebooks
-_AGAIN = 2  # round after which the codes are rounded anew: by then the codebooks are far better than at first
 _EMPTY = 1e-8  # scale of a row of zeros: float16 holds it as the smallest positive number or 0
 
 
@@ -59,17 +59,21 @@ def quantize_additive(
     tolerance: float = 0.01,
     max_rounds: int = 12,
     search: Search = JOINT,
+    clock: Callable[[], float] = time.perf_counter,
     name: str = "weight",
 ) -> Additive:
     """Minimise `tr(E H E^T)`, E = weight - W^, over everything that `scheme` stores; rounded to what it stores.
 
     weight: (out, in) with in a multiple of the scheme's group; hessian: (in, in) = E[x x^T]; generator (CPU) draws the
     vectors that codebooks start from. damping: share of the mean diagonal added to H's. tolerance: the relative gain of
-    a round below which none follows; max_rounds: the most. name: the layer, for messages. Works in float32 on the
-    device of `weight`, factoring in float64.
+    a round below which none follows; max_rounds: the most. clock: of the history, in seconds. name: the layer, for
+    messages. Works in float32 on the device of `weight`, factoring in float64.
     """
-    began = time.perf_counter()
-    factors = Factors.of(hessian.to(weight.device, torch.float64), scheme.group, damping, name)
+    began = clock()
+    order = order_of_activation(hessian.to(weight.device), scheme.group)
+    columns = (order[:, None] * scheme.group + torch.arange(scheme.group, device=order.device)).flatten()
+    weight, hessian = weight[:, columns], hessian.to(weight.device, torch.float64)[columns][:, columns]
+    factors = Factors.of(hessian, scheme.group, damping, name)
     energy = weighted_loss(weight, factors.hessian).sum().item() or 1.0
     scales = weight.square().mean(1).sqrt().clamp_min(_EMPTY)
     target = weight / scales[:, None]
@@ -79,7 +83,7 @@ def quantize_additive(
 
     def record(what: str) -> float:
         loss = weighted_loss(weight - state.dequantize(), factors.hessian).sum().item() / energy
-        state.history.append((time.perf_counter() - began, loss))
+        state.history.append((clock() - began, loss))
         log.debug("%s: %s, %.2f s, relative loss %.6f", name, what, *state.history[-1])
         return loss
 
@@ -88,21 +92,14 @@ def quantize_additive(
         return weight / state.scales[:, None]
 
     before = record("first codes")
-    for number in range(1, max_rounds + 1):
+    for _ in range(max_rounds):
         row_weights = state.scales.square()
         state.codebooks = refit(target, state.codes, state.codebooks, row_weights, factors, _STEPS)
         target = fit_scales()
         record("codebooks and scales")
-        if number == _AGAIN:
-            anew = round_with_feedback(target, state.codebooks, factors, search)
-            found = descend(target, anew, state.codebooks, factors, search)
-            kept = descend(target, state.codes, state.codebooks, factors, search)
-            losses = [weighted_loss(target - decode(c, state.codebooks), factors.hessian) for c in (found, kept)]
-            state.codes = torch.where((losses[0] < losses[1])[:, None, None], found, kept)
-        else:
-            state.codes = descend(target, state.codes, state.codebooks, factors, search)
+        state.codes = descend(target, state.codes, state.codebooks, factors, search)
         after = record("codes")
-        if number > _AGAIN and after > (1 - tolerance) * before:
+        if after > (1 - tolerance) * before:
             break
         before = after
     row_weights = state.scales.square()
@@ -112,6 +109,7 @@ def quantize_additive(
     fit_scales()
     state.scales = state.scales.half().float()
     record("rounded to what is stored")
+    state.codes = state.codes[:, order.argsort()]
     return state
 
 

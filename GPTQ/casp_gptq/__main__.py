@@ -3,12 +3,14 @@
 import argparse
 
 from casp.cli import Parser, add_common_arguments, run_main
+from casp.cli.quantizing import Quantizing, add_quantizing_arguments, quantizing_of
+from casp.cli.stage import quantize_stage
 from casp.errors import UserError
 from casp.numbers import real, whole
-from casp.stage import add_quantizing_arguments, quantize_stage
 from casp_gptq.backend import GPTQ
 from casp_gptq.export import check_exportable, export_folder, export_gptq
 from casp_gptq.grid import BITS
+from casp_gptq.options import Search
 
 ON_THE_WAY = "none"  # token weights without moments collected before; others have not been measured with GPTQ
 
@@ -69,15 +71,15 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def check_flags(args: argparse.Namespace) -> None:
+def check_flags(bits: int, group_size: int, export: bool, asked: Quantizing) -> None:
     """UserError for flags that do not go together."""
-    overhead = (16 + args.bits) / args.group_size  # a float16 scale and a zero of as many bits as a code
-    if overhead > args.bits:
+    overhead = (16 + bits) / group_size  # a float16 scale and a zero of as many bits as a code
+    if overhead > bits:
         raise UserError(
-            f"--group-size {args.group_size} takes {args.bits + overhead:g} bits a weight with --bits {args.bits}, "
+            f"--group-size {group_size} takes {bits + overhead:g} bits a weight with --bits {bits}, "
             "more of them for scales and zeros than for codes; give larger groups."
         )
-    if args.export and (args.bits_budget is not None or args.target_bytes_of is not None):
+    if export and asked.has_budget:
         raise UserError("--export writes one bit width for all layers; leave it or the byte budget out.")
 
 
@@ -86,18 +88,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     backend = GPTQ()
     format = backend.format(args.bits, args.group_size)
-    check_flags(args)
+    asked = quantizing_of(args)
+    check_flags(args.bits, args.group_size, args.export is not None, asked)
     ladder = [{**format, "bits": bits} for bits in BITS if bits >= args.bits]
-    search = {
-        "symmetric": args.symmetric,
-        "act_order": args.act_order,
-        "damping": args.damping,
-        "clip_steps": args.clip_search,
-        "sweeps": args.sweeps,
-    }
+    search = Search(args.symmetric, args.act_order, args.damping, args.clip_search, args.sweeps)
     check, beside = (check_exportable, export_folder) if args.export else (None, None)
     label = f"gptq-{args.bits}bit"
-    output = quantize_stage(args, backend, ladder, search, label, check, beside=beside, on_the_way=ON_THE_WAY)
+    output = quantize_stage(asked, backend, ladder, search, label, check, beside, ON_THE_WAY)
     if args.export:
         print(f"wrote {export_gptq(output, export_folder(output), args.symmetric)} for gptqmodel")
 

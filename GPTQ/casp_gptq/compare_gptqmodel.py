@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from casp.backend import load_backend
 from casp.budget import uniform_plan
 from casp.capture import capture_inputs
-from casp.cli import Parser, add_common_arguments, model_folder, run_main, visual_of
-from casp.data import calibration_batches, fingerprint
+from casp.cli import Parser, add_common_arguments, calibration_of, model_folder, run_main
+from casp.data import fingerprint
 from casp.errors import UserError
 from casp.files import write_json
 from casp.models import Decoder
@@ -175,15 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     with tempfile.TemporaryDirectory() as scratch:
         folder = cut_model(source, args.blocks, Path(scratch) / "model")
-        batches = calibration_batches(
-            folder,
-            args.dataset,
-            args.samples,
-            args.sequence_length,
-            args.seed,
-            args.batch_size,
-            visual_of(args),
-        )
+        batches = calibration_of(args).batches(folder, args.seed)
         common = (folder, batches, args.bits, args.group_size, args.damping)
         result = {"matrix_by_matrix": compare_matrices(*common)}
         if args.whole_run:

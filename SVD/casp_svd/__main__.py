@@ -14,14 +14,15 @@ from torch import nn
 from casp.cli import (
     Parser,
     add_common_arguments,
+    base_model,
+    calibration_of,
+    compute_of,
     default_output,
     model_folder,
-    pick_device,
-    pick_dtype,
     run_main,
-    visual_of,
+    union,
 )
-from casp.data import calibration_batches, fingerprint, sources
+from casp.data import fingerprint
 from casp.errors import UserError
 from casp.linear import LowRankLinear
 from casp.lowrank import factor, rank_for
@@ -33,8 +34,8 @@ from casp.notes import warnings_of
 from casp.numbers import real
 from casp.run import RunFolder
 from casp.seed import matrix_generator
-from casp.stage import base_model
 from casp.walk import Visit
+from casp_svd.options import Factoring
 from casp_svd.statistics import Whitening, attention_moments, input_moments
 
 
@@ -132,9 +133,7 @@ def factored_share(decoder: Decoder, blocks: list[int]) -> float:
 def compress_block(
     visit: Visit,
     name: str,
-    whitening: str,
-    keep_ratio: float,
-    damping: float,
+    factoring: Factoring,
     bits: int,
     generator: torch.Generator,
     known: BlockMoments | None = None,
@@ -151,15 +150,15 @@ def compress_block(
     for role, linear in linears.items():
         if not isinstance(linear, nn.Linear):
             raise UserError(f"{name}.{visit.linears[role]} is compressed already; give the original checkpoint")
-        rank = rank_for(keep_ratio, linear.out_features, linear.in_features)
+        rank = rank_for(factoring.keep_ratio, linear.out_features, linear.in_features)
         if rank is not None:
             ranks[role] = rank
-    moments = gather_moments(visit, whitening, visit.linears, generator, known) if ranks else {}
+    moments = gather_moments(visit, factoring.whitening, visit.linears, generator, known) if ranks else {}
     report = {}
     for role, rank in ranks.items():
         path = visit.linears[role]
         with warnings_of("casp") as notes:
-            module, error = low_rank(linears[role], rank, moments.get(role), damping, f"{name}.{path}")
+            module, error = low_rank(linears[role], rank, moments.get(role), factoring.damping, f"{name}.{path}")
         parent, _, leaf = path.rpartition(".")
         setattr(visit.block.get_submodule(parent), leaf, module)
         kept = rank * (module.in_features + module.out_features) / (module.in_features * module.out_features)
@@ -175,9 +174,9 @@ def compress_block(
 def main(arguments: list[str] | None = None) -> None:
     """Run the stage: block by block, each fed what the compressed blocks before it produce."""
     args = parse(arguments)
-    device = pick_device(args.device)
+    factoring = Factoring(args.whitening, args.keep_ratio, args.damping)
+    calibration, compute = calibration_of(args), compute_of(args)
     decoder = Decoder.open(model_folder(args.model))
-    dtype = pick_dtype(args.dtype, device, decoder.dtype)
     decoder.require_share(args.allow_partial)
     factored = attention_blocks(decoder)
     share = factored_share(decoder, factored)
@@ -185,33 +184,22 @@ def main(arguments: list[str] | None = None) -> None:
         f"factoring W_q and W_k of {len(factored)} of {len(decoder.blocks)} blocks: {share:.1%} of the weights in the "
         "decoder's linears"
     )
-    needed = {"gradient": "gradient", "input": "none"}.get(args.whitening)
-    moments = find_moments(args, decoder, low_rank=False, weighting=needed)
-    if args.whitening == "gradient" and moments is None:
+    compute = compute.of(decoder.dtype)
+    needed = {"gradient": "gradient", "input": "none"}.get(factoring.whitening)
+    data = union(calibration.record(), compute.record())
+    moments = find_moments(args.moments, args.model, data, decoder, low_rank=False, weighting=needed)
+    if factoring.whitening == "gradient" and moments is None:
         raise UserError(f"--whitening gradient needs moments collected before; run {REMEDY}, or give --moments.")
     batches = None
-    if moments is None or args.whitening == "attention":
-        batches = calibration_batches(
-            decoder.folder,
-            args.dataset,
-            args.samples,
-            args.sequence_length,
-            args.seed,
-            args.batch_size,
-            visual_of(args),
-        )
-    settings = {
-        "whitening": args.whitening,
-        "keep_ratio": args.keep_ratio,
-        "damping": args.damping,
-        "share_of_weights": round(share, 4),
-        "dataset": args.dataset,
-        "samples": args.samples,
-        "sequence_length": args.sequence_length,
-        "dtype": str(dtype).removeprefix("torch."),
-        "seed": args.seed,
-        **({} if moments is None else {"moments": moments.identity(decoder)}),
-    }
+    if moments is None or factoring.whitening == "attention":
+        batches = calibration.batches(decoder.folder, compute.seed)
+    settings = union(
+        factoring.record(),
+        {"share_of_weights": round(share, 4)},
+        {} if batches is None else calibration.record(),
+        compute.record(),
+        {} if moments is None else {"moments": moments.identity(decoder)},
+    )
     output = args.output or default_output(args.model, "svd")
     run = RunFolder(
         output,
@@ -220,13 +208,13 @@ def main(arguments: list[str] | None = None) -> None:
         base_model(decoder.folder, args.model),
         settings,
         fingerprint(batches or []),
-        [*sources.files(args.dataset), *([] if moments is None else [moments.folder])],
+        [*calibration.files(), *([] if moments is None else [moments.folder])],
     )
     if run.done:
         print(f"{output} is finished already")
         return
-    few = density_batches(args.batch_size)
-    for visit in run.walk(batches, device, dtype):
+    few = density_batches(calibration.batch_size)
+    for visit in run.walk(batches, compute.device, compute.dtype):
         name = decoder.blocks[visit.index]
         known = None if moments is None else moments.read(visit.index)
         report = {
@@ -239,11 +227,9 @@ def main(arguments: list[str] | None = None) -> None:
         report["linears"] = compress_block(
             visit,
             name,
-            args.whitening,
-            args.keep_ratio,
-            args.damping,
+            factoring,
             8 * decoder.dtype.itemsize,
-            matrix_generator(args.seed, name),
+            matrix_generator(compute.seed, name),
             known,
         )
         run.save(visit, report)

@@ -20,8 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from casp.attention import AttentionCall
 from casp.capture import capture_inputs
-from casp.cli import Parser, add_common_arguments, model_folder, pick_device, run_main, visual_of
-from casp.data import calibration_batches
+from casp.cli import Parser, add_common_arguments, calibration_of, model_folder, pick_device, run_main
 from casp.data.sources import evaluation_text
 from casp.inputs import BatchInputs
 from casp.lowrank import factor, rank_for
@@ -147,15 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     device, dtype = pick_device(args.device), torch.float32
     decoder = Decoder.open(model_folder(args.model))
-    batches = calibration_batches(
-        decoder.folder,
-        args.dataset,
-        args.samples,
-        args.sequence_length,
-        args.seed,
-        args.batch_size,
-        visual_of(args),
-    )
+    batches = calibration_of(args).batches(decoder.folder, args.seed)
     weights: dict[str, dict[str, Tensor]] = {candidate: {} for candidate in CANDIDATES}
     for visit in walk(decoder, capture_inputs(decoder, batches, device, dtype), device, dtype):
         moments = gather(visit, decoder, args.seed)

@@ -203,6 +203,8 @@ def _turns(messages: Any, folder: Path, source: str) -> tuple[Turn, ...]:
             raise UserError(f"{source} has a message whose role is none of {', '.join(ROLES)}: correct or remove it")
         content = message.get("content")
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        if not parts:
+            raise UserError(f"{source} has a message that says nothing: add its content or remove it")
         turns.append(Turn(message["role"], tuple(_part(part, folder, source) for part in parts)))
     if not turns or turns[-1].role != "assistant" or not turns[-1].text() or turns[-1].pictures() or turns[-1].videos():
         raise UserError(f"{source} does not end with text of the assistant: add the answer or remove it")

@@ -105,7 +105,10 @@ TEST: dict[str, tuple[dict[str, Any], str, str, int | None]] = {
 def training_text(name: str, rng: random.Random) -> str | Iterator[str]:
     """The training split of a set: one text, or its documents in a random order."""
     hub = TRAINING[name]
-    parts = [_load(name, {**arguments, "split": "train"}) for arguments in hub.parts]
+    try:
+        parts = [_load({**arguments, "split": "train"}) for arguments in hub.parts]
+    except Exception as error:  # no connection, a renamed repository, a refused token, ...: each has its own class
+        raise _unreachable(name, error) from error
     if hub.separator is not None:
         return hub.separator.join(hub.text(row) for part in parts for row in part)
     seed = rng.randrange(2**31)
@@ -116,16 +119,19 @@ def training_text(name: str, rng: random.Random) -> str | Iterator[str]:
 def test_text(name: str) -> str:
     """The text that papers report perplexity on."""
     arguments, column, joint, documents = TEST[name]
-    return joint.join(_load(name, arguments)[column][:documents])
+    try:
+        return joint.join(_load(arguments)[column][:documents])
+    except Exception as error:
+        raise UserError(
+            f"the text '{name}' cannot be fetched from the hub ({in_brief(error)}): check the connection, or give a "
+            "local .txt or .jsonl file"
+        ) from error
 
 
-def _load(name: str, arguments: dict[str, Any]) -> Any:
+def _load(arguments: dict[str, Any]) -> Any:
     import datasets  # takes a second to import: only those who use the hub wait for it
 
-    try:
-        return datasets.load_dataset(**arguments)
-    except Exception as error:  # no connection, a renamed repository, a refused token, ...: each has its own class
-        raise _unreachable(name, error) from error
+    return datasets.load_dataset(**arguments)
 
 
 def _documents(dataset: str, parts: list[datasets.IterableDataset], rng: random.Random) -> Iterator[str]:

@@ -27,7 +27,7 @@ STANDS_FOR = {
     "demo-mixed": (REGISTERS, CHATS_AND_TEXT),
 }
 
-_PART = r"[^:,]+:\d+(?:\.\d+)?"
+_PART = r"[^:,]+:[0-9]{1,9}(?:\.[0-9]{1,9})?"
 _MIXTURE = re.compile(rf"{_PART}(?:,{_PART})*")
 
 

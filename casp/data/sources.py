@@ -50,7 +50,7 @@ def draw(dataset: str, samples: int, rng: random.Random, frames: int = Visual.fr
         return Drawn(read_prose(path), samples)
     if path.suffix != ".jsonl":
         names = ", ".join((*hub.TRAINING, *BUILT_IN))
-        raise UserError(f"there is no data set '{dataset}': use {names}, or a local .txt or .jsonl file")
+        raise UserError(f"there is no data set '{dataset[:80]}': use {names}, or a local .txt or .jsonl file")
     texts, chats = read_samples(path)
     rows = len(texts) + len(chats)
     parts = counts({"text": Fraction(len(texts), rows), "chats": Fraction(len(chats), rows)}, samples)

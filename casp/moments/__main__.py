@@ -5,14 +5,15 @@ import argparse
 from casp.cli import (
     Parser,
     add_common_arguments,
+    base_model,
+    calibration_of,
+    compute_of,
     default_output,
-    pick_device,
-    pick_dtype,
     run_main,
     stage_input,
-    visual_of,
+    union,
 )
-from casp.data import calibration_batches, fingerprint, sources
+from casp.data import fingerprint
 from casp.errors import UserError
 from casp.folder import WorkFolder
 from casp.linear import LowRankLinear, QuantizedLinear
@@ -20,7 +21,6 @@ from casp.models import Decoder
 from casp.moments.collect import collect
 from casp.moments.find import stage_name
 from casp.moments.weights import EXPLAINED, by_gradient, weighting_parts
-from casp.stage import base_model, calibration_record, holds
 
 
 def parser() -> argparse.ArgumentParser:
@@ -68,28 +68,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     weightings = wanted_weightings(args.token_weights, args.gradients)
     decoder = Decoder(stage_input(args.model, "svd", args.from_original))
-    if holds(decoder, QuantizedLinear):
+    if decoder.holds(QuantizedLinear):
         raise UserError(f"{decoder.folder} is already quantized; give the original model or the output of stage svd.")
     share = decoder.require_share(args.allow_partial)
-    stage = stage_name(holds(decoder, LowRankLinear))
+    stage = stage_name(decoder.holds(LowRankLinear))
     output = args.output or default_output(args.model, stage)
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device, decoder.dtype)
-    batches = calibration_batches(
-        decoder.folder,
-        args.dataset,
-        args.samples,
-        args.sequence_length,
-        args.seed,
-        args.batch_size,
-        visual_of(args),
-    )
-    settings = {
-        "token_weights": weightings,
-        "gradients": args.gradients,
-        "share_of_weights": round(share, 4),
-        **calibration_record(args, device, dtype),
-    }
+    calibration, compute = calibration_of(args), compute_of(args).of(decoder.dtype)
+    batches = calibration.batches(decoder.folder, compute.seed)
+    what = {"token_weights": weightings, "gradients": args.gradients, "share_of_weights": round(share, 4)}
+    settings = union(what, calibration.record(), compute.record())
     work = WorkFolder(
         output,
         decoder,
@@ -97,12 +84,12 @@ def main(argv: list[str] | None = None) -> None:
         base_model(decoder.folder, args.model),
         settings,
         fingerprint(batches),
-        sources.files(args.dataset),
+        calibration.files(),
     )
     if work.done:
         print(f"{output} is finished already with these settings")
         return
-    collect(decoder, work, batches, device, dtype, weightings, args.gradients)
+    collect(decoder, work, batches, compute.device, compute.dtype, weightings, args.gradients)
     stored = sum(file.stat().st_size for file in output.glob("*.safetensors"))
     print(f"wrote {output} {work.account()}: {stored / 1e6:.0f} MB")
 

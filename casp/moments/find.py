@@ -1,9 +1,11 @@
 """Which moments a stage uses: those that --moments names, those in runs/<model>/moments, or none."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from casp.cli import default_output
+from casp.cli.places import default_output
 from casp.digest import content_hash
 from casp.errors import UserError
 from casp.models import Decoder
@@ -52,20 +54,26 @@ def add_token_weights_argument(parser: argparse.ArgumentParser, on_the_way: str)
 
 
 def find_moments(
-    args: argparse.Namespace, decoder: Decoder, low_rank: bool, weighting: str | None = None
+    asked: Path | None,
+    model: str,
+    data: Mapping[str, Any],
+    decoder: Decoder,
+    low_rank: bool,
+    weighting: str | None = None,
 ) -> Moments | None:
-    """The moments of `decoder` that --moments names or that are filed under the model; None where there are none.
+    """The moments of `decoder` that --moments `asked` for or that are filed under `model`; None where there are none.
 
-    low_rank: whether the decoder has low-rank layers; weighting: token weights that must have been collected.
+    data: the record of the calibration data and the seed that filed moments must have been collected with; low_rank:
+    whether the decoder has low-rank layers; weighting: token weights that must have been collected.
     UserError where --moments names what does not fit; what is filed and does not fit is passed over, saying so.
     """
-    if args.moments == NO_MOMENTS:
+    if asked == NO_MOMENTS:
         return None
-    if args.moments is not None:
-        found = Moments(args.moments)
+    if asked is not None:
+        found = Moments(asked)
         found.check(content_hash(decoder.folder), decoder, weighting)
         return found
-    folder = default_output(args.model, stage_name(low_rank))
+    folder = default_output(model, stage_name(low_rank))
     if read_record(folder) is None:
         return None
     try:
@@ -75,7 +83,7 @@ def find_moments(
         print(f"not using {folder}: {error}")
         return None
     settings = found.fingerprint["settings"]
-    other = [name for name in _DATA if settings.get(name) != getattr(args, name)]
+    other = [name for name in _DATA if settings.get(name) != data[name]]
     if other:
         flags = ", ".join(f"--{name.replace('_', '-')} {settings.get(name)}" for name in other)
         print(f"not using {folder}, collected with {flags}; --moments {folder} takes it as it is")

@@ -18,13 +18,14 @@ from typing import Any
 
 from casp.backend import Backend
 from casp.errors import UserError, in_brief
-from casp.files import write_json
+from casp.files import make_folder, write_json
 from casp.models import Decoder
 from casp.plan.options import Option, option_bytes, stored_shapes
 from casp.reading.documents import read_json
 from casp.reading.files import is_there
 
 VERSION = 1
+SHAPE = {"linears", "predicted"}  # keys that a file is told as a plan by
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,7 @@ class Plan:
 
 
 def write_plan(file: Path, plan: Plan) -> None:
-    """`plan` as JSON, atomically."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """`plan` as JSON, atomically; UserError where `file` cannot be written."""
     linears = {
         path: {"rank": option.rank, "formats": list(option.formats), "bytes": option.bytes, "predicted": option.cost}
         for path, option in plan.linears.items()
@@ -78,7 +78,11 @@ def write_plan(file: Path, plan: Plan) -> None:
         "predicted": plan.predicted,
         "linears": linears,
     }
-    write_json(file, entry)
+    try:
+        make_folder(file.parent)
+        write_json(file, entry)
+    except OSError as error:
+        raise UserError(f"the plan cannot be written to {file} ({error.strerror}); choose another place.") from error
 
 
 def read_plan(file: Path, decoder: Decoder, model: str, backend: Backend) -> Plan:

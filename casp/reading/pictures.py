@@ -1,5 +1,6 @@
 """Pictures in local files, decoded only when their size is known to be reasonable."""
 
+import warnings
 from pathlib import Path
 
 from PIL import Image
@@ -16,9 +17,11 @@ def open_picture(path: str | Path, source: str = "") -> Image.Image:
     path = Path(path)
     what = f"{source}: the image {path}" if source else f"the image {path}"
     require_file(path, what.removesuffix(f" {path}"))
-    with told_as(f"{what} does not open", "give a PNG, JPEG or WebP file"), Image.open(path) as image:
-        _check_size(what, *image.size)
-        return image.convert("RGB")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower, and is told
+        with told_as(f"{what} does not open", "give a PNG, JPEG or WebP file"), Image.open(path) as image:
+            _check_size(what, *image.size)
+            return image.convert("RGB")
 
 
 def _check_size(what: str, width: int, height: int) -> None:

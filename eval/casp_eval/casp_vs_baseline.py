@@ -30,13 +30,14 @@ from casp.files import write_json
 from casp.models import Decoder
 from casp.numbers import real, whole
 from casp.numbers import seed as any_seed
+from casp.outputs import check_folder, check_report, refuse_inputs
 from casp.plan.file import shapes
 from casp.plan.options import chosen_formats
 from casp.reading.documents import read_json
 from casp_eval.compare import Evaluation, Figures, Subject
 from casp_eval.loading import is_multimodal
 from casp_eval.options import add_batch_argument, add_text_arguments
-from casp_eval.versus_report import write_report
+from casp_eval.versus_report import MEASURES, write_report
 
 ROUNDED_BITS = (2.05, 2.25, 2.5, 3.0)
 TUNED_BITS = 2.05
@@ -44,6 +45,7 @@ CASP, BASELINE = "optimal", "uniform"
 ABLATION = ("optimal", "optimal, full rank", "ranks", "paper", "paper, full rank", "paper-ranks")
 """Ranks and bits, bits only, ranks only, and the paper's version of each."""
 
+COLUMNS = {"model", "backend", "codebook", "allocation", "tuned", "casp", "bits", "bpw", "seed", *MEASURES}
 SAMPLES = {"demo-llama": 32, "demo-llava": 192}
 
 
@@ -145,6 +147,7 @@ class Workshop:
     def checkpoint(self, setting: Setting) -> Path:
         """The quantized model."""
         folder = self.folder / setting.name()
+        check_folder(folder, flag="--work")  # it is removed afterwards
         if not folder.exists():
             package = package_of(setting.backend)
             flags: list[object] = ["--model", setting.model, *self._data(setting), "--plan", self.plan(setting)]
@@ -204,6 +207,14 @@ def row(setting: Setting, folder: Path, examiner: Examiner) -> dict[str, Any]:
     }
 
 
+def kept_row(file: Path) -> dict[str, Any]:
+    """A row that was measured before; UserError where `file` holds none."""
+    found = read_json(file, "the row", remedy="remove it to measure it again")
+    if not found.keys() >= COLUMNS:
+        raise UserError(f"{file} holds no row of this report; remove it to measure it again.")
+    return found
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="casp_vs_baseline.sh",
@@ -213,8 +224,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--work", type=Path, default=Path("runs/casp_vs_baseline"), help="moments, prices, plans (default: %(default)s)"
     )
-    parser.add_argument("--models", nargs="+", default=list(NAMES), help="built-in models (default: all)")
-    parser.add_argument("--backends", nargs="+", default=backend_names(), help="quantizers (default: all installed)")
+    parser.add_argument(
+        "--models", nargs="+", choices=NAMES, default=list(NAMES), help="built-in models (default: all)"
+    )
+    parser.add_argument(
+        "--backends", nargs="+", choices=backend_names(), default=backend_names(), help="quantizers (default: all)"
+    )
     parser.add_argument(
         "--bits",
         type=real(0, 16),
@@ -251,7 +266,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure what is missing, then write the report over all rows."""
     args = build_parser().parse_args(arguments)
     rows_folder = args.output / "rows"
-    rows_folder.mkdir(parents=True, exist_ok=True)
+    check_report(args.output, ("report.json", "report.md"), [], "report.json", COLUMNS)
+    refuse_inputs(args.work, [], "--work")
+    for folder, flag in ((rows_folder, "--output"), (args.work, "--work")):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{flag} {str(folder)[:120]!r} cannot be made ({error}); choose another folder.") from error
     workshop, examiner = Workshop(args.work, args), Examiner(args.output, args)
     rows = []
     for setting in dict.fromkeys(settings(args)):
@@ -265,7 +286,7 @@ def main(arguments: list[str] | None = None) -> None:
             write_json(file, row(setting, folder, examiner))
             if not args.keep:
                 shutil.rmtree(folder)
-        rows.append(read_json(file, "the row"))
+        rows.append(kept_row(file))
         write_report(args.output, rows)
     print((args.output / "report.md").read_text())
 

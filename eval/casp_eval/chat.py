@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     if image is not None:
         require_images(folder, open_config(folder))
     checkpoint = open_checkpoint(options.model, options.device, options.dtype)
-    if options.question:
+    if options.question is not None:
         asked = iter([options.question])
     else:
         asked = _lines()

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from casp.checkpoint import size
-from casp.cli import Parser, add_device_arguments, model_folder, model_name, pick_device, pick_dtype, run_main
+from casp.cli import Parser, add_device_arguments, compute_named, model_folder, model_name, run_main
 from casp.data import sources
 from casp.data.chats import Chat, chats_fingerprint
 from casp.digest import file_digest
@@ -106,12 +106,12 @@ class Evaluation:
         self.config = open_config(subject.folder)
         refuse_foreign(subject.folder, self.config)
         self.opened: Checkpoint | None = None
-        device = pick_device(options.device)
+        compute = compute_named(options.device, options.dtype).of(self.config.dtype or torch.float32)
         self.key = {
             "protocol": PROTOCOL,
             "checkpoint": content_fingerprint(subject.folder),
-            "device": device.type,
-            "dtype": str(pick_dtype(options.dtype, device, self.config.dtype or torch.float32)),
+            "device": compute.device.type,
+            "dtype": str(compute.dtype),
         }
 
     def checkpoint(self) -> Checkpoint:

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import logging
 
 import casp  # noqa: F401  (registers the quantization method "casp" with transformers)
-from casp.cli import model_folder, pick_device, pick_dtype
+from casp.cli import compute_named, model_folder
 from casp.data.chats import Turn, messages
 from casp.errors import UserError, in_brief, told_as
 from casp.models import check_weights
@@ -139,8 +139,7 @@ def open_checkpoint(model: str, device: str, dtype: str) -> Checkpoint:
     """
     folder = model_folder(model)
     config = open_config(folder)
-    place = pick_device(device)
-    number = pick_dtype(dtype, place, config.dtype or torch.float32)
+    compute = compute_named(device, dtype).of(config.dtype or torch.float32)
     _check_stored(folder, config)
     multimodal = is_multimodal(config)
     processor = open_processor(folder) if multimodal else None
@@ -151,7 +150,7 @@ def open_checkpoint(model: str, device: str, dtype: str) -> Checkpoint:
     options = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
     try:
         with _quiet_transformers():
-            loaded, info = auto.from_pretrained(folder, dtype=number, output_loading_info=True, **options)
+            loaded, info = auto.from_pretrained(folder, dtype=compute.dtype, output_loading_info=True, **options)
     except ImportError as error:
         method = quantization_of(config).get("quant_method", config.model_type)
         raise UserError(
@@ -172,9 +171,9 @@ def open_checkpoint(model: str, device: str, dtype: str) -> Checkpoint:
             raise UserError(f"{name} in {folder} holds NaN or infinity: {remedy}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked out wherever it stands
-    loaded = loaded.to(place).eval()
+    loaded = loaded.to(compute.device).eval()
     loaded.generation_config = _greedy(loaded.generation_config, tokenizer)
-    return Checkpoint(folder, config, loaded, tokenizer, processor, place)
+    return Checkpoint(folder, config, loaded, tokenizer, processor, compute.device)
 
 
 def _check_stored(folder: Path, config: Any) -> None:

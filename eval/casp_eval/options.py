@@ -9,7 +9,7 @@ from typing import Any
 
 from casp.demo import NAMES
 from casp.errors import UserError
-from casp.files import write_atomically
+from casp.files import make_folder, write_atomically
 from casp.numbers import seed, whole
 from casp.outputs import check_file
 
@@ -77,7 +77,7 @@ def write_figure(figure: dict[str, Any], output: Path | None) -> None:
         print(text)
         return
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(output.parent)
         write_atomically(output, (text + "\n").encode())
     except OSError as error:
         raise UserError(f"{output} cannot be written ({error.strerror}): choose another --output") from error

@@ -18,8 +18,7 @@ from tqdm import tqdm
 
 from casp.backend import Backend, load_backend, rounded
 from casp.capture import capture_inputs
-from casp.cli import Parser, add_common_arguments, model_folder, pick_device, pick_dtype, run_main, visual_of
-from casp.data import calibration_batches
+from casp.cli import Parser, add_common_arguments, calibration_of, compute_of, model_folder, run_main
 from casp.factors import quantized_factors
 from casp.files import write_json
 from casp.head import head_logits
@@ -86,17 +85,16 @@ def stored(
     weight: Tensor,
     moments: LinearMoments,
     backend: Backend,
-    args: argparse.Namespace,
+    weighting: str,
+    seed: int,
 ) -> Tensor:
-    """`weight` as the option stores it, dense."""
-    hessian = moments.hessian(args.token_weights)
+    """`weight` as the option stores it, dense, rounded under the moment with these weights of the tokens."""
+    hessian = moments.hessian(weighting)
     if option.rank is None:
-        generator = matrix_generator(args.seed, linear.path)
+        generator = matrix_generator(seed, linear.path)
         return rounded(backend, weight, hessian, option.formats[0], generator, linear.path, {})[1]
     gradients = moments.gradient_moment
-    made = quantized_factors(
-        weight, hessian, gradients, option.rank, option.formats, backend, args.seed, linear.path, {}
-    )
+    made = quantized_factors(weight, hessian, gradients, option.rank, option.formats, backend, seed, linear.path, {})
     return made.dense().float()
 
 
@@ -121,21 +119,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Draw, change, measure, put back."""
     args = parser().parse_args(arguments)
     decoder = Decoder.open(model_folder(args.model))
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device, decoder.dtype)
-    batches = calibration_batches(
-        decoder.folder,
-        args.dataset,
-        args.samples,
-        args.sequence_length,
-        args.seed,
-        args.batch_size,
-        visual_of(args),
-    )
+    compute = compute_of(args).of(decoder.dtype)
+    batches = calibration_of(args).batches(decoder.folder, compute.seed)
     linears, moments = read_costs(args.costs, len(decoder.blocks)), Moments(args.moments)
     backend = load_backend(args.backend)
-    original = Original(decoder, batches, device, dtype)
-    drawn = random.Random(args.seed)
+    original = Original(decoder, batches, compute.device, compute.dtype)
+    drawn = random.Random(compute.seed)
     roles = sorted({linear.role for linear in linears})
     rows = []
     for number in tqdm(range(args.draws), desc="measured", dynamic_ncols=True):
@@ -145,7 +134,8 @@ def main(arguments: list[str] | None = None) -> None:
         path = linear.path.removeprefix(decoder.blocks[linear.block] + ".")
         module = decoder.block(linear.block).get_submodule(path)
         before = module.weight.data
-        new = stored(linear, option, before.float(), moments.read(linear.block)[path], backend, args)
+        known = moments.read(linear.block)[path]
+        new = stored(linear, option, before.float(), known, backend, args.token_weights, compute.seed)
         module.weight.data = new.to(before)
         rows.append(
             {

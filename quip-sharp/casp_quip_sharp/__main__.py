@@ -4,10 +4,18 @@ import argparse
 
 from casp.backend import Format
 from casp.cli import Parser, add_common_arguments, run_main
+from casp.cli.quantizing import (
+    FineTuning,
+    add_quantizing_arguments,
+    add_tuning_arguments,
+    fine_tuning_of,
+    quantizing_of,
+)
+from casp.cli.stage import quantize_stage
 from casp.numbers import real, whole
-from casp.stage import FineTuning, add_quantizing_arguments, add_tuning_arguments, quantize_stage
 from casp_quip_sharp.backend import QuipSharp
 from casp_quip_sharp.codebook import FAMILIES, codebook_of, rates
+from casp_quip_sharp.options import Search
 
 BLOCK_RATE, END_TO_END_RATE = 1e-3, 3e-4  # relative to a tensor's root mean square
 
@@ -76,7 +84,7 @@ def label(format: Format, tuning: FineTuning) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Quantize one model."""
     args = parser().parse_args(argv)
-    tuning = FineTuning.from_flags(args)
+    tuning = fine_tuning_of(args)
     backend = QuipSharp()
     backend.format(args.bits, False, args.codebook, args.trellis_states)
     ladder = [
@@ -85,8 +93,8 @@ def main(argv: list[str] | None = None) -> None:
         if bits >= args.bits
     ]
     sweeps = codebook_of(ladder[0]).effort.sweeps if args.sweeps is None else args.sweeps
-    search = {"damping": args.damping, "search_scale": args.scale_search, "sweeps": sweeps}
-    quantize_stage(args, backend, ladder, search, label(ladder[0], tuning), tuning=tuning)
+    search = Search(args.damping, args.scale_search, sweeps)
+    quantize_stage(quantizing_of(args, tuning), backend, ladder, search, label(ladder[0], tuning))
 
 
 if __name__ == "__main__":

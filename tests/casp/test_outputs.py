@@ -197,6 +197,10 @@ def test_a_report_goes_neither_into_a_model_nor_over_other_files(tmp_path, tiny_
         check_report(tmp_path, names, [], "report.json", {"model"})
     (tmp_path / "report.json").write_text('[{"model": "m"}]')
     check_report(tmp_path, names, [], "report.json", {"model"})
+    with pytest.raises(UserError, match="root of the file system"):
+        check_report(tmp_path.parents[-1], names, [], "report.json", {"model"})
+    with pytest.raises(UserError, match="cannot be read"):
+        check_report(tmp_path / ("x" * 300), names, [], "report.json", {"model"})
 
 
 def test_the_hessians_are_an_input_too(tiny_llama, tmp_path):

@@ -15,6 +15,7 @@ import torch
 import casp.files
 from casp.backend import load_backend
 from casp.budget import uniform_plan
+from casp.cli import base_model
 from casp.errors import UserError
 from casp.files import write_shard
 from casp.folder import LOG_FILE, WORK_PREFIX
@@ -22,7 +23,6 @@ from casp.models import Decoder
 from casp.quantize import Method, quantize_blocks
 from casp.report import REPORT_FILE, merge_reports, read_report
 from casp.run import RunFolder
-from casp.stage import base_model
 
 CPU = torch.device("cpu")
 BATCHES = [{"input_ids": torch.arange(4, 36).reshape(2, 16)}]

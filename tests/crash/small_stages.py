@@ -1,9 +1,14 @@
 """The stages as their users call them, small, each writing `ROOT/out`; and what becomes of a run that died."""
 
 import importlib.util
+import os
 import shutil
+import subprocess
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -87,6 +92,20 @@ def plan(model: Path, text: Path, root: Path) -> None:
     main([*flags, *budget, "--costs", str(root / "costs"), "--output", str(root / "out" / "plan.json")])
 
 
+def compress(model: Path, text: Path, root: Path) -> None:
+    """All stages of the whole job, in this process one after the other instead of each in its own."""
+    from casp import compress as door
+
+    def run(command: list[str]) -> subprocess.CompletedProcess:
+        importlib.import_module(f"{command[2]}.__main__").main(command[3:])
+        return subprocess.CompletedProcess(command, 0)
+
+    budget = ["--backend", "gptq", "--format", "group_size=32", "--bits", "4"]
+    places = ["--moments", str(root / "moments"), "--costs", str(root / "costs")]
+    with mock.patch.object(door, "subprocess", SimpleNamespace(run=run)):
+        door.main(_flags(model, text, root, *budget, *places, "--", "--clip-search", "0", "--sweeps", "0"))
+
+
 STAGES: dict[str, Stage] = {
     "SVD": svd,
     "moments": moments,
@@ -96,7 +115,15 @@ STAGES: dict[str, Stage] = {
     "QuIP#, tuned end to end": quip_end_to_end,
     "AQLM": aqlm,
     "plan": plan,
+    "compress": compress,
 }
+
+
+def run_quietly(name: str, model: Path, text: Path, root: Path) -> None:
+    """Run a stage in a process that is started for it alone and may be killed."""
+    os.setsid()
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        STAGES[name](model, text, root)
 
 
 def contents(root: Path) -> dict[str, bytes | None]:

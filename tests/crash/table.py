@@ -27,19 +27,24 @@ def row(name: str, scratch: Path) -> tuple[str, list[str]]:
         with recorded(root, scratch / "states") as run:
             stage(model, text, root)
         cut = torn(run.states, scratch / "cut")
-        outcomes = [(state, rerun(stage, model, text, root, state, expected)) for state in [*run.states, *cut]]
+        unsure = run.unsure()
+        states = [*run.states, *cut, *run.dark]
+        outcomes = [(state, rerun(stage, model, text, root, state, expected)) for state in states]
     counts = Counter(outcome.partition(":")[0] for _, outcome in outcomes)
     kinds = ("same bytes", "other bytes", "lost", "refused")
     labels = dict(zip(run.states, run.labels, strict=True))
     bad = [f"{labels.get(s, s.name)}: {outcome}" for s, outcome in outcomes if outcome != "same bytes"]
-    cells = [name, run.operations, len(run.states), len(cut), *(counts[kind] for kind in kinds)]
+    bad += [f"{path} is not synced at the end" for path in unsure]
+    cells = [name, run.operations, len(run.states), len(cut), len(run.dark), *(counts[kind] for kind in kinds)]
     return f"| {' | '.join(map(str, cells))} |", bad
 
 
 def main() -> None:
     """Print the table, then every state that is not continued to the same bytes."""
-    print("| stage | file operations | states | half-written besides | same bytes | other bytes | lost | refused |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
+    print(
+        "| stage | file operations | states | half-written | power lost | same bytes | other bytes | lost | refused |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     wrong = []
     for name in sys.argv[1:] or STAGES:
         with tempfile.TemporaryDirectory() as scratch:

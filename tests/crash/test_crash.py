@@ -1,14 +1,14 @@
 """A run that dies at any file operation is continued to the same bytes; so it is beside a second process."""
 
+import multiprocessing
+import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from disk_states import recorded, torn
-from small_stages import STAGES, contents, rerun, tiny_inputs
+from small_stages import STAGES, contents, rerun, run_quietly, tiny_inputs
 
 from casp.errors import UserError
 from casp.folder import WorkFolder
@@ -69,7 +69,8 @@ def every_state(name, inputs, tmp_path, monkeypatch, last_only):
         assert part.lstrip("f").rstrip("d").strip("b") == "", order
     assert order.count("b") > 10
     assert order.endswith("d")
-    states = [*run.states, *torn(run.states, tmp_path / "cut")]
+    assert run.unsure() == []
+    states = [*run.states, *torn(run.states, tmp_path / "cut"), *run.dark]
     if last_only:
         states = [state for state in states if list(state.rglob("*-00001-of-*.safetensors"))] or states
     assert len(states) > 10
@@ -88,26 +89,40 @@ def test_a_death_at_any_file_operation_costs_nothing(name, inputs, tmp_path, mon
     every_state(name, inputs, tmp_path, monkeypatch, last_only=False)
 
 
+@pytest.fixture(scope="module")
+def forks():
+    """Processes forked from one that has imported everything, and has computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
+        context.set_forkserver_preload(["all_stages"])
+        yield context
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
-def test_kill_9_at_random_moments(name, inputs, tmp_path):
-    """In processes of their own: the third of three runs that are killed is continued, at most six times."""
+def test_kill_9_at_random_moments(name, inputs, tmp_path, forks):
+    """In processes of their own: a run that was killed a dozen times, and resumed each time, is continued."""
     whole, root = tmp_path / "whole", tmp_path / "root"
+    finish(forks, name, *inputs, whole)
     began = time.monotonic()
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); from pathlib import Path; from small_stages import STAGES; "
-    code += "STAGES[sys.argv[1]](*map(Path, sys.argv[2:5]))"
-    command = [sys.executable, "-c", code, name, *map(str, inputs)]
-    subprocess.run([*command, str(whole)], check=True, capture_output=True)
+    finish(forks, name, *inputs, tmp_path / "timed")
     took = time.monotonic() - began
     chance, killed = random.Random(name), 0
-    for _ in range(6):
-        child = subprocess.Popen([*command, str(root)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + took
-        while not root.exists() and child.poll() is None and time.monotonic() < deadline + took:
-            time.sleep(0.001)  # start-up is most of the time, and nothing is at stake in it
-        time.sleep(chance.random() * took / 8)
-        killed += child.poll() is None
+    for _ in range(12):
+        child = forks.Process(target=run_quietly, args=(name, *inputs, root))
+        child.start()
+        child.join(chance.random() * took / 4)  # the work goes on from one to the next: a quarter is far enough
+        killed += child.is_alive()
         child.kill()  # nothing where it has ended already
-        child.wait()
-    subprocess.run([*command, str(root)], check=True, capture_output=True)
+        child.join()
+    assert killed > 0
+    finish(forks, name, *inputs, root)
     assert contents(root) == contents(whole)
+
+
+def finish(forks, name, model, text, root):
+    child = forks.Process(target=run_quietly, args=(name, model, text, root))
+    child.start()
+    child.join()
+    assert child.exitcode == 0

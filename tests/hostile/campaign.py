@@ -1,8 +1,8 @@
 """The long campaign: `python tests/hostile/campaign.py --random 1000 --output FILE.md` counts outcomes by class.
 
-Every case runs a command line in a process of its own, forked from one that has imported everything, with a limit of
-time, and is judged from outside: exit status, what it printed, its peak memory, what became of its input, and whether
-what it wrote is finite.
+Every case runs a command line in a process of its own, forked from one that has imported everything (`--fresh`: started
+anew, as a user's is), with a limit of time, and is judged from outside: exit status, what it printed, its peak memory,
+what became of its input, and whether what it wrote is finite.
 """
 
 import argparse
@@ -11,49 +11,29 @@ import importlib
 import importlib.util
 import json
 import os
-import resource
+import random
 import shutil
 import signal
 import sys
-import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
+import processes
+
 for name, value in {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}.items():
     os.environ.setdefault(name, value)
 
 HERE = Path(__file__).resolve().parent
-SECONDS, WAITING = 10, 60  # of its own time, which a busy machine does not stretch, and altogether
 MOST_BYTES = 10**9
 CLASSES = ("clean", "accepted", "unclear", "silent", "traceback", "crash", "hang", "memory", "damage", "executed")
 """clean: one sentence and status 2; accepted: status 0 where that is right; unclear: status 2 with more or less than
 one sentence; silent: status 0 where it had to refuse, or numbers that are not finite in what it wrote; crash: ended by
 a signal; memory: more than 1 GB above the process at rest; damage: its input changed; executed: the input's code ran.
 """
-MODULES = {
-    "svd": "casp_svd.__main__",
-    "gptq": "casp_gptq.__main__",
-    "quip": "casp_quip_sharp.__main__",
-    "tuned": "casp_quip_sharp.__main__",
-    "given": "casp_quip_sharp.__main__",
-    "moments": "casp.moments.__main__",
-    "aqlm": "casp_aqlm.__main__",
-    "plan": "casp.plan.__main__",
-    "priced": "casp.plan.__main__",
-    "compress": "casp.compress",
-    "obey": "casp_gptq.__main__",
-    "obey quip": "casp_quip_sharp.__main__",
-    "pictures": "casp_gptq.__main__",
-    "perplexity": "casp_eval.perplexity",
-    "questions": "casp_eval.questions",
-    "chat": "casp_eval.chat",
-    "compare": "casp_eval.compare",
-    "speed": "casp_eval.speed",
-}
 
 
 def neighbour(name: str, path: Path) -> ModuleType:
@@ -75,84 +55,24 @@ class Result:
     case: object
     outcome: str
     said: str
-    seconds: float
 
 
-def load_folder(folder: Path) -> None:
-    """The command "load": from_pretrained, the door of our checkpoints outside of our own command lines."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        logits = model(torch.arange(4, 36)[None]).logits
-    except Exception as error:  # any error is a refusal here
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
-    if not torch.isfinite(logits).all():
-        print("the logits are not finite", file=sys.stderr)
-        raise SystemExit(3)
-
-
-def run_command(command: str, arguments: list[str]) -> None:
-    """Run a command line in this process; ends it."""
-    from casp.cli import run_main
-
-    if command == "load":
-        load_folder(Path(arguments[0]))
-        raise SystemExit(0)
-    main = importlib.import_module(MODULES[command]).main
-    sys.argv = [command, *arguments]
-    run_main(main)
-
-
-def in_child(command: str, arguments: list[str], scratch: Path, stdin: bytes) -> tuple[int | None, int]:
-    """Run a command line in a fork; its wait status (None: it ran out of time) and peak bytes."""
-    (scratch / "stdin").write_bytes(stdin)
-    child = os.fork()
-    if child == 0:
-        os.setsid()
-        os.chdir(scratch)
-        for number, (name, flags) in enumerate(
-            (("stdin", os.O_RDONLY), ("stdout", os.O_WRONLY | os.O_CREAT), ("stderr", os.O_WRONLY | os.O_CREAT))
-        ):
-            os.dup2(os.open(name, flags, 0o600), number)
-        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115 - for this process's life
-        used = int(time.process_time()) + 1
-        resource.setrlimit(resource.RLIMIT_CPU, (used + SECONDS, used + SECONDS))
-        resource.setrlimit(resource.RLIMIT_AS, (24 * 10**9, 24 * 10**9))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10**9, 10**9))
-        os.environ["CASP_HOSTILE_MARK"] = str(scratch / "executed")
-        status = 1
-        try:
-            run_command(command, arguments)
-        except SystemExit as ended:
-            status = ended.code if isinstance(ended.code, int) else 1
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
-            os._exit(status)
-    deadline = time.monotonic() + WAITING
-    while True:
-        done, status, usage = os.wait4(child, os.WNOHANG)
-        if done:
-            return status, usage.ru_maxrss * 1024
-        if time.monotonic() > deadline:
-            os.killpg(child, signal.SIGKILL)
-            os.wait4(child, 0)
-            return None, 0
-        time.sleep(0.01)
-
-
-def digest(folder: Path) -> str:
-    """Over the names and contents of the regular files of a folder."""
-    found = hashlib.sha256()
+def holdings(folder: Path) -> dict[str, str]:
+    """Names and hashes of the regular files in a folder, and the names of folders in it."""
+    found = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.stat().st_size < 10**8 and not path.is_symlink():
-            found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
-    return found.hexdigest()
+        name = str(path.relative_to(folder))
+        if path.is_dir() and not path.is_symlink():
+            found[name + "/"] = ""
+        elif path.is_file() and path.stat().st_size < 10**8 and not path.is_symlink():
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def damaged(before: dict[str, str], after: dict[str, str]) -> bool:
+    """Whether anything that was there is no longer what it was, or the folder `model` holds more than it did."""
+    more = after.keys() - before.keys()
+    return not before.items() <= after.items() or any(name.startswith("model/") for name in more)
 
 
 def holds_only_finite(folder: Path) -> bool:
@@ -242,10 +162,10 @@ def filled(flags: Iterable[str], model: Path, scratch: Path, bases: Path) -> lis
 class Campaign:
     """Small good inputs under `scratch`, and cases run on copies of them."""
 
-    def __init__(self, scratch: Path) -> None:
-        self.scratch = scratch
+    def __init__(self, scratch: Path, fresh: bool = False) -> None:
+        self.scratch, self.fresh = scratch, fresh
         self.bases = scratch / "bases"
-        for module in {*MODULES.values(), "casp.data.sources", "transformers"}:
+        for module in {*processes.MODULES.values(), "casp.data.sources", "transformers"}:
             importlib.import_module(module)
         import torch
 
@@ -258,7 +178,7 @@ class Campaign:
         _, self.at_rest = self._run(calm, scratch / "calm")
 
     def _run_or_fail(self, command: str, arguments: list[str]) -> None:
-        status, _ = in_child(command, arguments, self.scratch, b"")
+        status, _ = processes.in_child(command, arguments, self.scratch, b"")
         if status != 0:
             raise RuntimeError((self.scratch / "stderr").read_text())
 
@@ -275,26 +195,26 @@ class Campaign:
         model = scratch / "model"
         shutil.copytree(self.bases / case.base, model)
         case.damage(model)
-        before = digest(model)
+        before = holdings(scratch)
         arguments = filled(arguments_of(case), model, scratch, self.bases)
-        status, peak = in_child(case.command, arguments, scratch, case.stdin)
-        return judge(case, status, peak, self.at_rest, scratch, digest(model) != before), peak
+        status, peak = processes.in_child(case.command, arguments, scratch, case.stdin, self.fresh)
+        return judge(case, status, peak, self.at_rest, scratch, damaged(before, holdings(scratch))), peak
 
     def run(self, case: object) -> Result:
         """Run one case and judge it."""
         scratch = self.scratch / "case"
-        began = time.monotonic()
         (outcome, said), _ = self._run(case, scratch)
         if outcome == "hang":  # or this machine stood still: what hangs, hangs again
             (outcome, said), _ = self._run(case, scratch)
         shutil.rmtree(scratch, ignore_errors=True)
-        return Result(case, outcome, said, time.monotonic() - began)
+        return Result(case, outcome, said)
 
 
 def markdown(results: list[Result]) -> str:
     """Outcomes by group, as a table."""
     counts = Counter((result.case.group, result.outcome) for result in results)
-    groups = list(dict.fromkeys(result.case.group for result in results))
+    met = {group for group, _ in counts}
+    groups = [group for group in [*dict.fromkeys(case.group for case in cases.table()), "random"] if group in met]
     lines = [f"| class of input | cases | {' | '.join(CLASSES)} |", "|---|---:|" + "---:|" * len(CLASSES)]
     for group in [*groups, None]:
         row = [sum(n for (g, o), n in counts.items() if o == name and group in (g, None)) for name in CLASSES]
@@ -303,28 +223,53 @@ def markdown(results: list[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def named(found: Iterable[object]) -> dict[str, object]:
+    """Cases by a name that is each's alone."""
+    names: Counter = Counter()
+    result = {}
+    for case in found:
+        name = f"{case.group} [{case.command}] {case.name}"
+        names[name] += 1
+        result[f"{name} #{names[name]}" if names[name] > 1 else name] = case
+    return result
+
+
+def recorded(file: Path, wanted: dict[str, object]) -> dict[str, Result]:
+    """What earlier runs have written to `file` of the cases that are wanted now."""
+    lines = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
+    return {name: Result(wanted[name], *rest) for name, *rest in lines if name in wanted}
+
+
 def main() -> None:
     """Run the tables and as many random cases as asked for; print counts, write them and what was wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scratch", type=Path, required=True, help="folder for copies; kept bases are used again")
     parser.add_argument("--random", type=int, default=0, help="random cases besides the tables, a count")
-    parser.add_argument("--seed", type=int, default=0, help="of the random cases")
-    parser.add_argument("--groups", nargs="*", help="only these classes of the tables")
-    parser.add_argument("--every", type=int, default=1, help="only each so-manieth case of the tables")
-    parser.add_argument("--output", type=Path, help="file for the table of counts")
+    parser.add_argument("--seed", type=int, default=0, help="of the random cases and the order")
+    parser.add_argument("--groups", nargs="*", help="only these classes")
+    parser.add_argument("--part", default="1/1", help="1/3: the first third of the cases, for several processes")
+    parser.add_argument("--fresh", action="store_true", help="each case in a process that imports everything itself")
+    parser.add_argument("--record", type=Path, help="file for what became of each case, which is then not run again")
+    parser.add_argument("--output", type=Path, help="file for the table of counts, of all that is in the record")
     args = parser.parse_args()
-    campaign = Campaign(args.scratch.resolve())
-    wanted = [case for case in cases.table() if not args.groups or case.group in args.groups][:: args.every]
-    wanted += cases.random_cases(args.random, args.seed)
-    results = []
-    for case in wanted:
-        results.append(campaign.run(case))
-        if args.output:
-            args.output.write_text(markdown(results))
-        last = results[-1]
-        if last.outcome not in ("clean", "accepted"):
-            print(f"{last.outcome:9} {case.group} [{case.command}] {case.name}: {last.said[:200]}", flush=True)
-    print(markdown(results))
+    part, parts = map(int, args.part.split("/"))
+    wanted = named([*cases.table(), *cases.random_cases(args.random, args.seed)])
+    wanted = {name: case for name, case in wanted.items() if not args.groups or case.group in args.groups}
+    order = random.Random(args.seed).sample(sorted(wanted), len(wanted))  # what was run when it is stopped is a sample
+    record = args.record or args.scratch / "record.jsonl"
+    todo = [name for name in order[part - 1 :: parts] if name not in recorded(record, wanted)]
+    campaign = Campaign(args.scratch.resolve(), args.fresh) if todo else None
+    for name in todo:
+        result = campaign.run(wanted[name])
+        with record.open("a") as file:
+            file.write(json.dumps([name, result.outcome, result.said[:300]]) + "\n")
+    results = recorded(record, wanted)
+    for name, result in results.items():
+        if result.outcome not in ("clean", "accepted"):
+            print(f"{result.outcome:9} {name}: {result.said[:200]}", flush=True)
+    if args.output:
+        args.output.write_text(markdown(list(results.values())))
+    print(markdown(list(results.values())))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
+import output_cases
 import plan_cases
 
 Damage = Callable[[Path], None]
@@ -45,6 +46,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "chat": ("--model", "{model}", "--max-new-tokens", "2"),
     "compare": ("{model}", "--text", "{text}", "--windows", "2", "--sequence-length", "32", "--output", "{dir}/out"),
     "speed": ("--output", "{dir}/out", "--repeats", "1", "--shapes", "512x512", "--batches", "1", "--bits", "2"),
+    "versus": ("--output", "{dir}/out", "--work", "{dir}/work", "--models", "{model}", "--device", "cpu"),
 }
 """Command -> its flags; of a flag given twice the last counts. {model} is the copy that was damaged."""
 
@@ -675,6 +677,26 @@ def png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
+SHARES = (
+    "{text}:nan",
+    "{text}:inf",
+    "{text}:1e308",
+    "{text}:0",
+    "{text}:-1",
+    "{text}:1,,{text}:1",
+    "{text}:1,nowhere.txt:1",
+    "{text}:1,thesis:1",
+    "{text}:1," + ",".join(["thesis:1"] * 5000),
+    "{text}:" + "9" * 5000,
+    "{text}:0." + "0" * 5000,
+    "{text}:1/0",
+    ":1",
+    "{text}:",
+    "demo-images:1,{text}:1",
+)
+"""Mixtures of data that are none, or not for a text model."""
+
+
 def data_cases() -> Iterator[Case]:
     """Calibration and evaluation data: texts, rows and pictures."""
     texts = {
@@ -694,6 +716,9 @@ def data_cases() -> Iterator[Case]:
             refuse = label not in ("zeros", "one letter", "emoji", "special tokens")
             flags = ("--dataset", "{model}/hostile.txt")
             yield Case("data", f"text: {label}", command, "llama", written("hostile.txt", data), flags, refuse)
+    for shares in SHARES:
+        for command in ("gptq", "moments"):
+            yield Case("data", f"{command} of {shares[:40]}", command, "llama", nothing, ("--dataset", shares))
     good = {"image": "0.png", "question": "What?", "answer": "a cat"}
     rows: dict[str, bytes] = {label: data for label, data in OTHER_JSON.items() if label != "wide"}
     for key in good:
@@ -701,6 +726,14 @@ def data_cases() -> Iterator[Case]:
             rows[f"{key}={label}"] = json.dumps(good | {key: BAD_VALUES[label]}).encode()
         rows[f"no {key}"] = json.dumps({k: v for k, v in good.items() if k != key}).encode()
         rows[f"{key} blank"] = json.dumps(good | {key: "  "}).encode()
+    for label, value in BAD_VALUES.items():
+        rows[f"messages={label}"] = json.dumps({"messages": value}).encode()
+        for key in ("role", "content"):
+            said = [{"role": "user", "content": "What?"} | {key: value}, {"role": "assistant", "content": "a cat"}]
+            rows[f"{key} of a message={label}"] = json.dumps({"messages": said}).encode()
+        parts = [{"type": "text", "text": "What?"}, {"type": value, "image": "0.png"}]
+        said = [{"role": "user", "content": parts}, {"role": "assistant", "content": "a cat"}]
+        rows[f"kind of a part={label}"] = json.dumps({"messages": said}).encode()
     for image in (
         "nowhere.png",
         "/dev/zero",
@@ -722,8 +755,9 @@ def data_cases() -> Iterator[Case]:
                 os.mkfifo(folder / "fifo")
 
             flags = ("--dataset", "{model}/hostile.jsonl")
-            refuse = label not in ("question=text", "answer=text", "question blank")
-            if command == "questions" and label.startswith("answer="):
+            fine = ("question=text", "answer=text", "question blank", "content of a message=text")
+            refuse = label not in fine
+            if label.startswith("answer="):  # a whole number is an answer
                 refuse = label not in (
                     "answer=text",
                     "answer=zero",
@@ -838,8 +872,9 @@ def hessian_cases() -> Iterator[Case]:
 
 
 def other_cases() -> Iterator[Case]:
-    """Plans, reports, budgets: `tests/hostile/plan_cases.py`."""
-    for factory in (plan_cases.plan_cases, plan_cases.report_cases, plan_cases.budget_cases):
+    """Plans, reports, budgets; outputs and switches: in the modules beside this one."""
+    plans = (plan_cases.plan_cases, plan_cases.report_cases, plan_cases.budget_cases)
+    for factory in (*plans, output_cases.output_cases, output_cases.switch_cases):
         yield from factory(Case, sys.modules[__name__])
 
 

@@ -25,7 +25,7 @@ def _campaign():
 campaign = _campaign()
 cases = campaign.cases
 REFUSED = [case for case in cases.table() if case.refuse]
-EVERY = 4
+EVERY = 5
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +34,7 @@ def bases(tmp_path_factory) -> Path:
 
     def run(command, arguments):
         with pytest.raises(SystemExit) as ended:
-            campaign.run_command(command, arguments)
+            campaign.processes.run_command(command, arguments)
         assert ended.value.code == 0
 
     folder = tmp_path_factory.mktemp("hostile") / "bases"
@@ -47,27 +47,29 @@ def in_time():
     """An alarm: what hangs fails."""
 
     def ring(number, frame):
-        raise TimeoutError(f"still running after {campaign.WAITING} s")
+        raise TimeoutError(f"still running after {campaign.processes.WAITING} s")
 
     before, began = signal.signal(signal.SIGALRM, ring), time.process_time()
-    signal.alarm(campaign.WAITING)
+    signal.alarm(campaign.processes.WAITING)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
-    assert time.process_time() - began < campaign.SECONDS
+    assert time.process_time() - began < campaign.processes.SECONDS
 
 
 @pytest.mark.parametrize("case", REFUSED[::EVERY], ids=lambda case: f"{case.group}-{case.command}-{case.name[:60]}")
 def test_refused_in_one_sentence(case, bases, tmp_path, in_time, capsys, monkeypatch):
     model = Path(shutil.copytree(bases / case.base, tmp_path / "model"))
     case.damage(model)
-    before = campaign.digest(model)
+    before = campaign.holdings(tmp_path)
     monkeypatch.setenv("CASP_HOSTILE_MARK", str(tmp_path / "executed"))
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(case.stdin)))
     monkeypatch.chdir(tmp_path)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(SystemExit) as ended:
-        campaign.run_command(case.command, campaign.filled(campaign.arguments_of(case), model, tmp_path, bases))
+        campaign.processes.run_command(
+            case.command, campaign.filled(campaign.arguments_of(case), model, tmp_path, bases)
+        )
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak)
     said = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()
     assert ended.value.code == 2, said
@@ -76,7 +78,7 @@ def test_refused_in_one_sentence(case, bases, tmp_path, in_time, capsys, monkeyp
     assert not any("Traceback" in line for line in said)
     assert grown < campaign.MOST_BYTES
     assert not (tmp_path / "executed").exists()
-    assert campaign.digest(model) == before
+    assert not campaign.damaged(before, campaign.holdings(tmp_path))
 
 
 def test_there_are_at_least_300():

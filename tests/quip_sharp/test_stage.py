@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 import casp.tuning
 from casp.budget import original_bytes
 from casp.checkpoint import resident_bytes, size
+from casp.cli.quantizing import FineTuning
 from casp.errors import UserError
 from casp.models import Decoder
 from casp.moments import __main__ as moments
 from casp.moments.find import COLLECTED, ON_THE_WAY
-from casp.stage import FineTuning
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu_aqlm.h"
 #include "cpu_e8p.h"
 #include "cpu_gptq.h"
 #include "cpu_layer.h"
@@ -66,6 +67,13 @@ Tensor gptq_layer(const Tensor& x, const Tensor& words, const Tensor& zeros, con
                   int64_t group_size, const Maybe& bias, bool half, std::string isa) {
   TORCH_CHECK_VALUE(x.dim() >= 1, "x ends in the inputs");
   return plain_layer(GPTQProduct(words, zeros, scales, x.size(-1), bits, group_size, set_named(isa)), x, bias, half);
+}
+
+Tensor aqlm_layer(const Tensor& x, const Tensor& codes, const Tensor& codebooks, const Tensor& scales, int64_t bits,
+                  const Maybe& bias, bool half, std::string isa) {
+  TORCH_CHECK_VALUE(x.dim() >= 1, "x ends in the inputs");
+  set_named(isa); // one loop for all of them
+  return plain_layer(AQLMProduct(codes, codebooks, scales, x.size(-1), bits), x, bias, half);
 }
 
 Tensor transform(const Tensor& x, at::TensorList factors, int64_t power, std::string isa) {
@@ -129,6 +137,9 @@ TORCH_LIBRARY(quiptools, library) {
   library.def(
       "gptq_layer(Tensor x, Tensor words, Tensor zeros, Tensor scales, int bits, int group_size, Tensor? bias, "
       "bool half=False, str isa='') -> Tensor");
+  library.def(
+      "aqlm_layer(Tensor x, Tensor codes, Tensor codebooks, Tensor scales, int bits, Tensor? bias, bool half=False, "
+      "str isa='') -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(quiptools, CPU, library) {
@@ -141,6 +152,7 @@ TORCH_LIBRARY_IMPL(quiptools, CPU, library) {
   library.impl("trellis_product", trellis_product);
   library.impl("trellis_layer", trellis_layer);
   library.impl("gptq_layer", gptq_layer);
+  library.impl("aqlm_layer", aqlm_layer);
 }
 
 } // namespace quiptools

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 import casp
 from casp.checkpoint import size
 from casp.compress import main as compress
+from casp.errors import UserError
 from casp.models import Decoder
 from casp.moments.__main__ import main as collect
 from casp.plan.__main__ import main as plan
@@ -192,6 +193,34 @@ def test_compress_announces_and_does_the_whole_job(tiny_llava, tmp_path, capfd):
     compress(flags)
     assert capfd.readouterr().out.count("done already") == 3
     AutoModelForImageTextToText.from_pretrained(output)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--output", "{model}/out"], "lies inside"),
+        (["--output", "{dir}/foreign"], "holds other files"),
+        (["--output", "{dir}/planned"], "holds no figures"),
+        (["--output", "/"], "root of the file system"),
+        (["--output", "{dir}/out", "--moments", "{model}/moments"], "lies inside"),
+        (["--output", "{dir}/out", "--", "--no-such-flag"], "--no-such-flag"),
+        (["--output", "{dir}/out", "--", "--sweeps", "nan"], "--sweeps"),
+        (["--output", "{dir}/out", "--", "--output", "{dir}/other"], "before the --"),
+    ],
+)
+def test_compress_refuses_before_the_first_stage_what_the_last_one_would(
+    tiny_llama, tmp_path, monkeypatch, capfd, flags, words
+):
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("a stage was started"))
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/notes.txt").write_text("mine")
+    (tmp_path / "planned-plan.json").write_text('{"mine": 1}')
+    given = [flag.replace("{model}", str(tiny_llama)).replace("{dir}", str(tmp_path)) for flag in flags]
+    moments = [] if "--moments" in given else ["--moments", str(tmp_path / "moments")]
+    with pytest.raises((UserError, SystemExit)) as refused:
+        compress(["--model", str(tiny_llama), "--backend", "gptq", "--bits", "3.5", *moments, *given])
+    assert words in f"{refused.value} {capfd.readouterr().err}"
+    assert not (tmp_path / "out").exists()
 
 
 def test_compress_evaluates_if_asked(tiny_llama, texts, moments, planned, tmp_path, capfd):

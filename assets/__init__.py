@@ -1,0 +1,1 @@
+"""The built-in models' data as a package, so that a wheel carries it; see README.md."""

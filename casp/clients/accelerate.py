@@ -1,0 +1,18 @@
+"""accelerate's way to load: an empty model first, then the checkpoint into it, dispatched over devices."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from casp.reading.compression import check_compression
+from casp.swap import describe_modules, swap_modules
+
+
+def prepare(model: nn.Module, compression: Mapping[str, Any]) -> None:
+    """Give an empty `model` the modules that `compression`, its quantization_config, lists; twice is once."""
+    check_compression(compression)
+    present = describe_modules(model)
+    missing = {path: entry for path, entry in compression["modules"].items() if present.get(path) != entry}
+    if missing:
+        swap_modules(model, {**compression, "modules": missing})

@@ -1,0 +1,118 @@
+"""Tables of hostile outputs and switches: where a result must not go, and what no run can be asked for.
+
+`tests/hostile/cases.py` says what a case is; this is its part about places that are written and about the commands
+that run other commands.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+FOLDERS = ("svd", "gptq", "quip", "aqlm", "moments", "obey", "compress", "compare", "speed", "versus")
+FILES = ("plan", "perplexity", "questions")
+PLACES = {
+    "the model": "{model}",
+    "the model by dots": "{model}/../model",
+    "a folder in the model": "{model}/out",
+    "the config": "{model}/config.json",
+    "below a file": "{model}/config.json/out",
+    "a folder of others": "{model}/../foreign",
+    "a file of others": "{model}/../foreign/figures.json",
+    "a link": "{model}/../link",
+    "a link in a circle": "{model}/../circle",
+    "a pipe": "{model}/../pipe",
+    "the root": "/",
+    "a device": "/dev/null",
+    "no writable place": "/proc/out",
+    "long name": "x" * 300,
+    "long path": "/" + "x/" * 3000 + "x",
+    "null byte": "a\0b",
+    "empty": "",
+    "the present folder": ".",
+}
+REPORTS = ("compare", "speed")  # which add theirs to a folder and leave the rest
+ADDING = ("a folder of others", "the present folder", "empty")
+NOT_OF_SPEED = (*ADDING, "the root")  # where it would be measured for nothing
+SWITCHES = ("--models", "--backends", "--bits", "--seeds", "--samples", "--questions", "--epochs", "--work")
+TYPED = {"nothing": b"", "no text": b"\xff\xfe\n", "zeros": bytes(5000), "a long line": b"a" * 10**6}
+ASKED = ("", " ", "\udcff", "x" * 100_000)
+OF_SPEED = (
+    ("--codebooks", "thesis"),
+    ("--codebooks", ""),
+    ("--generate", "nan"),
+    ("--generate", "0"),
+    ("--ggml", "/nowhere"),
+    ("--ggml", "{text}"),
+    ("--ggml", "{model}/../pipe"),
+    ("--device", "thesis"),
+)
+OF_COMPRESS = (("--", "--no-such-flag"), ("--", "--bits", "nan"), ("--", "--output", "{model}"), ("--ft-epochs", "1"))
+
+
+def foreign(folder: Path) -> None:
+    """Puts things beside the model that are nobody's but the user's."""
+    (folder.parent / "foreign").mkdir()
+    (folder.parent / "foreign/figures.json").write_text('{"mine": 1}')
+    (folder.parent / "foreign/notes.txt").write_text("not to be lost")
+    (folder.parent / "link").symlink_to(folder)
+    (folder.parent / "circle").symlink_to("circle")
+    os.mkfifo(folder.parent / "pipe")
+
+
+def output_cases(make: Callable[..., Any], tables: Any) -> Iterator[Any]:
+    """Outputs that are inputs, that others made, or that nothing can be written to; make: `cases.Case`."""
+    for command in (*FOLDERS, *FILES):
+        base = {"obey": "plan", "questions": "llava"}.get(command, "llama")
+        for label, place in PLACES.items():
+            if command == "speed" and ("{model}" in place or label in NOT_OF_SPEED):
+                continue  # it reads no model
+            if command == "obey" and place.startswith("{model}/") and ".." not in place:
+                continue  # there the plan lies, beside which anything may be written
+            # What a command that only announces would not find writable, its stages tell.
+            fine = (command in REPORTS and label in ADDING) or (command == "compress" and label == "no writable place")
+            name = f"{command} into {label}"
+            yield make("outputs", name, command, base, foreign, ("--output", place), refuse=not fine)
+    for command in ("gptq", "obey", "plan"):
+        for flag in ("--moments", "--costs") if command == "plan" else ("--moments",):
+            base = "plan" if command == "obey" else "llama"
+            flags = (flag, "{moments}", "--output", "{moments}/out.json")
+            yield make("outputs", f"{command} into its {flag}", command, base, foreign, flags)
+    for command in ("gptq", "svd", "moments", "plan", "compress"):
+        for name in ("out",) if command == "plan" else ("out.partial", "out"):  # a plan is a file
+            yield make("outputs", f"{command} beside a foreign {name}", command, "llama", beside(name))
+
+
+def beside(name: str) -> Callable[[Path], None]:
+    """A folder `name` of others where a run wants to work."""
+
+    def damage(folder: Path) -> None:
+        place = folder.parent / name
+        place.mkdir()
+        (place / "notes.txt").write_text("not to be lost")
+        (place / "config.json").write_text("{}")
+
+    return damage
+
+
+def switch_cases(make: Callable[..., Any], tables: Any) -> Iterator[Any]:
+    """What the commands that run others, and those that converse, are asked for."""
+
+    def switch(command: str, flags: tuple[str, ...], refuse: bool = True, **more: Any) -> Any:
+        name = f"{command} {' '.join(flags)[:50]!r}"
+        return make("switches", name, command, "llama", foreign, flags, refuse, **more)
+
+    for flag in SWITCHES:
+        for value in (*tables.NUMBERS, "../x", "x" * 300, "a\0b"):
+            # What is right about that flag is refused for the model.
+            yield switch("versus", (f"{flag}={value}", *(() if flag == "--models" else ("--models", "nowhere"))))
+    for value in tables.NUMBERS:
+        yield switch("chat", (f"--max-new-tokens={value}",), value not in ("1_0",))
+    for label, typed in TYPED.items():
+        yield make("switches", f"chat is told {label}", "chat", "llama", foreign, (), False, typed)
+    for value in ASKED:
+        yield switch("chat", ("--question", value), False)
+    for flags in OF_SPEED:
+        yield switch("speed", flags)
+    for flags in OF_COMPRESS:
+        yield switch("compress", flags)
