@@ -61,10 +61,10 @@ def add_common_arguments(parser: argparse.ArgumentParser, default_model: str, ca
         parser.add_argument(
             "--dataset",
             default="demo",
-            help="calibration data: rp, c4, wikitext2, ptb (hub), a .txt file, a .jsonl file with text or image "
-            "or video, question and answer or messages, a built-in set (demo = demo-images for a model of images and text, "
-            "demo-speeches for one of text; demo-registers, demo-mixed, ...: see the README), or several by shares, as "
-            "in demo-images:4,demo-registers:1 (default: %(default)s)",
+            help="calibration data: rp, c4, wikitext2, ptb (hub), a .txt file, a .jsonl file of texts and of pictures "
+            "or a video, question and answer or messages, a built-in set (demo = demo-images for a model of images and "
+            "text, demo-speeches for one of text; demo-registers, demo-mixed, ...: see the README), or several by "
+            "shares, as in demo-images:4,demo-registers:1 (default: %(default)s)",
         )
 
 

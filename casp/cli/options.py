@@ -8,7 +8,7 @@ setting cannot be used and left out of it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,7 +34,7 @@ class Calibration:
     samples: int = 128
     sequence_length: int = 512
     batch_size: int = 8
-    visual: Visual = Visual()
+    visual: Visual = field(default_factory=Visual)
 
     def batches(self, folder: Path, seed: int) -> list[dict[str, Tensor]]:
         """The batches for the checkpoint in `folder`, see `calibration_batches`."""

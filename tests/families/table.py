@@ -12,24 +12,26 @@ HEAD = """# Families of models
 
 Each row is a tiny random checkpoint of a family, driven through every stage by
 [tests/families/test_families.py](../tests/families/test_families.py): low-rank W_q and W_k; moments with gradients;
-GPTQ from these moments; QuIP# with one epoch of both fine-tunings on the outcome of the SVD stage. After each stage that
-writes a checkpoint, `from_pretrained` gives the logits of the compressed decoder and generates the same tokens with and
-without a cache, on the inputs named. "share": how much of the weights in the decoder's blocks is in linears, which are
-compressed; below 90% a stage refuses unless `--allow-partial` is given.
+GPTQ from these moments; QuIP# with one epoch of both fine-tunings on the outcome of the SVD stage. After each stage
+that writes a checkpoint, `from_pretrained` gives the logits of the compressed decoder and generates the same tokens
+with and without a cache, on the inputs named. "share": how much of the weights in the decoder's blocks is in linears,
+which are compressed; below 90% a stage refuses unless `--allow-partial` is given.
 
 Made by `CASP_FAMILIES=FOUND.jsonl bash tests/run.sh --slow tests/families` and `python tests/families/table.py
 FOUND.jsonl`.
 """
 FOOT = """
-Before a run computes anything it compares, on its first batch, the first block of every kind with what the model itself
-does there; a difference is an error that names the block. So a family that is not in this table either works or says so.
+Before a run computes anything it compares, on its first batch, the first block of every kind with what the model
+itself does there; a difference is an error that names the block. So a family that is not in this table either works or
+says so.
 
-- *Experts* (3-D tensors in transformers, however the checkpoint stores them) become linears of their own, and so do the
-  rows of fused `qkv_proj` and `query_key_value`; a fused `gate_up_proj` is compressed as one matrix. An expert that fewer
-  calibration tokens reach than it has columns is topped up by what all experts of its layer saw; a warning says how many.
+- *Experts* (3-D tensors in transformers, however the checkpoint stores them) become linears of their own, and so do
+  the rows of fused `qkv_proj` and `query_key_value`; a fused `gate_up_proj` is compressed as one matrix. An expert
+  that fewer calibration tokens reach than it has columns is topped up by what all experts of its layer saw; a warning
+  says how many.
 - *Blocks without attention* (linear attention, Mamba) keep full rank in the SVD stage and are quantized like others.
-- *Models with an attention of their own* (Falcon, BLOOM) cannot be watched: their tokens count alike, and no density is
-  measured.
+- *Models with an attention of their own* (Falcon, BLOOM) cannot be watched: their tokens count alike, and no density
+  is measured.
 - *Cross-attention* (Mllama) needs a picture in every calibration sample; text alone is refused.
 - InternVL and SmolVLM give frames of a video to the language model as pictures; they count as such.
 """
