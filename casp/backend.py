@@ -40,7 +40,11 @@ class Backend(Protocol):
 
         quantize_group(matrices: Sequence[Matrix], hessian: Tensor, **settings) -> Iterator[dict[str, Tensor]]
 
-    whose n-th outcome is what `quantize` returns for the n-th matrix; of a group of one, to the byte.
+    whose n-th outcome is what `quantize` returns for the n-th matrix; of a group of one, to the byte. One whose errors
+    are to each other as the distortions of its formats, where these are small, may say them, so that a plan need not
+    try each of them:
+
+        distortion(format: Format) -> float, the mean squared error on N(0, 1) at the best scale
     """
 
     name: str

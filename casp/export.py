@@ -12,6 +12,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from casp.card import front_matter, inherited
 from casp.cli.places import base_model
 from casp.digest import companions
 from casp.errors import UserError
@@ -56,12 +57,19 @@ def uniform_format(modules: Mapping[str, Mapping[str, Any]], kind: str) -> dict[
 
 
 def export_checkpoint(
-    folder: Path, output: Path, kind: str, rewrite: Rewrite, quantization_config: Mapping[str, Any], card: str
+    folder: Path,
+    output: Path,
+    kind: str,
+    rewrite: Rewrite,
+    quantization_config: Mapping[str, Any],
+    card: str,
+    beside: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
     """Write the CASP checkpoint `folder` as a plain one of `kind` to `output`, complete or not at all.
 
     The same export again is left as it is; UserError when `output` holds anything else. rewrite: of each shard;
-    quantization_config: of the plain checkpoint; card: the README.md.
+    quantization_config: of the plain checkpoint; card: the README.md below its head; beside: more files of
+    JSON, by name.
     """
     decoder = Decoder.open(folder)
     settings = {"quantization": dict(quantization_config)}
@@ -82,5 +90,10 @@ def export_checkpoint(
     config = read_json(folder / "config.json", "the config")
     config.pop(WEIGHTS_KEY, None)  # others read this one
     write_json(work.result / "config.json", {**config, "quantization_config": dict(quantization_config)})
-    write_atomically(work.result / "README.md", card.encode())
-    return work.close({*_WRITTEN, *weight_map.values(), *(file.name for file in copied)} - {REPORT_FILE})
+    head = front_matter(work.base_model, decoder.is_multimodal, ["casp", kind], inherited(folder))
+    write_atomically(work.result / "README.md", (head + card).encode())
+    for name, content in (beside or {}).items():
+        write_json(work.result / name, dict(content))
+    return work.close(
+        {*_WRITTEN, *(beside or {}), *weight_map.values(), *(file.name for file in copied)} - {REPORT_FILE}
+    )

@@ -39,7 +39,7 @@ def has_operator(name: str, device_type: str) -> bool:
     """Whether quiptools is built and has this operator for this kind of device."""
     found = operators()
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    if found is None or key is None:
+    if found is None or key is None or not hasattr(found, name):  # an older build has fewer
         return False
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"quiptools::{name}", key)
 

@@ -65,6 +65,10 @@ def decompose(
 ) -> Decomposition:
     """The SVD of ``weight`` (out, in) whitened on both sides, in float64.
 
+    By the eigenvectors of the whitened weight's product with its own transpose, in less than half the time of an SVD.
+    What the first r of them span is projected onto exactly, so no rank's factors lose by it; singular values are the
+    lengths of the projections and below 1e-8 of the largest no more than a bound.
+
     hessian: ``H`` (in, in) and output_moment: ``M`` (out, out), symmetric and positive semi-definite, the identity when
     None; damping: added to the diagonals of both, in units of their means (a singular moment needs some:
     `damped_cholesky` finds out and says so under ``name``). Raises UserError when a moment or the weight holds NaN or
@@ -80,14 +84,23 @@ def decompose(
     if output_moment is not None:
         left, _ = damped_cholesky(output_moment, damping, f"{name} (outputs)")
         whitened = left.T @ whitened
-    u, s, vh = torch.linalg.svd(whitened, full_matrices=False)
-    balance = s.sqrt()
-    up, down = u * balance, balance[:, None] * vh
+    up, down, singular = _balanced(whitened)
     if left is not None:
         up = torch.linalg.solve_triangular(left.T, up, upper=True)
     if right is not None:
         down = torch.linalg.solve_triangular(right, down, upper=False, left=False)
-    return Decomposition(up, down, s)
+    return Decomposition(up, down, singular)
+
+
+def _balanced(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``U sqrt(s)``, ``sqrt(s) V^T`` and s of ``matrix`` (m, n) = ``U diag(s) V^T``, s falling."""
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    _, basis = torch.linalg.eigh(wide @ wide.T)
+    onto = basis.T @ wide
+    singular, order = torch.linalg.vector_norm(onto, dim=1).sort(descending=True)
+    balance = singular.sqrt()
+    near, far = basis[:, order] * balance, onto[order] / balance.clamp_min(torch.finfo(balance.dtype).tiny)[:, None]
+    return (near, far, singular) if wide is matrix else (far.T, near.T, singular)
 
 
 def factor(
@@ -118,8 +131,13 @@ def refit(weight: Tensor, down: Tensor, hessian: Tensor, name: str = "weight") -
     """
     weight, down, hessian = (tensor.to(torch.float64) for tensor in (weight, down, hessian))
     seen = down @ hessian
-    lower, _ = damped_cholesky(seen @ down.T, _REFIT_DAMPING, f"{name} (rounded down)")
-    return torch.cholesky_solve(seen @ weight.T, lower).T
+    return best_up(weight @ seen.T, seen @ down.T, name)
+
+
+def best_up(crossed: Tensor, inner: Tensor, name: str = "weight") -> Tensor:
+    """`refit` from ``W H down^T`` (out, rank) and ``down H down^T`` (rank, rank), float64."""
+    lower, _ = damped_cholesky(inner, _REFIT_DAMPING, f"{name} (rounded down)")
+    return torch.cholesky_solve(crossed.T, lower).T
 
 
 Rounder = Callable[[Tensor, Tensor, str], tuple[dict[str, Tensor], Tensor]]

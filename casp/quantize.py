@@ -191,10 +191,13 @@ def quantize_blocks(
     """Quantize all blocks into `run`; finished blocks of an earlier attempt are taken as they are.
 
     moments: collected before; teacher: the original model on the same batches, for block fine-tuning. With the first
-    and without the second no data is run through the model.
+    and without the second no data is run through the model. Where the teacher is the model that is quantized, what its
+    first block is fed serves both.
     """
     needs_data = moments is None or method.block_training is not None
-    for visit in run.walk(batches if needs_data else None, device, dtype):
+    same = teacher is not None and teacher.decoder.folder.resolve() == decoder.folder.resolve()
+    captured = teacher.inputs if same and teacher.index == 0 else None
+    for visit in run.walk(batches if needs_data else None, device, dtype, captured):
         known = None if moments is None else moments.read(visit.index)
         targets = None if method.block_training is None else teacher.advance_to(visit.index)
         report = quantize_block(visit, decoder, method, known, targets)

@@ -2,29 +2,38 @@
 
 import time
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from casp.capture import capture_inputs
-from casp.card import model_card
+from casp.card import inherited, model_card
 from casp.digest import companions
 from casp.errors import UserError, told_as
 from casp.files import write_atomically, write_json, write_shard
 from casp.folder import WORK_PREFIX, WorkFolder
+from casp.inputs import BatchInputs
 from casp.models import Decoder
+from casp.progress import Blocks
 from casp.reading.compression import INSTEAD_OF_WEIGHTS, WEIGHTS_KEY
 from casp.reading.documents import read_json
 from casp.reading.header import read_header
+from casp.recipe import RECIPE_FILE, carried
 from casp.report import REPORT_FILE, merge_reports
 from casp.shards import INDEX
 from casp.swap import describe_modules, swap_modules
 from casp.walk import Visit, walk
 
-_WRITTEN = ("config.json", INDEX, REPORT_FILE, "README.md")  # what `finish` makes itself besides the shards
+_WRITTEN = (
+    "config.json",
+    INDEX,
+    REPORT_FILE,
+    RECIPE_FILE,
+    "README.md",
+)  # what `finish` makes itself besides the shards
 
 
 class RunFolder(WorkFolder):
@@ -93,11 +102,16 @@ class RunFolder(WorkFolder):
         block.requires_grad_(False)
 
     def walk(
-        self, batches: list[dict[str, Tensor]] | None, device: torch.device, dtype: torch.dtype
+        self,
+        batches: list[dict[str, Tensor]] | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        captured: list[BatchInputs] | None = None,
     ) -> Iterator[Visit]:
         """Visit the blocks that are not finished yet; each must be `save`d before the next is asked for.
 
-        batches: calibration data for the blocks to see; None for a stage that looks at weights alone.
+        batches: calibration data for the blocks to see; None for a stage that looks at weights alone. captured: what
+        the first block is fed with these batches, where it is known already.
 
         Finished blocks are read back, also right after they were saved: what feeds the following blocks is
         always what is on disk, so an interrupted run and an uninterrupted one end with the same bytes.
@@ -108,8 +122,13 @@ class RunFolder(WorkFolder):
             return
         if done:
             print(f"resuming {self.folder}: {done} of {depth} blocks are finished")
-        inputs = [] if batches is None else capture_inputs(self.decoder, batches, device, dtype)
-        progress = tqdm(total=depth - done, desc=self.stage, unit="block", dynamic_ncols=True)
+        if batches is None:
+            inputs = []
+        elif captured is not None:
+            inputs = [replace(batch) for batch in captured]  # the walk puts other hidden states into its own
+        else:
+            inputs = capture_inputs(self.decoder, batches, device, dtype)
+        progress = Blocks(self.stage, depth - done)
         for visit in walk(self.decoder, inputs, device, dtype):
             if not self.finished(visit.index):
                 began = time.perf_counter()
@@ -140,12 +159,15 @@ class RunFolder(WorkFolder):
                 raise ValueError(f"{lost[0]} is not stored in block {index}")
 
     def finish(
-        self, rest_changes: Mapping[str, Tensor] | None = None, details: Mapping[str, Any] | None = None
+        self,
+        rest_changes: Mapping[str, Tensor] | None = None,
+        details: Mapping[str, Any] | None = None,
+        step: Mapping[str, Any] | None = None,
     ) -> Path:
         """Complete the checkpoint (rest of the weights, config, tokenizer, card) and rename it to `output`.
 
         rest_changes: tensors outside the blocks, by the model's names, that the stage has changed; details: more
-        entries of the stage's report.
+        entries of the stage's report; step: of the recipe that the checkpoint carries (`casp.recipe`).
         """
         decoder, depth = self.decoder, len(self.decoder.blocks)
         modules: dict[str, dict[str, Any]] = {}
@@ -180,7 +202,12 @@ class RunFolder(WorkFolder):
         )
         write_json(self.result / REPORT_FILE, report)
         stored = sum(file.stat().st_size for file in self.result.glob("*.safetensors"))
-        write_atomically(self.result / "README.md", model_card(report, config["quantization_config"], stored).encode())
+        card = model_card(
+            report, config["quantization_config"], stored, decoder.is_multimodal, inherited(decoder.folder)
+        )
+        write_atomically(self.result / "README.md", card.encode())
+        if step is not None:
+            write_json(self.result / RECIPE_FILE, carried(decoder.folder, step))
         write_json(self.result / "config.json", config)
         shards = [self._shard(index).name for index in range(depth + 1)]
         return self.close({*_WRITTEN, *shards, *(file.name for file in copied)})

@@ -18,7 +18,7 @@ class Teacher:
         self, decoder: Decoder, batches: list[dict[str, Tensor]], device: torch.device, dtype: torch.dtype
     ) -> None:
         self.decoder, self.device, self.dtype = decoder, device, dtype
-        self.inputs = capture_inputs(decoder, batches, device, dtype, check=False)
+        self.inputs = capture_inputs(decoder, batches, device, dtype)
         self.index = 0
 
     @property

@@ -30,6 +30,9 @@ def repository(tmp_path: Path) -> Path:
     folder.mkdir()
     for path in [ROOT / "setup.sh", ROOT / "pyproject.toml", *ROOT.glob("requirements*.txt")]:
         shutil.copy(path, folder)
+    (folder / "entry").mkdir()
+    for path in (ROOT / "entry").glob("*.py"):
+        shutil.copy(path, folder / "entry")
     left_out = shutil.ignore_patterns("build", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT / "quip-sharp/quiptools", folder / "quip-sharp/quiptools", ignore=left_out)
     return folder

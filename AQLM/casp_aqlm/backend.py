@@ -15,6 +15,13 @@ from casp_aqlm.scheme import Scheme
 OFFERED = ("1x8g8", "2x8g8", "3x8g8", "4x8g8")
 """The schemes among which bytes are shared out, by their bits."""
 
+SMALLER = {"2x8g8": "1x8g4", "3x8g8": "2x6g4", "4x8g8": "2x8g4"}
+"""Of as many bits with codebooks an eighth to a quarter the size: what small matrices and low-rank factors are for."""
+
+_WORTH = 0.94
+"""Share of the bytes up to which the smaller codebooks are the better deal: on demo-llama 1x8g4 has 1.2 times the error
+of 2x8g8, which an eighth of a bit makes good (eval/results/aqlm)."""
+
 
 class AQLM:
     """The backend "aqlm". A format is {"scheme": "MxBgG", "entries": "float16"|"float8", "bits": M B / G}."""
@@ -29,9 +36,20 @@ class AQLM:
     def formats(
         self, out_features: int, in_features: int, *, tuned: bool = False, entries: str = "float16"
     ) -> list[dict[str, Any]]:
-        """The offered schemes in ascending bytes; every one of them can be tuned. entries: dtype of the codebooks."""
-        found = [self.format(scheme, entries) for scheme in OFFERED]
-        return sorted(found, key=lambda format: self.bytes(format, out_features, in_features))
+        """One scheme for 1, 2, 3 and 4 bits, in ascending bytes; every one of them can be tuned.
+
+        Where codebooks would outweigh what they bring, those of shorter groups stand in. entries: their dtype.
+        """
+
+        def size(format: Mapping[str, Any]) -> int:
+            return self.bytes(format, out_features, in_features)
+
+        found = []
+        for scheme in OFFERED:
+            usual = self.format(scheme, entries)
+            smaller = self.format(SMALLER.get(scheme, scheme), entries)
+            found.append(smaller if size(smaller) <= _WORTH * size(usual) else usual)
+        return sorted(found, key=size)
 
     def bytes(self, format: Mapping[str, Any], out_features: int, in_features: int) -> int:
         """Exact bytes of codes (inputs padded to whole groups), codebooks and scales."""

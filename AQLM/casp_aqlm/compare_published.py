@@ -1,4 +1,4 @@
-"""Loss against time of this room's search and of the published algorithm, on matrices of a model: a JSON file.
+"""Loss against time of this room's search and of the published algorithm, on matrices of a model: JSON and a plot.
 
 `python -m casp_aqlm.compare_published --model demo-llama --moments DIR --output FILE.json`
 
@@ -23,6 +23,7 @@ from casp.moments.store import Moments
 from casp.outputs import check_file
 from casp.seed import matrix_generator
 from casp_aqlm.factors import Factors
+from casp_aqlm.loss_plot import draw
 from casp_aqlm.published import published_aqlm
 from casp_aqlm.quantize import quantize_additive
 from casp_aqlm.scheme import Scheme
@@ -39,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
         "--seconds", type=float, default=600, help="after which the published one is stopped (default: %(default)s)"
     )
     flags.add_argument("--seed", type=int, default=0, help="of what codebooks start from (default: %(default)s)")
-    flags.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    flags.add_argument("--output", type=Path, required=True, help="JSON file to write, a .png beside it")
     return flags
 
 
@@ -94,7 +95,9 @@ def main(argv: list[str] | None = None) -> None:
         weight, hessian = read(decoder, moments, matrix, scheme)
         results.append(compare(weight, hessian, scheme, args.seed, matrix, args.seconds))
         record = {"scheme": str(scheme), "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d")}
-        write_json(args.output, {**record, "matrices": results})
+        record["matrices"] = results
+        write_json(args.output, record)
+        draw(record, args.output.with_suffix(".png"))
         last = results[-1]
         print(
             f"{matrix}: ours {last['ours'][-1][1]:.5f} after {last['ours'][-1][0]:.1f} s, "

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import casp
 from casp.budget import matrices
 from casp.errors import UserError
 from casp.export import export_checkpoint, uniform_format
@@ -87,6 +88,7 @@ def export_gptq(folder: Path, output: Path, symmetric: bool) -> Path:
         "lm_head": False,
         "pack_dtype": "int32",
         "block_name_to_quantize": decoder.blocks_path,
+        "meta": {"quantizer": [f"casp:{casp.__version__}"]},
     }
 
     def rewrite(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -97,4 +99,5 @@ def export_gptq(folder: Path, output: Path, symmetric: bool) -> Path:
         return tensors
 
     card = CARD.format(**format, grid="symmetric" if symmetric else "asymmetric")
-    return export_checkpoint(folder, output, "gptq", rewrite, config, card)
+    beside = {"quantize_config.json": config}  # where auto-gptq and older loaders look
+    return export_checkpoint(folder, output, "gptq", rewrite, config, card, beside)

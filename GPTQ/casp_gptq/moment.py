@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 from casp.moments import damped_cholesky
+from casp.moments.symmetric import panels
+
+_ROWS = 512  # of the factor that are put in order at once
 
 
 def processing_order(hessian: Tensor, act_order: bool) -> Tensor:
@@ -38,8 +41,12 @@ class Moment:
         order = processing_order(hessian, act_order)
         # Reversing both axes turns the lower factor that Cholesky gives into the upper one that is needed.
         backwards = order.flip(0)
-        flipped, used = damped_cholesky(hessian[backwards][:, backwards], damping, name)
-        return cls(hessian, order, flipped.float().flip(0, 1).T.contiguous(), used)
+        flipped, used = damped_cholesky(hessian[backwards[:, None], backwards], damping, name)
+        flipped = flipped.float()
+        lower = torch.empty_like(flipped)
+        for rows in panels(len(lower), _ROWS):
+            lower[rows] = flipped[:, len(lower) - rows.stop : len(lower) - rows.start].flip(0, 1).T
+        return cls(hessian, order, lower, used)
 
     def damped(self) -> Tensor:
         """The damped moment, float32, columns as they stand; made when it is first asked for."""

@@ -32,6 +32,7 @@ from casp.moments.find import add_moments_argument, find_moments
 from casp.moments.store import REMEDY, BlockMoments
 from casp.notes import warnings_of
 from casp.numbers import real
+from casp.recipe import COMMAND
 from casp.run import RunFolder
 from casp.seed import matrix_generator
 from casp.walk import Visit
@@ -39,11 +40,11 @@ from casp_svd.options import Factoring
 from casp_svd.statistics import Whitening, attention_moments, input_moments
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The stage's command line."""
-    parser = Parser(prog="python -m casp_svd", description=__doc__.splitlines()[0])
-    add_common_arguments(parser, default_model="llava-hf/llava-1.5-7b-hf")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    flags = Parser(prog="python -m casp_svd", description=__doc__.splitlines()[0])
+    add_common_arguments(flags, default_model="llava-hf/llava-1.5-7b-hf")
+    flags.add_argument(
         "--whitening",
         choices=["none", "input", "attention", "gradient"],
         default="attention",
@@ -51,20 +52,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "(the paper), attention = the output of the attention, gradient = the model's loss, which needs moments "
         "collected before (default: %(default)s)",
     )
-    add_moments_argument(parser)
-    parser.add_argument(
+    add_moments_argument(flags)
+    flags.add_argument(
         "--keep-ratio",
         type=real(0, 1),
         default=0.25,
         help="share of the weights of W_q and W_k to keep, in (0, 1] (default: %(default)s, the paper's)",
     )
-    parser.add_argument(
+    flags.add_argument(
         "--damping",
         type=real(0, 1000, least_too=True),
         default=0.01,
         help="added to the diagonal of each second moment, in units of its mean (default: %(default)s)",
     )
-    return parser.parse_args(arguments)
+    return flags
 
 
 def gather_moments(
@@ -171,9 +172,9 @@ def compress_block(
     return report
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run the stage: block by block, each fed what the compressed blocks before it produce."""
-    args = parse(arguments)
+    args = parser().parse_args(argv)
     factoring = Factoring(args.whitening, args.keep_ratio, args.damping)
     calibration, compute = calibration_of(args), compute_of(args)
     decoder = Decoder.open(model_folder(args.model))
@@ -233,7 +234,7 @@ def main(arguments: list[str] | None = None) -> None:
             known,
         )
         run.save(visit, report)
-    run.finish()
+    run.finish(step={COMMAND: "svd", **args.given})
     print(f"wrote {output} {run.account()}")
 
 

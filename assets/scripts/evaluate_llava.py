@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 
 import torch
+from casp_eval.questions import wilson
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from casp.demo import models, scenes
@@ -26,14 +26,6 @@ def round_to_nearest(weight: torch.Tensor, bits: int, group: int = 64) -> torch.
     low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
     step = ((high - low) / (2**bits - 1)).clamp_min(1e-9)
     return (((grouped - low) / step).round() * step + low).reshape(weight.shape).to(weight.dtype)
-
-
-def interval(right: int, total: int) -> tuple[float, float]:
-    """Wilson 95% interval of a share."""
-    z, share = 1.96, right / total
-    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 @torch.no_grad()
@@ -90,7 +82,7 @@ def main() -> None:
     report: dict = {"split": args.split, "bits": args.bits or 16, "seconds": round(time.time() - began)}
     for kind in (*scenes.KINDS, "all"):
         hits = [g for g, q in zip(good, questions, strict=True) if kind in (q.kind, "all")]
-        low, high = interval(sum(hits), len(hits))
+        low, high = wilson(sum(hits), len(hits))
         report[kind] = {
             "right": round(sum(hits) / len(hits), 3),
             "of": len(hits),

@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from casp.errors import UserError
+from casp.interrupts import raise_again
+from casp.recipe import given
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,6 +32,14 @@ class Parser(argparse.ArgumentParser):
             return super().parse_known_args(args, namespace)
         except argparse.ArgumentError as error:
             raise UserError(f"{error.argument_name} {error.message} (see --help).") from error
+
+    def parse_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """As argparse's; `given` of what it returns are the settings for a recipe (`casp.recipe`)."""
+        found = super().parse_args(args, namespace)
+        found.given = given(found, self)
+        return found
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong with the flags and exit with 2."""
@@ -58,6 +68,7 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     """Run a stage; bad input and a full disk end in one sentence on stderr and exit status 2."""
     logging.getLogger("casp").addHandler(_ABOVE_BARS)
     try:
+        raise_again()
         main()
     except UserError as error:
         tell(f"error: {error}")

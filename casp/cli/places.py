@@ -1,6 +1,7 @@
 """Where the models that a command names are found, and where its output goes."""
 
 import os
+import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -12,7 +13,7 @@ from casp.reading.files import is_there, require_folder
 from casp.report import read_report
 
 RUNS = Path("runs")
-DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+DOWNLOADED = ["README.md", "*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
 
 def model_name(model: str) -> str:
@@ -63,9 +64,13 @@ def stage_input(model: str, earlier_stage: str, from_original: bool) -> Path:
 def base_model(folder: Path, model: str) -> str:
     """What the checkpoint in `folder`, that was asked for as `model`, derives from, for its card: the hub id.
 
-    An earlier stage has recorded it; else it is `model`, or for a local folder that folder's name.
+    An earlier stage has recorded it; else it is `model`, for a folder of the hub's cache the id that its path holds,
+    for another that folder's name.
     """
     earlier = read_report(folder)
     if earlier is not None:
         return earlier["base_model"]
-    return model_name(model) if Path(model).is_dir() else model
+    if not Path(model).is_dir():
+        return model
+    cached = re.search(r"(?:^|/)models--([^/]+?)--([^/]+)/snapshots/", f"{Path(model).absolute().as_posix()}/")
+    return f"{cached[1]}/{cached[2]}" if cached else model_name(model)

@@ -1,7 +1,8 @@
 """What the stages of all backends are asked: their flags, and the frozen options that these become."""
 
 import argparse
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,9 @@ class Quantizing:
     model: as on the command line; output: None for its usual place; from_original: pass over the SVD stage's output;
     bits_budget (an original weight), target_bytes_of (a checkpoint): at most one of them, as the budget; plan: of ranks
     and formats, a file; moments: collected before, a folder, None to find them; token_weights: None for the best that
-    there are; true_sequential: see `casp.quantize.Method`; allow_partial: see `Decoder.require_share`.
+    there are; true_sequential: see `casp.quantize.Method`; given: the flags, and carry: a file instead of them, for the
+    recipe in the checkpoint (`casp.recipe`), which decides no bytes besides its own; allow_partial: see
+    `Decoder.require_share`.
     """
 
     model: str
@@ -54,6 +57,8 @@ class Quantizing:
     token_weights: str | None
     true_sequential: bool
     tuning: FineTuning = FineTuning()
+    given: Mapping[str, Any] = field(default_factory=dict)
+    carry: Path | None = None
     allow_partial: bool = False
 
     @property
@@ -93,6 +98,12 @@ def add_quantizing_arguments(parser: argparse.ArgumentParser, on_the_way: str = 
         metavar="FILE",
         help="obey this plan of ranks and formats, made by plan.sh and edited if you like, on --model itself; it needs "
         "moments collected before (default: one format for all, --bits)",
+    )
+    parser.add_argument(
+        "--carry",
+        type=Path,
+        metavar="FILE",
+        help="recipe that the checkpoint is to carry, as compress.sh writes it (default: the flags of this command)",
     )
     add_moments_argument(parser)
     add_token_weights_argument(parser, on_the_way)
@@ -160,5 +171,7 @@ def quantizing_of(args: argparse.Namespace, tuning: FineTuning = FineTuning()) -
         args.token_weights,
         args.true_sequential,
         tuning,
+        args.given,
+        args.carry,
         args.allow_partial,
     )

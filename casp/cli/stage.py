@@ -29,6 +29,7 @@ from casp.plan.file import Plan as RankPlan
 from casp.plan.file import read_plan
 from casp.quantize import Method, measure_block_influence, quantize_blocks
 from casp.reading.documents import parse_json, read_json
+from casp.recipe import COMMAND, read_recipe_step
 from casp.report import read_report
 from casp.run import RunFolder
 from casp.seed import matrix_generator
@@ -147,6 +148,13 @@ def stored_formats(plan: RankPlan) -> Plan:
     return formats
 
 
+def recipe_step(asked: Quantizing, backend: Backend) -> dict[str, Any]:
+    """What the checkpoint says that it was made by: the command that --carry tells of, or this stage."""
+    if asked.carry is not None:
+        return read_recipe_step(asked.carry)
+    return {COMMAND: "quantize", "backend": backend.name, **asked.given}
+
+
 def quantize_stage(
     asked: Quantizing,
     backend: Backend,
@@ -226,11 +234,12 @@ def quantize_stage(
     teacher = Teacher(Decoder.open(original), batches, compute.device, compute.dtype) if tuning.wanted else None
     method = Method(backend, plan, search.record(), compute.seed, asked.true_sequential, tuning.block, weighting, ranks)
     quantize_blocks(decoder, run, batches, method, compute.device, compute.dtype, moments, teacher)
+    step = recipe_step(asked, backend)
     if tuning.end_to_end is None:
-        run.finish()
+        run.finish(step=step)
     else:
         outside, curve = end_to_end(run, backend, batches, teacher, tuning, compute)
-        run.finish(outside, {"end_to_end": curve})
+        run.finish(outside, {"end_to_end": curve}, step)
     result = size(output)
     print(
         f"wrote {output} {run.account()}: {result.bytes / 1e6:.2f} MB of linears, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -22,11 +23,16 @@ def kept_in_cache(name: str) -> bool:
 
 
 def assets_folder() -> Path:
-    """The folder `assets/` of the repository that this package was installed from."""
+    """The folder `assets/` of the repository, or of a wheel the package `casp_assets`, which is the same."""
     folder = Path(__file__).resolve().parents[2] / "assets"
-    if not (folder / "tiles" / "index.json").is_file():
-        raise UserError(
-            f"the built-in data is missing: {folder} has no tiles/index.json; "
-            "clone the whole repository and install it with `pip install -e .`"
-        )
+    if not _holds_data(folder):
+        spec = importlib.util.find_spec("casp_assets")
+        for location in (spec.submodule_search_locations or ()) if spec else ():
+            folder = Path(location)
+    if not _holds_data(folder):
+        raise UserError(f"the built-in data is missing: {folder} has no tiles/index.json; install CASP again.")
     return folder
+
+
+def _holds_data(folder: Path) -> bool:
+    return (folder / "tiles" / "index.json").is_file()

@@ -61,8 +61,13 @@ def build(name: str, cache: str | Path | None = None) -> Path:
     if (folder / "config.json").is_file():
         return folder
     gguf_folder()
-    root.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
+    except OSError as error:
+        raise UserError(
+            f"the cache {root} cannot be written ({error.strerror}); set CASP_CACHE to a folder that can."
+        ) from error
     try:
         with _quiet():
             _save_llama(temporary) if name == "demo-llama" else _save_llava(temporary, cache)

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 from casp.capture import capture_inputs
 from casp.errors import UserError
@@ -25,6 +24,7 @@ from casp.moments.density import density_batches
 from casp.moments.forward import InputStatistics
 from casp.moments.store import gradients_file, inputs_file, write_gradients, write_inputs
 from casp.moments.weights import by_gradient
+from casp.progress import counted
 from casp.reading.documents import read_json
 from casp.walk import Visit
 
@@ -114,7 +114,7 @@ def _forward(
 ) -> None:
     """The blocks `left`, in order: moments of their inputs to disk, and the states they put out."""
     few = density_batches(len(inputs[0].tokens))
-    for index in tqdm(left, desc=f"{work.stage}, forward", unit="block", dynamic_ncols=True):
+    for index in counted(left, f"{work.stage}, forward"):
         began = time.perf_counter()
         block = decoder.load_block(index, device, dtype)
         found = InputStatistics(decoder.linears(index, factors=True).values(), weightings, few)
@@ -174,7 +174,7 @@ def _backward(
     losses, loss = _head(decoder, work, states, gradients, labels, device, dtype)
     if losses == 0:
         raise UserError("the calibration data has no position with a loss (two text tokens in a row); give other data.")
-    for index in tqdm(left[::-1], desc=f"{work.stage}, backward", unit="block", dynamic_ncols=True):
+    for index in counted(left[::-1], f"{work.stage}, backward"):
         began = time.perf_counter()
         block = decoder.load_block(index, device, dtype)
         linears = {path: block.get_submodule(path) for path in decoder.linears(index, factors=True).values()}

@@ -43,12 +43,14 @@ def cholesky_(matrix: Tensor) -> bool:
     size = len(matrix)
     for rows in panels(size, PANEL):
         corner, done = matrix[rows, rows], slice(0, rows.start)
+        above = corner.triu(1)  # the product below overwrites it
         if rows.start:
             matrix[rows.start :, rows].addmm_(matrix[rows.start :, done], matrix[rows, done].T, alpha=-1)
         factor, failed = torch.linalg.cholesky_ex(corner.tril())
         if failed or not torch.isfinite(factor.diagonal()).all():
+            corner.copy_(above)
             return False
-        corner.copy_(corner.triu(1).add_(factor))
+        corner.copy_(above + factor)
         if rows.stop < size:
             below = matrix[rows.stop :, rows]
             below.copy_(torch.linalg.solve_triangular(factor.T, below, upper=True, left=False))

@@ -15,6 +15,7 @@ from scipy.sparse import csr_array
 from casp.errors import UserError
 from casp.lowrank import rank_for
 from casp.plan.options import LinearOptions, Option
+from casp.plan.silence import silent_stdout
 
 Allocation = Callable[[Sequence[LinearOptions], int], dict[str, Option]]
 
@@ -54,13 +55,14 @@ def knapsack(linears: Sequence[LinearOptions], budget: int) -> dict[str, Option]
     unit = max(cost.max(), np.finfo(float).tiny) / 100
     one_each = LinearConstraint(csr_array((np.ones(len(flat)), (owner, np.arange(len(flat))))), 1, 1)
     within = LinearConstraint(csr_array((size / budget)[None]), -np.inf, 1)
-    found = milp(
-        cost / unit,
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        constraints=[one_each, within],
-        options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
-    )
+    with silent_stdout():
+        found = milp(
+            cost / unit,
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, 1),
+            constraints=[one_each, within],
+            options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
+        )
     if found.x is None:
         raise UserError(f"no plan was found within {budget} bytes ({found.message}); allow more bits.")
     picked = {linears[owner[i]].path: flat[i] for i in np.flatnonzero(found.x > 0.5)}

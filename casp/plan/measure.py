@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from casp.errors import UserError
 from casp.files import write_json
@@ -16,6 +15,7 @@ from casp.models import Decoder
 from casp.moments.store import Moments
 from casp.plan.costs import Pricing, price
 from casp.plan.options import LinearOptions, Option
+from casp.progress import counted
 from casp.reading.documents import read_json
 
 STAGE = "costs"
@@ -43,7 +43,7 @@ def measure(
     missing = [index for index in range(depth) if not (work.result / costs_file(index)).exists()]
     if 0 < len(missing) < depth:
         print(f"resuming {work.folder}: {depth - len(missing)} of {depth} blocks are priced")
-    for index in tqdm(missing, desc=STAGE, unit="block", dynamic_ncols=True):
+    for index in counted(missing, STAGE):
         began = time.perf_counter()
         block, known = decoder.load_block(index, device, dtype), moments.read(index)
         entries: list[dict[str, Any]] = []

@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import IO
 
 from PIL import Image
 
@@ -17,9 +18,14 @@ def open_picture(path: str | Path, source: str = "") -> Image.Image:
     path = Path(path)
     what = f"{source}: the image {path}" if source else f"the image {path}"
     require_file(path, what.removesuffix(f" {path}"))
+    return read_picture(path, what)
+
+
+def read_picture(source: Path | IO[bytes], what: str) -> Image.Image:
+    """The picture in `source`, decoded, RGB; UserError, which calls it `what`, for one that cannot be used."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower, and is told
-        with told_as(f"{what} does not open", "give a PNG, JPEG or WebP file"), Image.open(path) as image:
+        with told_as(f"{what} does not open", "give a PNG, JPEG or WebP file"), Image.open(source) as image:
             _check_size(what, *image.size)
             return image.convert("RGB")
 

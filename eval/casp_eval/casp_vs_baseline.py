@@ -21,12 +21,12 @@ from typing import Any
 from casp.backend import backend_names, load_backend
 from casp.checkpoint import size
 from casp.cli import Parser, add_device_arguments, model_folder, run_main
-from casp.compress import package_of, tunes
 from casp.data.chats import Chat, chats_fingerprint
 from casp.data.sources import evaluation_chats, evaluation_text
 from casp.demo import NAMES
 from casp.errors import UserError
 from casp.files import write_json
+from casp.job import package_of, tunes
 from casp.models import Decoder
 from casp.numbers import real, whole
 from casp.numbers import seed as any_seed
@@ -36,7 +36,7 @@ from casp.plan.options import chosen_formats
 from casp.reading.documents import read_json
 from casp_eval.compare import Evaluation, Figures, Subject
 from casp_eval.loading import is_multimodal
-from casp_eval.options import add_batch_argument, add_text_arguments
+from casp_eval.options import Scoring, add_batch_argument, add_text_arguments
 from casp_eval.versus_report import MEASURES, write_report
 
 ROUNDED_BITS = (2.05, 2.25, 2.5, 3.0)
@@ -47,6 +47,7 @@ ABLATION = ("optimal", "optimal, full rank", "ranks", "paper", "paper, full rank
 
 COLUMNS = {"model", "backend", "codebook", "allocation", "tuned", "casp", "bits", "bpw", "seed", *MEASURES}
 SAMPLES = {"demo-llama": 32, "demo-llava": 192}
+LONGEST_ANSWER = 4  # tokens
 
 
 @dataclass(frozen=True)
@@ -84,43 +85,69 @@ def reaches(setting: Setting) -> bool:
     return 8 * least <= setting.bits * decoder.original_weights()
 
 
-def settings(args: argparse.Namespace) -> Iterator[Setting]:
+@dataclass(frozen=True)
+class Grid:
+    """Which rows are asked for: of these models, backends, budgets (bits a weight) and seeds; the first budget and seed
+    serve for the ablation, the first seed for the tuned.
+    """
+
+    models: tuple[str, ...]
+    backends: tuple[str, ...]
+    bits: tuple[float, ...]
+    seeds: tuple[int, ...]
+    ablation: bool
+    tuned: bool
+
+
+@dataclass(frozen=True)
+class Making:
+    """How checkpoints are made: on what device, from how many samples (0: SAMPLES) in batches of what size, and how
+    many epochs a fine-tuning takes.
+    """
+
+    device: str
+    samples: int
+    batch_size: int
+    epochs: int
+
+
+def settings(grid: Grid) -> Iterator[Setting]:
     """All rows, the most telling first: pairs of CASP and baseline by budget, then the ablation, then the tuned."""
-    kinds = [(backend, codebook) for backend in args.backends for codebook in codebooks(backend)]
-    for seed in args.seeds:
-        for model in args.models:
+    kinds = [(backend, codebook) for backend in grid.backends for codebook in codebooks(backend)]
+    for seed in grid.seeds:
+        for model in grid.models:
             for backend, codebook in kinds:
-                for bits in args.bits:
+                for bits in grid.bits:
                     for allocation in (BASELINE, CASP):
                         yield Setting(model, backend, codebook, allocation, False, bits, seed)
-    if args.ablation:
-        for model in args.models:
+    if grid.ablation:
+        for model in grid.models:
             for backend, codebook in kinds:
                 for allocation in ABLATION:
-                    yield Setting(model, backend, codebook, allocation, False, args.bits[0], args.seeds[0])
-    if args.tuned:
-        for model in args.models:
+                    yield Setting(model, backend, codebook, allocation, False, grid.bits[0], grid.seeds[0])
+    if grid.tuned:
+        for model in grid.models:
             for backend, codebook in kinds:
                 if tunes(package_of(backend)):
                     for allocation in (BASELINE, CASP):
-                        yield Setting(model, backend, codebook, allocation, True, TUNED_BITS, args.seeds[0])
+                        yield Setting(model, backend, codebook, allocation, True, TUNED_BITS, grid.seeds[0])
 
 
 class Workshop:
     """Makes the checkpoint of a setting, reusing moments, prices and plans of others."""
 
-    def __init__(self, folder: Path, args: argparse.Namespace) -> None:
-        self.folder, self.args = folder, args
+    def __init__(self, folder: Path, making: Making) -> None:
+        self.folder, self.making = folder, making
 
     def _run(self, module: str, *flags: object) -> None:
-        command = [sys.executable, "-m", module, *map(str, flags), "--device", self.args.device]
+        command = [sys.executable, "-m", module, *map(str, flags), "--device", self.making.device]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise UserError(f"{' '.join(command[1:])} ended with status {done.returncode}; mend that and run again.")
 
     def _data(self, setting: Setting) -> list[object]:
-        samples = self.args.samples or SAMPLES.get(setting.model, 128)
-        return ["--samples", samples, "--seed", setting.seed, "--batch-size", self.args.calibration_batch_size]
+        samples = self.making.samples or SAMPLES.get(setting.model, 128)
+        return ["--samples", samples, "--seed", setting.seed, "--batch-size", self.making.batch_size]
 
     def moments(self, setting: Setting) -> Path:
         """Of the model and the seed."""
@@ -153,7 +180,7 @@ class Workshop:
             flags: list[object] = ["--model", setting.model, *self._data(setting), "--plan", self.plan(setting)]
             flags += ["--moments", self.moments(setting), "--output", folder]
             if tunes(package):
-                flags += ["--ft-epochs", self.args.epochs if setting.tuned else 0]
+                flags += ["--ft-epochs", self.making.epochs if setting.tuned else 0]
             self._run(package, *flags)
         return folder
 
@@ -161,15 +188,14 @@ class Workshop:
 class Examiner:
     """Measures checkpoints, and the original of each model once."""
 
-    def __init__(self, folder: Path, args: argparse.Namespace) -> None:
-        self.args, self.figures = args, Figures(folder / "figures")
-        args.max_new_tokens = 4
+    def __init__(self, folder: Path, scoring: Scoring, questions: int) -> None:
+        self.scoring, self.figures, self.asked = scoring, Figures(folder / "figures"), questions
         self.texts = {"text": evaluation_text("test"), "other_text": evaluation_text("moby")}
         self.questions = {}
 
     def measure(self, name: str) -> dict[str, float | None]:
         """Bpw aside, what a row holds, with perplexities in place of their excess."""
-        one = Evaluation(Subject.parse(name), self.figures, self.args)
+        one = Evaluation(Subject.parse(name), self.figures, self.scoring)
         found: dict[str, float | None] = {
             f"log_{what}": math.log(one.text(text)["perplexity"]) for what, text in self.texts.items()
         }
@@ -185,7 +211,7 @@ class Examiner:
 
     def _questions(self, split: str) -> tuple[list[Chat], str]:
         if split not in self.questions:
-            items = evaluation_chats(split, self.args.questions, 0)
+            items = evaluation_chats(split, self.asked, 0)
             self.questions[split] = (items, chats_fingerprint(items))
         return self.questions[split]
 
@@ -273,9 +299,14 @@ def main(arguments: list[str] | None = None) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:
             raise UserError(f"{flag} {str(folder)[:120]!r} cannot be made ({error}); choose another folder.") from error
-    workshop, examiner = Workshop(args.work, args), Examiner(args.output, args)
+    grid = Grid(
+        *(tuple(values) for values in (args.models, args.backends, args.bits, args.seeds)), args.ablation, args.tuned
+    )
+    workshop = Workshop(args.work, Making(args.device, args.samples, args.calibration_batch_size, args.epochs))
+    scoring = Scoring(args.device, args.dtype, args.windows, args.sequence_length, args.batch_size, LONGEST_ANSWER)
+    examiner = Examiner(args.output, scoring, args.questions)
     rows = []
-    for setting in dict.fromkeys(settings(args)):
+    for setting in dict.fromkeys(settings(grid)):
         file = rows_folder / f"{setting.name()}.json"
         if not file.exists():
             if not reaches(setting):

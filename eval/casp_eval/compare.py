@@ -33,7 +33,7 @@ from casp.reading.documents import read_json
 from casp.report import read_report
 from casp_eval import plots, questions, report
 from casp_eval.loading import Checkpoint, is_multimodal, open_checkpoint
-from casp_eval.options import add_batch_argument, add_question_arguments, add_text_arguments
+from casp_eval.options import Scoring, add_batch_argument, add_question_arguments, add_text_arguments
 from casp_eval.perplexity import text_perplexity
 
 REPORT_FILES = ("report.json", "report.md", *(f"{name}.png" for name in plots.FIGURES))
@@ -101,12 +101,12 @@ def content_fingerprint(folder: Path) -> str:
 class Evaluation:
     """The figures of one checkpoint; the model is loaded when the first figure that is not kept asks for it."""
 
-    def __init__(self, subject: Subject, figures: Figures, options: argparse.Namespace) -> None:
-        self.subject, self.figures, self.options = subject, figures, options
+    def __init__(self, subject: Subject, figures: Figures, scoring: Scoring) -> None:
+        self.subject, self.figures, self.scoring = subject, figures, scoring
         self.config = open_config(subject.folder)
         refuse_foreign(subject.folder, self.config)
         self.opened: Checkpoint | None = None
-        compute = compute_named(options.device, options.dtype).of(self.config.dtype or torch.float32)
+        compute = compute_named(scoring.device, scoring.dtype).of(self.config.dtype or torch.float32)
         self.key = {
             "protocol": PROTOCOL,
             "checkpoint": content_fingerprint(subject.folder),
@@ -116,22 +116,22 @@ class Evaluation:
 
     def checkpoint(self) -> Checkpoint:
         if self.opened is None:
-            self.opened = open_checkpoint(str(self.subject.folder), self.options.device, self.options.dtype)
+            self.opened = open_checkpoint(str(self.subject.folder), self.scoring.device, self.scoring.dtype)
         return self.opened
 
     def text(self, text: str) -> dict[str, Any]:
-        options = self.options
+        how = self.scoring
         key = {
             **self.key,
             "figure": "text",
             "data": hashlib.sha256(text.encode()).hexdigest(),
-            "windows": options.windows,
-            "sequence_length": options.sequence_length,
+            "windows": how.windows,
+            "sequence_length": how.sequence_length,
         }
         return self.figures.get(
             key,
             lambda: text_perplexity(
-                self.checkpoint(), text, options.sequence_length, options.windows, options.batch_size, self._bar("text")
+                self.checkpoint(), text, how.sequence_length, how.windows, how.batch_size, self._bar("text")
             ),
         )
 
@@ -140,17 +140,17 @@ class Evaluation:
         return self.figures.get(
             key,
             lambda: questions.answer_perplexity(
-                self.checkpoint(), items, self.options.batch_size, self._bar("answers scored")
+                self.checkpoint(), items, self.scoring.batch_size, self._bar("answers scored")
             ),
         )
 
     def accuracy(self, items: list[Chat], fingerprint: str) -> dict[str, Any]:
-        length = self.options.max_new_tokens
+        length = self.scoring.max_new_tokens
         key = {**self.key, "figure": "accuracy", "data": fingerprint, "max_new_tokens": length}
 
         def measure() -> dict[str, Any]:
             bar = self._bar("questions asked")
-            given = questions.answers(self.checkpoint(), items, self.options.batch_size, length, bar)
+            given = questions.answers(self.checkpoint(), items, self.scoring.batch_size, length, bar)
             return questions.accuracy(items, given)
 
         return self.figures.get(key, measure)
@@ -261,7 +261,15 @@ def main(arguments: list[str] | None = None) -> None:
     names = options.text or ([options.split] if options.split == "validation" else ["test", UNCALIBRATED])
     texts = {name: sources.evaluation_text(name) for name in names}
     questions_name = options.questions_file or options.split
-    evaluations = [Evaluation(subject, Figures(options.output / "figures"), options) for subject in subjects]
+    scoring = Scoring(
+        options.device,
+        options.dtype,
+        options.windows,
+        options.sequence_length,
+        options.batch_size,
+        options.max_new_tokens,
+    )
+    evaluations = [Evaluation(subject, Figures(options.output / "figures"), scoring) for subject in subjects]
     items: list[Chat] = []
     if any(is_multimodal(evaluation.config) for evaluation in evaluations):
         items = sources.evaluation_chats(questions_name, options.questions, options.seed)

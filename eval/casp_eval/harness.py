@@ -33,14 +33,14 @@ def add_harness_arguments(parser: argparse.ArgumentParser, harness: str) -> None
     )
 
 
-def check_harness(options: argparse.Namespace, module: str, extra: str) -> None:
+def check_harness(tasks: list[str], include: Path | None, module: str, extra: str) -> None:
     """UserError where `module` is not installed, no task is named, or --include-path is no folder."""
     if importlib.util.find_spec(module) is None:
         raise UserError(f"{extra} is not installed; install the extra: pip install -r requirements-{extra}.txt.")
-    if not options.tasks:
+    if not tasks:
         raise UserError("--tasks names no task; give at least one.")
-    if options.include_path is not None and not options.include_path.is_dir():
-        raise UserError(f"--include-path {options.include_path} is no folder; give the folder of your task files.")
+    if include is not None and not include.is_dir():
+        raise UserError(f"--include-path {include} is no folder; give the folder of your task files.")
 
 
 def check_tasks(tasks: list[str], known: Collection[str], include: Path | None) -> None:

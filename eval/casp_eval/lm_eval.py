@@ -60,9 +60,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add_device_arguments(parser)
     options = parser.parse_args(arguments)
-    check_output(options)
+    check_output(options.output, options.model, options.include_path)
     model_folder(options.model)
-    check_harness(options, "lm_eval", "lm-eval")
+    check_harness(options.tasks, options.include_path, "lm_eval", "lm-eval")
     results = evaluate(
         open_checkpoint(options.model, options.device, options.dtype),
         options.tasks,

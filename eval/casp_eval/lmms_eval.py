@@ -61,9 +61,9 @@ def main(arguments: list[str] | None = None) -> None:
     add_harness_arguments(parser, "lmms-eval")
     add_device_arguments(parser)
     options = parser.parse_args(arguments)
-    check_output(options)
+    check_output(options.output, options.model, options.include_path)
     model_folder(options.model)
-    check_harness(options, "lmms_eval", "lmms-eval")
+    check_harness(options.tasks, options.include_path, "lmms_eval", "lmms-eval")
     checkpoint = open_checkpoint(options.model, options.device, options.dtype)
     results = evaluate(
         checkpoint, options.tasks, options.include_path, options.limit, options.num_fewshot, options.batch_size

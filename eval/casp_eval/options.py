@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +63,25 @@ def add_batch_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_output(options: argparse.Namespace) -> None:
-    """UserError, before anything is measured, where --output is an input or not a file of such figures."""
-    if options.output is not None:
-        given = (options.model, getattr(options, "dataset", None), getattr(options, "include_path", None))
+@dataclass(frozen=True)
+class Scoring:
+    """How checkpoints are scored: device and dtype in the words of their flags, windows (0 = all) of `sequence_length`
+    tokens of a text, how many windows or questions at a time, and the longest answer in tokens.
+    """
+
+    device: str
+    dtype: str
+    windows: int
+    sequence_length: int
+    batch_size: int
+    max_new_tokens: int
+
+
+def check_output(output: Path | None, *given: str | Path | None) -> None:
+    """UserError, before anything is measured, where --output is an input (`given`) or not a file of such figures."""
+    if output is not None:
         inputs = [Path(name) for name in given if name and Path(name).exists()]
-        check_file(options.output, [{"model", "dataset", "perplexity"}, {"model", "results"}], inputs)
+        check_file(output, [{"model", "dataset", "perplexity"}, {"model", "results"}], inputs)
 
 
 def write_figure(figure: dict[str, Any], output: Path | None) -> None:

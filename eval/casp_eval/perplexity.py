@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_text_arguments(parser)
     add_batch_argument(parser)
     options = parser.parse_args(arguments)
-    check_output(options)
+    check_output(options.output, options.model, options.dataset)
     text = evaluation_text(options.dataset)
     checkpoint = open_checkpoint(options.model, options.device, options.dtype)
     figure = text_perplexity(

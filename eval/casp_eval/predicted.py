@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm import tqdm
 
-from casp.backend import Backend, load_backend, rounded
+from casp.backend import Backend, Matrix, load_backend, rounded
 from casp.capture import capture_inputs
 from casp.cli import Parser, add_common_arguments, calibration_of, compute_of, model_folder, run_main
 from casp.factors import quantized_factors
@@ -92,7 +92,8 @@ def stored(
     hessian = moments.hessian(weighting)
     if option.rank is None:
         generator = matrix_generator(seed, linear.path)
-        return rounded(backend, weight, hessian, option.formats[0], generator, linear.path, {})[1]
+        ((_, dense),) = rounded(backend, [Matrix(weight, option.formats[0], generator, linear.path)], hessian, {})
+        return dense
     gradients = moments.gradient_moment
     made = quantized_factors(weight, hessian, gradients, option.rank, option.formats, backend, seed, linear.path, {})
     return made.dense().float()

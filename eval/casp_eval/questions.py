@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_batch_argument(parser)
     add_frames_argument(parser)
     options = parser.parse_args(arguments)
-    check_output(options)
+    check_output(options.output, options.model, options.dataset)
     items = evaluation_chats(options.dataset, options.questions, options.seed, options.frames)
     folder = model_folder(options.model)
     require_images(folder, open_config(folder))

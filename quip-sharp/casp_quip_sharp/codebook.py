@@ -35,6 +35,8 @@ class Codebook(Protocol):
     """Columns that are rounded together; a matrix is padded to a multiple of it."""
     gaussian_scale: float
     """The scale at which N(0, 1) is met with the least mean squared error."""
+    distortion: float
+    """That error."""
 
     effort: Effort
 

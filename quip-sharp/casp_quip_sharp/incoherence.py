@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from casp.kernels import operators
+from casp.moments.symmetric import panels
 from casp_quip_sharp.hadamard import transform
+
+_ROWS = 512  # of a moment that are rotated at once
 
 
 def packed_signs(size: int) -> int:
@@ -56,8 +59,13 @@ def original_weight(incoherent: Tensor, out_vector: Tensor, in_vector: Tensor) -
 
 
 def incoherent_hessian(hessian: Tensor, in_vector: Tensor) -> Tensor:
-    """`V H V^T` of `hessian` (in, in)."""
-    return rotate(rotate(hessian, in_vector).T, in_vector)
+    """`V H V^T` of `hessian` (in, in), by blocks: a second matrix is held, no third."""
+    rotated = torch.empty_like(hessian)
+    for rows in panels(len(hessian), _ROWS):
+        rotated[rows] = rotate(hessian[rows], in_vector)
+    for columns in panels(len(hessian), _ROWS):
+        rotated[:, columns] = rotate(rotated[:, columns].T, in_vector).T
+    return rotated
 
 
 def incoherence(matrix: Tensor) -> float:

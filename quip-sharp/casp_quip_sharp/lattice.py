@@ -8,7 +8,7 @@ from torch import Tensor
 
 from casp.errors import UserError
 from casp_quip_sharp.codebook import Effort, Shapes
-from casp_quip_sharp.codebooks import GAUSSIAN_SCALE, GROUP, STAGES
+from casp_quip_sharp.codebooks import DISTORTION, GAUSSIAN_SCALE, GROUP, STAGES
 from casp_quip_sharp.kernels import Arguments, Product, decoded, e8p_arguments, e8p_product
 from casp_quip_sharp.ldlq_compiled import descend_block_compiled, round_block_compiled
 from casp_quip_sharp.search import descend_block_reference, round_block_reference
@@ -33,6 +33,11 @@ class Lattice:
     def gaussian_scale(self) -> float:
         """See `Codebook`."""
         return GAUSSIAN_SCALE[self.bits]
+
+    @property
+    def distortion(self) -> float:
+        """See `Codebook`."""
+        return DISTORTION[self.bits]
 
     def code_dtypes(self) -> list[torch.dtype]:
         """See `Codebook`: one tensor for each stage."""

@@ -37,7 +37,7 @@ def _corners(matrix: Tensor, group: int) -> Tensor:
 def block_ldl(hessian: Tensor, damping: float, group: int, name: str = "weight") -> Factors:
     """Factor `hessian` + damping * mean(diagonal) in blocks of `group`, which divides n.
 
-    UserError as `damped_cholesky`.
+    A float32 `hessian` is taken over: it becomes the damped one. UserError as `damped_cholesky`.
     """
     lower, used = damped_cholesky(hessian, damping, name)
     squares = torch.linalg.vector_norm(lower, dim=1).square()
@@ -49,7 +49,7 @@ def block_ldl(hessian: Tensor, damping: float, group: int, name: str = "weight")
         feedback = torch.einsum("igj,gjk->igk", lower.unflatten(1, (-1, group)), inverse).reshape(lower.shape).float()
     del lower
     # Without a factor of its own the Hessian counts by its diagonal alone, in the sweeps as in the feedback.
-    damped = symmetrise_(hessian.to(torch.float32, copy=True)) if used < math.inf else torch.zeros_like(feedback)
+    damped = symmetrise_(hessian.float()) if used < math.inf else torch.zeros_like(feedback)
     damped.diagonal().copy_(squares)  # damping has moved nothing else; cheaper than the whole product
     return Factors(damped, feedback)
 

@@ -115,3 +115,20 @@ def test_bad_input_names_the_layer(matrix):
     weight[0, 0] = float("nan")
     with pytest.raises(UserError, match="layer: its weight holds NaN"):
         backend.quantize(weight, hessian, backend.format("2x4g8"), None, **SETTINGS)
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from(["float16", "float8"]))
+def test_formats_ascend_and_small_matrices_get_small_codebooks(rows, columns, entries):
+    backend = load_backend("aqlm")
+    found = backend.formats(rows, columns, entries=entries)
+    sizes = [backend.bytes(format, rows, columns) for format in found]
+    assert sizes == sorted(sizes)
+    assert sorted(format["bits"] for format in found) == [1, 2, 3, 4]
+    two = backend.bytes(next(format for format in found if format["bits"] == 2), rows, columns)
+    assert two <= backend.bytes(backend.format("2x8g8", entries), rows, columns)
+
+
+def test_a_large_matrix_keeps_two_codebooks_and_a_low_rank_factor_does_not():
+    backend = load_backend("aqlm")
+    assert {"bits": 2.0, "scheme": "2x8g8", "entries": "float16"} in backend.formats(4096, 4096)
+    assert {"bits": 2.0, "scheme": "1x8g4", "entries": "float16"} in backend.formats(72, 576)

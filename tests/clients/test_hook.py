@@ -53,6 +53,12 @@ def test_checkpoints_open_without_an_import_of_casp(gptq: Path, saved_again: Pat
     assert found["dense"][0] == "Linear"
 
 
+def test_no_word_of_torchvision(gptq: Path):
+    code = "import sys; from transformers import pipeline; pipeline('text-generation', sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, str(gptq)], capture_output=True, text=True, check=True)
+    assert "torchvision" not in done.stdout + done.stderr
+
+
 def test_without_casp_transformers_refuses(gptq: Path, saved_again: Path, tiny_llama: Path, told, without_casp: str):
     found = told(OPEN, gptq, saved_again, tiny_llama, python=without_casp)
     assert "install the Python package casp" in found["made"]

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.trainer_utils import validate_quantization_for_training
 
+from casp import kernels
 from casp.linear import LowRankLinear, QuantizedLinear
 
 IDS = torch.arange(4, 36).reshape(2, 16)
@@ -89,6 +90,21 @@ def test_a_copy_is_saved_alike(gptq_low_rank: Path, tmp_path: Path):
     model = copy.deepcopy(load(gptq_low_rank))
     model.save_pretrained(tmp_path / "copy", max_shard_size="20KB")
     torch.testing.assert_close(load(tmp_path / "copy")(IDS).logits, model(IDS).logits, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(kernels.operators() is None, reason="quiptools is not built")
+def test_gradients_of_inputs_go_through_the_kernels(gptq_low_rank: Path, monkeypatch: pytest.MonkeyPatch):
+    """Neither a forward pass outside no_grad nor an adapter below takes the plain path."""
+    model = load(gptq_low_rank)
+    dense = load(gptq_low_rank).dequantize()
+    monkeypatch.setattr(kernels.Reference, "run", lambda *_: pytest.fail("the plain version was taken"))
+    model(IDS[:, :4])
+    gradients = []
+    for one in (model, dense):
+        embedded = one.get_input_embeddings()(IDS[:, :4]).detach().requires_grad_()
+        one(inputs_embeds=embedded).logits.square().mean().backward()
+        gradients.append(embedded.grad)
+    torch.testing.assert_close(*gradients, rtol=0.02, atol=0.01 * gradients[1].abs().max().item())
 
 
 def test_low_rank_factors_train_packed_codes_do_not(low_rank: Path, gptq: Path):

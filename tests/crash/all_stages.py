@@ -5,6 +5,6 @@ import importlib
 import torch
 
 STAGES = ("casp_svd", "casp_gptq", "casp_quip_sharp", "casp_aqlm", "casp.moments", "casp.plan")
-for name in ("small_stages", "casp.compress", *(f"{stage}.__main__" for stage in STAGES)):
+for name in ("small_stages", "casp.job", *(f"{stage}.__main__" for stage in STAGES)):
     importlib.import_module(name)
 torch.set_num_threads(1)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from casp_eval.casp_vs_baseline import COLUMNS, Setting, Workshop, build_parser, kept_row, main
+from casp_eval.casp_vs_baseline import COLUMNS, Making, Setting, Workshop, kept_row, main
 
 from casp.errors import UserError
 
@@ -14,7 +14,7 @@ def test_a_folder_of_others_is_neither_measured_nor_removed(tmp_path):
     folder = tmp_path / SETTING.name()
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
-    workshop = Workshop(tmp_path, build_parser().parse_args(["--output", str(tmp_path / "out")]))
+    workshop = Workshop(tmp_path, Making("auto", 0, 2, 2))
     with pytest.raises(UserError, match="holds other files"):
         workshop.checkpoint(SETTING)
     assert (folder / "notes.txt").read_text() == "mine"

@@ -22,7 +22,7 @@ MODULES = {
     "aqlm": "casp_aqlm.__main__",
     "plan": "casp.plan.__main__",
     "priced": "casp.plan.__main__",
-    "compress": "casp.compress",
+    "compress": "casp.job",
     "obey": "casp_gptq.__main__",
     "obey quip": "casp_quip_sharp.__main__",
     "pictures": "casp_gptq.__main__",

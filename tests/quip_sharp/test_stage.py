@@ -9,7 +9,10 @@ from casp_quip_sharp.backend import QuipSharp
 from casp_quip_sharp.linear import QuipSharpLinear
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+import casp.run
+import casp.teacher
 import casp.tuning
+import casp.walk
 from casp.budget import original_bytes
 from casp.checkpoint import resident_bytes, size
 from casp.cli.quantizing import FineTuning
@@ -179,6 +182,29 @@ def test_killed_while_fine_tuning_it_ends_with_the_same_bytes(stage, tiny_llama,
         for folder in (tmp_path / "whole", tmp_path / "out")
     ]
     assert files[0] == files[1]
+
+
+def test_inputs_of_teacher_and_student_are_captured_once(stage, tiny_llama, tmp_path, monkeypatch):
+    captures, real = [], casp.walk.capture_inputs
+
+    def counting(*args):
+        captures.append(1)
+        return real(*args)
+
+    for module in (casp.run, casp.teacher):
+        monkeypatch.setattr(module, "capture_inputs", counting)
+    flags = ["--ft-epochs", 0, "--block-epochs", 1]
+    stage("--model", tiny_llama, *flags, "--output", tmp_path / "shared")
+    assert len(captures) == 1
+
+    def alone(self, batches, device, dtype, captured, walk=casp.run.RunFolder.walk):
+        return walk(self, batches, device, dtype)
+
+    monkeypatch.setattr(casp.run.RunFolder, "walk", alone)
+    stage("--model", tiny_llama, *flags, "--output", tmp_path / "apart")
+    assert len(captures) == 3
+    shards = [sorted((tmp_path / name).glob("*.safetensors")) for name in ("shared", "apart")]
+    assert [file.read_bytes() for file in shards[0]] == [file.read_bytes() for file in shards[1]]
 
 
 def test_moments_collected_before(stage, texts, tiny_llama, tiny_qwen2, tmp_path):

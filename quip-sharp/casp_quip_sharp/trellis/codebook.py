@@ -35,6 +35,11 @@ class Trellis:
         """See `Codebook`."""
         return table(self.states, self.bits).scale
 
+    @property
+    def distortion(self) -> float:
+        """See `Codebook`."""
+        return table(self.states, self.bits).nmse
+
     def values(self, device: torch.device) -> Tensor:
         """What each state stands for, (2^states) float32."""
         return values(self.states, self.bits, device)

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from casp.backend import load_backend
 from casp.lowrank import decompose, rank_for, round_factors
-from casp.plan.costs import FactorCosts, Pricing, key, price, row_cost, smoothed_hessian, two_sided_cost
+from casp.plan import costs
+from casp.plan.costs import Pricing, key, price, row_cost, smoothed_hessian
+from casp.plan.factors import FactorCosts, two_sided_cost
 from casp.plan.options import KEEP_RATIOS, layouts, option_bytes, ranks
 from casp.seed import matrix_generator
 
@@ -94,12 +96,21 @@ def test_prices_follow_what_quantizing_really_costs(problem):
     assert price(pricing, weight, moments, "v", "here")[-1].rank is None
 
 
+def test_costs_told_by_distortions_are_what_measuring_finds(problem, monkeypatch):
+    weight, moments = problem
+    pricing = Pricing(load_backend("quip-sharp"), low_rank=frozenset({"q"}))
+    told = price(pricing, weight, moments, "q", "here")
+    assert len(pricing.measured(pricing.formats((64, 96)))) < len(pricing.formats((64, 96)))
+    monkeypatch.setattr(costs, "FINE", 0.0)
+    for one, other in zip(told, price(pricing, weight, moments, "q", "here"), strict=True):
+        assert one.cost == pytest.approx(other.cost, rel=0.2)  # one bit makes a factor of 4
+
+
 def test_costs_between_anchors_are_interpolated_in_logarithms():
-    one = {"bits": 2}
-    known = FactorCosts({key(one): {10: 1.0, 40: 4.0}}, {key(one): {10: 2.0, 40: 2.0}})
-    assert known.at(20, (one, one)) == pytest.approx(4.0)
-    assert known.at(10, (one, one)) == pytest.approx(3.0)
-    assert known.at(20, (one, {"bits": 3})) is None
+    known = FactorCosts({"one": {10: 1.0, 40: 4.0}}, {"one": {10: 2.0, 40: 2.0}})
+    assert known.at(20, "one", "one") == pytest.approx(4.0)
+    assert known.at(10, "one", "one") == pytest.approx(3.0)
+    assert known.at(20, "one", "two") is None
 
 
 @given(out=st.integers(1, 400), columns=st.integers(1, 400))

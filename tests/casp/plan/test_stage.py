@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import casp
 from casp.checkpoint import size
-from casp.compress import main as compress
 from casp.errors import UserError
+from casp.job import main as compress
 from casp.models import Decoder
 from casp.moments.__main__ import main as collect
 from casp.plan.__main__ import main as plan
