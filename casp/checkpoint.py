@@ -22,10 +22,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from casp.errors import UserError
 from casp.linear import LowRankLinear, QuantizedLinear, is_finite
 from casp.models import Decoder, decoder_blocks
-from casp.reading.compression import FORMAT_VERSION, WEIGHTS_KEY, check_compression
+from casp.reading.compression import WEIGHTS_KEY, check_compression
 from casp.reading.header import read_header
 from casp.shards import Shards
-from casp.swap import describe_modules, swap_modules, to_dense
+from casp.split import Experts, SplitLinear, apply_splits
+from casp.swap import describe_modules, in_model, swap_modules, to_dense
 
 QUANT_METHOD = "casp"
 COMPRESSED = (QuantizedLinear, LowRankLinear)
@@ -39,7 +40,7 @@ class CaspConfig(QuantizationConfigMixin):
 
     backend: name of the quantizer, None when only low-rank factors were made; original_weights: number of
     weights that the decoder's linears had before any compression (the denominator of bits per weight);
-    modules: module path -> {"rank": int} or {"format": {...}}.
+    modules: module path -> {"rank": int} or {"format": {...}}; splits: what is taken apart first (`casp.split`).
     """
 
     def __init__(
@@ -47,7 +48,8 @@ class CaspConfig(QuantizationConfigMixin):
         modules: dict[str, dict[str, Any]],
         original_weights: int,
         backend: str | None = None,
-        version: int = FORMAT_VERSION,
+        version: int = 1,
+        splits: dict[str, dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD
@@ -55,16 +57,22 @@ class CaspConfig(QuantizationConfigMixin):
         self.backend = backend
         self.original_weights = original_weights
         self.modules = modules
+        self.splits = splits or {}
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, as it stands in config.json."""
         keys = ("quant_method", "version", "backend", "original_weights", "modules")
-        return {key: getattr(self, key) for key in keys}
+        return {key: getattr(self, key) for key in keys} | ({"splits": self.splits} if self.splits else {})
 
 
 def _sign(model: nn.Module) -> str:
-    """The name that the weight of the first compressed module has in the dense model."""
-    return next(path for path, module in model.named_modules() if isinstance(module, COMPRESSED)) + ".weight"
+    """The name that the weight of the first compressed module has in the dense model.
+
+    Parts of what is taken apart have none there; they serve where there is nothing else.
+    """
+    compressed = [path for path, module in model.named_modules() if isinstance(module, COMPRESSED)]
+    split = tuple(path + "." for path, module in model.named_modules() if isinstance(module, SplitLinear | Experts))
+    return next((path for path in compressed if not path.startswith(split)), compressed[0]) + ".weight"
 
 
 @register_quantizer(QUANT_METHOD)
@@ -76,6 +84,7 @@ class CaspQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config.to_dict()
         check_compression(config)
+        apply_splits(model, {in_model(model, path): spec for path, spec in self.quantization_config.splits.items()})
         swap_modules(model, config)
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = {*ignored, f"^{re.escape(_sign(model))}$"}
@@ -147,14 +156,21 @@ class Size:
 def size(folder: Path) -> Size:
     """Exact size on disk of the decoder's linears of a plain or a CASP checkpoint, from the shards' headers."""
     decoder = Decoder.open(folder)
-    total = 0
-    for index, block in enumerate(decoder.blocks):
-        for path in decoder.linears(index).values():
-            prefix = f"{block}.{path}."
-            for name in decoder.shards.names(prefix):
-                if not name.endswith(".bias"):
-                    total += sum(decoder.shards.entries[stored].bytes for stored in decoder.shards.stored_names(name))
+    total = sum(stored_bytes(decoder, index) for index in range(len(decoder.blocks)))
     return Size(total, decoder.original_weights())
+
+
+def stored_bytes(decoder: Decoder, index: int) -> int:
+    """Bytes that the checkpoint stores for the linears of block `index`, biases left out."""
+    prefix = decoder.blocks[index] + "."
+    linears = set(decoder.linears(index).values())
+    stored: set[str] = set()  # a tensor that holds several linears counts once
+    for name in decoder.shards.names(prefix):
+        parents = name.removeprefix(prefix).split(".")
+        inside = any(".".join(parents[:depth]) in linears for depth in range(1, len(parents)))
+        if inside and not name.endswith(".bias"):
+            stored.update(decoder.shards.stored_names(name))
+    return sum(decoder.shards.entries[one].bytes for one in stored)
 
 
 def resident_bytes(model: nn.Module) -> int:

@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from casp.backend import Backend
 from casp.head import POSITIONS, head_logits
+from casp.inputs import BatchInputs
 from casp.models import Decoder
 from casp.tuning import Curve, Masters, Training, run_block, train, tunable_tensors
-from casp.walk import BatchInputs
 
 
 def final_norms(decoder: Decoder) -> dict[str, Tensor]:
@@ -68,8 +68,8 @@ def distill(
     """Train the compressed model, entirely loaded in `decoder`, towards `targets`.
 
     inputs: what the first block is fed; targets: the original model's last hidden states, one (batch, tokens, hidden)
-    per batch. Image tokens count as context only. state: file that keeps the training after each epoch and from
-    which it resumes; checkpointing: recompute each block for its gradient. Returns the learned tensors by the
+    per batch. Tokens of pictures and video count as context only. state: file that keeps the training after each epoch
+    and from which it resumes; checkpointing: recompute each block for its gradient. Returns the learned tensors by the
     model's names, float32, and the curve in nats a token.
     """
     masters = Masters(model_tensors(decoder, backend))
@@ -85,8 +85,8 @@ def distill(
         hidden = batch.hidden.to(device)
         for index, prefix in enumerate(prefixes):
             own = {name.removeprefix(prefix): leaf for name, leaf in tensors.items() if name.startswith(prefix)}
-            hidden = run(index, hidden, own, batch)
-        read = (batch.tokens & ~batch.images).to(device)
+            hidden = batch.entering(index + 1, run(index, hidden, own, batch))
+        read = batch.text.to(device)
         outside = {name: leaf for name, leaf in tensors.items() if not name.startswith(tuple(prefixes))}
         return divergence(decoder, hidden[read], targets[number].to(device)[read], outside)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from casp.inputs import PassedOver
 from casp.models import Decoder
 
 POSITIONS = 256  # whose logits are in memory together: a vocabulary is a hundred times wider than a block
@@ -20,7 +21,7 @@ def head_logits(decoder: Decoder, hidden: Tensor, tensors: Mapping[str, Tensor] 
     hidden = hidden[None]
 
     def passed_over(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
-        return hidden
+        return hidden.as_subclass(PassedOver)
 
     for block in decoder.block_list:
         block.forward = passed_over

@@ -102,7 +102,8 @@ class Job:
     """What is asked for, all stages together.
 
     machine: --device and --dtype with their words, which every stage understands for itself; plan: a file to obey, None
-    to make one; ft_epochs: passes of both fine-tunings; quantizing: more flags of the quantizing stage.
+    to make one; ft_epochs: passes of both fine-tunings; quantizing: more flags of the quantizing stage;
+    allow_partial: see `Decoder.require_share`.
     """
 
     prices: Prices
@@ -115,6 +116,7 @@ class Job:
     ft_epochs: int
     evaluate: bool
     quantizing: tuple[str, ...]
+    allow_partial: bool
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Job":
@@ -130,6 +132,7 @@ class Job:
             args.ft_epochs,
             args.evaluate,
             tuple(args.quantizing),
+            args.allow_partial,
         )
 
     def plan_file(self, output: Path) -> Path:
@@ -176,6 +179,7 @@ def steps(job: Job, decoder: Decoder, output: Path, budget: int) -> list[Step]:
     python = [sys.executable, "-m"]
     run = ["--model", prices.model, *job.machine, "--seed", str(job.seed)]
     data = [f"--{name.replace('_', '-')}={value}" for name, value in job.calibration.record().items()]
+    data += ["--allow-partial"] if job.allow_partial else []
     moments, plan = prices.moments_folder(), job.plan_file(output)
     weights = decoder.original_weights()
     chats = sources.share_of_chats(job.calibration.dataset) if decoder.is_multimodal else 0.0

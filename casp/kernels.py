@@ -35,6 +35,7 @@ def operators() -> ModuleType | None:
     return _load()[0]
 
 
+@torch.compiler.assume_constant_result
 def has_operator(name: str, device_type: str) -> bool:
     """Whether quiptools is built and has this operator for this kind of device."""
     found = operators()
@@ -44,7 +45,7 @@ def has_operator(name: str, device_type: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"quiptools::{name}", key)
 
 
-@cache
+@torch.compiler.assume_constant_result
 def multiplies_natively(dtype: torch.dtype) -> bool:
     """Whether this CPU has instructions for products in bfloat16; without them float32 is several times faster."""
     if dtype != torch.bfloat16:
@@ -78,9 +79,6 @@ class Kernel(Protocol):
     def reference(self, x: Tensor) -> Tensor:
         """The plain version, differentiable in x."""
 
-    def weight(self) -> Tensor:
-        """The dense matrix that x is multiplied by, (out, in) float32: what a gradient goes back through."""
-
 
 class Implementation(Protocol):
     """One way to run kernels."""
@@ -109,19 +107,6 @@ class Reference:
         return kernel.reference(x)
 
 
-class _ThroughWeight(torch.autograd.Function):
-    """An operator forward, the decoded weight backward: gradients reach x without the plain version."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, kernel: Kernel, implementation: "Compiled") -> Tensor:
-        ctx.kernel = kernel
-        return implementation.call(kernel, x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient @ ctx.kernel.weight().to(gradient.dtype), None, None
-
-
 @dataclass(frozen=True)
 class Compiled:
     """The operators of quiptools for one kind of device; on a CPU for one instruction set."""
@@ -143,15 +128,10 @@ class Compiled:
             and kernel.fits(x)
         )
 
-    def call(self, kernel: Kernel, x: Tensor) -> Tensor:
-        """The operator, which autograd does not know."""
-        return getattr(operators(), kernel.operator)(x, *kernel.arguments(), self.instruction_set)
-
     def run(self, kernel: Kernel, x: Tensor) -> Tensor:
-        """See `Implementation`."""
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _ThroughWeight.apply(x, kernel, self)
-        return self.call(kernel, x)
+        """See `Implementation`; a gradient in x goes back by operators too."""
+        operator = getattr(torch.ops.quiptools, kernel.operator)
+        return operator(x, *kernel.arguments(), self.instruction_set)
 
 
 @cache
@@ -165,6 +145,10 @@ def implementations() -> tuple[Implementation, ...]:
 
 def run(kernel: Kernel, x: Tensor) -> Tensor:
     """What the kernel says, by the fastest implementation that can."""
+    if torch.compiler.is_compiling():
+        # A graph names no instruction set: an operator takes the fastest of the machine that it runs on.
+        traced = Compiled(x.device.type)
+        return traced.run(kernel, x) if traced.can(kernel, x) else kernel.reference(x)
     return next(one for one in implementations() if one.can(kernel, x)).run(kernel, x)
 
 

@@ -22,6 +22,7 @@ from casp.reading.compression import check_compression
 from casp.reading.config import open_config, quantization_of
 from casp.reading.header import Entry
 from casp.shards import Shards, read_entries
+from casp.split import apply_splits, find_splits
 from casp.swap import swap_modules
 
 ROLES = {
@@ -35,8 +36,14 @@ ROLES = {
     "down_proj": "down",
     "fc1": "up",
     "fc2": "down",
+    "dense": "o",
+    "dense_h_to_4h": "up",
+    "dense_4h_to_h": "down",
 }
 """Leaf name of a linear -> its role in the method's words; a linear with another name keeps that name."""
+
+LEAST_SHARE = 0.9
+"""Of a decoder's weights: where fewer are linears, bits per weight would say little about the model's size."""
 
 
 def _factory(config: Any) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
@@ -58,7 +65,10 @@ def _empty_model(config: Any) -> PreTrainedModel:
         init_empty_weights(include_buffers=False),
         told_as("no model can be made of what config.json says", "download or write it again"),
     ):
-        return _factory(config).from_config(config, attn_implementation=attention.NAME, trust_remote_code=False).eval()
+        factory = _factory(config)
+        kind = factory._model_mapping[type(config)]
+        watched = attention.NAME if kind._supports_attention_backend else "eager"
+        return factory.from_config(config, attn_implementation=watched, trust_remote_code=False).eval()
 
 
 def _check_depth(folder: Path, config: Any, entries: Mapping[str, Entry]) -> None:
@@ -77,11 +87,12 @@ class Skeleton:
     """What a checkpoint's config describes, on the meta device, beside what is stored of it.
 
     compression: the quantization_config of a CASP checkpoint, whose modules then stand in the model; None for a plain
-    model.
+    model. splits: what of the model was taken apart, see `casp.split`.
     """
 
     config: Any
     compression: dict[str, Any] | None
+    splits: dict[str, dict[str, Any]]
     model: PreTrainedModel
     shards: Shards
 
@@ -100,9 +111,13 @@ def open_skeleton(folder: Path) -> Skeleton:
     entries = read_entries(folder)
     _check_depth(folder, config, entries)
     model = _empty_model(config)
-    if compression is not None:
-        swap_modules(model, compression)
-    return Skeleton(config, compression, model, Shards(entries, model))
+    if compression is None:
+        splits = find_splits(model, decoder_blocks(model))
+        return Skeleton(config, None, splits, model, Shards(entries, model, apply_splits(model, splits)))
+    splits = compression.get("splits", {})
+    apply_splits(model, splits)
+    swap_modules(model, compression)
+    return Skeleton(config, compression, splits, model, Shards(entries, model))
 
 
 def check_weights(folder: Path) -> None:
@@ -153,11 +168,8 @@ class Decoder:
         self.folder = Path(folder)
         skeleton = open_skeleton(self.folder)
         self.config, self.compression = skeleton.config, skeleton.compression
-        self.model, self.shards = skeleton.model, skeleton.shards
+        self.model, self.shards, self.splits = skeleton.model, skeleton.shards, skeleton.splits
         self.blocks_path, self.block_list = _find_blocks(self.model)
-        fused = self.shards.converted(self.blocks_path + ".")
-        if fused:
-            raise UserError(f"{fused[0]} is stored in fused form, which CASP does not compress; choose a dense model.")
         if not self.linears(0):
             raise UserError(f"the blocks of model type {self.config.model_type!r} hold no linear layers to compress.")
         self.shards.check(self.folder, self.blocks_path)
@@ -175,6 +187,11 @@ class Decoder:
     def holds(self, kind: type[nn.Module]) -> bool:
         """Whether a linear of the blocks is a `kind`."""
         return any(isinstance(module, kind) for block in self.block_list for module in block.modules())
+
+    @property
+    def shows_attention(self) -> bool:
+        """Whether the attention of the blocks can be watched: older models of transformers compute their own."""
+        return self.model._supports_attention_backend
 
     @property
     def text_config(self) -> object:
@@ -212,11 +229,6 @@ class Decoder:
         return self.config.dtype or torch.float32
 
     @property
-    def image_token_id(self) -> int | None:
-        """The id that stands for one image token in `input_ids`, or None for a text model."""
-        return getattr(self.config, "image_token_id", None) or getattr(self.config, "image_token_index", None)
-
-    @property
     def blocks(self) -> list[str]:
         """Module paths of the blocks, in order."""
         return [f"{self.blocks_path}.{i}" for i in range(len(self.block_list))]
@@ -249,12 +261,35 @@ class Decoder:
 
     def original_weights(self) -> int:
         """Number of weights that the decoder's linears had in the original model."""
-        total = 0
+        return self._weights()[0]
+
+    def _weights(self) -> tuple[int, int]:
+        """Weights of all linears in the original model, and of all matrices and larger tensors beside them."""
+        linears = others = 0
         for i in range(len(self.block_list)):
-            for path in self.linears(i).values():
-                linear = self.block(i).get_submodule(path)
-                total += linear.in_features * linear.out_features
-        return total
+            found = tuple(self.linears(i).values())
+            modules = [self.block(i).get_submodule(path) for path in found]
+            linears += sum(module.in_features * module.out_features for module in modules)
+            inside = {tensor for module in modules for tensor in module.parameters()}
+            others += sum(p.numel() for p in self.block(i).parameters() if p.dim() > 1 and p not in inside)
+        return linears, others
+
+    def share(self) -> float:
+        """Share of the weights of the blocks (matrices and larger tensors) that are linears, which stages compress."""
+        linears, others = self._weights()
+        return linears / (linears + others)
+
+    def require_share(self, partial: bool) -> float:
+        """`share`, printed; UserError where it is below `LEAST_SHARE`, unless `partial` says that this is all right."""
+        share = self.share()
+        print(f"{share:.1%} of the weights in the decoder's blocks are linears, which are compressed")
+        if share < LEAST_SHARE and not partial:
+            raise UserError(
+                f"{self.folder}: CASP finds only {share:.1%} of the decoder's weights in linears and would leave the "
+                f"rest of model type {self.config.model_type!r} as it is; choose another model, or compress that part "
+                "with --allow-partial."
+            )
+        return share
 
     def _load(self, names: list[str], device: torch.device, dtype: torch.dtype) -> None:
         parameters = dict(self.model.named_parameters())

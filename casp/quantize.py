@@ -9,6 +9,7 @@ from torch import Tensor
 
 from casp.backend import Backend, Matrix, quantized
 from casp.budget import Plan
+from casp.capture import capture_inputs
 from casp.errors import UserError
 from casp.factors import FACTORS, low_rank_module, quantized_factors
 from casp.linear import is_finite
@@ -19,9 +20,10 @@ from casp.notes import warnings_of
 from casp.plan.options import stored_shapes
 from casp.run import RunFolder
 from casp.seed import matrix_generator
+from casp.split import side_by_side
 from casp.teacher import Teacher
 from casp.tuning import Training, tunable_tensors, tune_block
-from casp.walk import Visit, capture_inputs, walk
+from casp.walk import Visit, walk
 
 _ROWS = 1024  # of a matrix whose error is told at once: copies of all of a wide one would be as large as its moment
 
@@ -160,7 +162,7 @@ def quantize_block(
     generator = matrix_generator(method.seed, f"{prefix} tuning")
     linears: dict[str, dict[str, Any]] = {}
     tuning = []
-    for stage in [[group] for group in groups] if one_by_one else [groups]:
+    for stage in side_by_side(groups) if one_by_one else [groups]:
         shared = block_moments(visit, stage, weights) if moments is None else [None] * len(stage)
         for group, seen in zip(stage, shared, strict=True):
             whole = [path for path in group if f"{prefix}.{path}" not in method.ranks]

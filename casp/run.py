@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from casp.capture import capture_inputs
 from casp.card import inherited, model_card
 from casp.digest import companions
 from casp.errors import UserError, told_as
 from casp.files import write_atomically, write_json, write_shard
 from casp.folder import WORK_PREFIX, WorkFolder
+from casp.inputs import BatchInputs
 from casp.models import Decoder
 from casp.progress import Blocks
 from casp.reading.compression import INSTEAD_OF_WEIGHTS, WEIGHTS_KEY
@@ -23,7 +25,7 @@ from casp.recipe import RECIPE_FILE, carried
 from casp.report import REPORT_FILE, merge_reports
 from casp.shards import INDEX
 from casp.swap import describe_modules, swap_modules
-from casp.walk import BatchInputs, Visit, capture_inputs, walk
+from casp.walk import Visit, walk
 
 _WRITTEN = (
     "config.json",
@@ -187,10 +189,11 @@ class RunFolder(WorkFolder):
         config[WEIGHTS_KEY] = INSTEAD_OF_WEIGHTS
         config["quantization_config"] = {
             "quant_method": "casp",
-            "version": 1,
+            "version": 2 if decoder.splits else 1,
             "backend": self.settings.get("backend"),
             "original_weights": decoder.original_weights(),
             "modules": modules,
+            **({"splits": decoder.splits} if decoder.splits else {}),
         }
         report = merge_reports(
             decoder.folder,

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +23,7 @@ from casp.linear import QuantizedLinear
 from casp.reading.documents import read_json
 from casp.reading.files import is_there
 from casp.reading.header import DTYPES, WEIGHTS, Entry, read_header
+from casp.split import Fused
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -70,18 +72,49 @@ class _Source:
     converter: WeightConverter | None = None
 
 
-class Shards:
-    """The stored tensors of a checkpoint, addressed by the names of `model` (which may be on meta)."""
+class _BeforeSplits:
+    """A model as converters ask for it, with the fused tensors that it had before it was taken apart."""
 
-    def __init__(self, entries: Mapping[str, Entry], model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, fused: Mapping[str, Fused]) -> None:
+        self._model, self._fused = model, fused
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def get_parameter(self, name: str) -> Tensor:
+        """The model's tensor `name`, on meta where it is fused."""
+        if name in self._fused:
+            return torch.empty(self._fused[name].shape, device="meta")
+        return self._model.get_parameter(name)
+
+
+def _other_targets(converter: WeightConverter, name: str) -> list[str]:
+    """What a converter makes besides the tensor `name`, which is its first."""
+    first, *others = (pattern.replace("\\", "").strip("^$") for pattern in converter.target_patterns)
+    return [name.replace(first, other) for other in others if first in name]
+
+
+class Shards:
+    """The stored tensors of a checkpoint, addressed by the names of `model` (which may be on meta).
+
+    fused: of a model that was taken apart (`casp.split`) the tensors that are stored whole.
+    """
+
+    def __init__(
+        self, entries: Mapping[str, Entry], model: PreTrainedModel, fused: Mapping[str, Fused] | None = None
+    ) -> None:
         self.entries = entries
         self._model = model
+        self._fused = dict(fused or {})
+        self._whole_of = {part: name for name, whole in self._fused.items() for part in whole.parts}
         mapping = get_model_conversion_mapping(model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-        names = model.state_dict()
+        own = {name: tensor for name, tensor in model.state_dict().items() if name not in self._whole_of}
+        names = {**own, **self._fused}  # as the model had them before it was taken apart
         self._sources: dict[str, _Source] = {}
+        self._made_with: dict[str, str] = {}  # where a converter makes several tensors: those beside the first -> it
         for stored in sorted(self.entries):
             args = (model.base_model_prefix, names)
             name, pattern = rename_source_key(stored, renamings, converters, *args)
@@ -93,18 +126,24 @@ class Shards:
             source.stored.append((stored, pattern))
             if pattern is not None and source.converter is None:
                 source.converter = copy.deepcopy(by_pattern[pattern])
+                self._made_with |= {other: name for other in _other_targets(source.converter, name)}
 
     def names(self, prefix: str) -> list[str]:
-        """The model's names, under `prefix`, of what is stored."""
-        return [name for name in self._sources if name.startswith(prefix)]
+        """The model's names, under `prefix`, of what is stored; the parts of what is stored whole."""
+        expanded = (part for name in (*self._sources, *self._made_with) for part in self._parts(name))
+        return [name for name in expanded if name.startswith(prefix)]
 
-    def converted(self, prefix: str) -> list[str]:
-        """The names under `prefix` whose tensors are regrouped while they are read (fused experts, say)."""
-        return [name for name in self.names(prefix) if self._sources[name].converter is not None]
+    def _parts(self, name: str) -> Iterable[str]:
+        return self._fused[name].parts if name in self._fused else (name,)
+
+    def _source_of(self, name: str) -> str:
+        """The name under which the source of the model's tensor `name` is kept."""
+        whole = self._whole_of.get(name, name)
+        return self._made_with.get(whole, whole)
 
     def stored_names(self, name: str) -> list[str]:
         """The stored tensors that make up the model's tensor `name`."""
-        return [stored for stored, _ in self._sources[name].stored]
+        return [stored for stored, _ in self._sources[self._source_of(name)].stored]
 
     def check(self, folder: Path, blocks: str | None = None, within: tuple[str, ...] = ("",)) -> None:
         """UserError unless the stored tensors are those that the model is made of, in type and shape; reads no data.
@@ -123,23 +162,25 @@ class Shards:
         for name, source in self._sources.items():
             stored = source.stored[0][0]
             entry = self.entries[stored]
-            if name not in whole:
+            shape = self._fused[name].shape if name in self._fused else None
+            if shape is None and name not in whole:
                 if blocks is not None and name.startswith(blocks + "."):
                     self._refuse_block(folder, blocks, name)
                 continue
             if source.converter is not None:
                 continue
-            if entry.shape != tuple(whole[name].shape):
+            shape = tuple(whole[name].shape) if shape is None else shape
+            if entry.shape != shape:
                 raise UserError(
                     f"{stored} in {folder} has shape {entry.shape} where the config asks for "
-                    f"{tuple(whole[name].shape)}; config.json and the weights do not belong together."
+                    f"{shape}; config.json and the weights do not belong together."
                 )
             if name in packed and DTYPES[entry.dtype] != whole[name].dtype:
                 raise UserError(
                     f"{stored} in {folder} is stored as {entry.dtype}, its format has {whole[name].dtype}; make or "
                     "download the checkpoint again."
                 )
-            if name in parameters and entry.dtype not in WEIGHTS:
+            if (name in parameters or name in self._fused) and entry.dtype not in WEIGHTS:
                 raise UserError(
                     f"{stored} in {folder} is stored as {entry.dtype}, which no weight is here; give the checkpoint in "
                     "bfloat16, float16 or float32."
@@ -148,7 +189,7 @@ class Shards:
         missing = [
             name
             for name, tensor in whole.items()
-            if tensor.is_meta and name not in self._sources and not self._is_tied(name, tied)
+            if tensor.is_meta and self._source_of(name) not in self._sources and not self._is_tied(name, tied)
         ]
         if missing:
             raise UserError(
@@ -187,18 +228,26 @@ class Shards:
         return tensor
 
     def load(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Read the named tensors of the model from disk, one at a time."""
+        """Read the named tensors of the model from disk, one at a time; what is stored whole is read once."""
+        wanted: dict[str, set[str]] = {}
         for name in names:
-            source = self._sources[name]
-            if source.converter is None:
-                yield name, self._read(source.stored[0][0])
-                continue
-            converter = copy.deepcopy(source.converter)
-            for stored, pattern in source.stored:
-                converter.add_tensor(name, stored, pattern, self._read(stored))
-            made = converter.convert(name, model=self._model, config=self._model.config)
-            for target, tensor in made.items():
-                yield target, tensor[0] if isinstance(tensor, list) else tensor
+            wanted.setdefault(self._source_of(name), set()).add(name)
+        for source, targets in wanted.items():
+            for name, tensor in self._load(source):
+                parts = self._fused[name].parts if name in self._fused else {name: lambda whole: whole}
+                yield from ((part, take(tensor)) for part, take in parts.items() if part in targets)
+
+    def _load(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        source = self._sources[name]
+        if source.converter is None:
+            yield name, self._read(source.stored[0][0])
+            return
+        converter = copy.deepcopy(source.converter)
+        for stored, pattern in source.stored:
+            converter.add_tensor(name, stored, pattern, self._read(stored))
+        made = converter.convert(name, model=_BeforeSplits(self._model, self._fused), config=self._model.config)
+        for target, tensor in made.items():
+            yield target, tensor[0] if isinstance(tensor, list) else tensor
 
     def read_stored(self, stored: str) -> Tensor:
         """One tensor as it is on disk, under its stored name."""

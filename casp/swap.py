@@ -13,6 +13,12 @@ from casp.linear import LowRankLinear, QuantizedLinear
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
+def in_model(model: nn.Module, path: str) -> str:
+    """`path`, recorded from the full model, as `model` has it; UserError where it has no such module."""
+    parent, leaf = find_module(model, path)
+    return next(name for name, module in model.named_modules() if module is parent.get_submodule(leaf))
+
+
 def find_module(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     """Parent and leaf name of the module at `path`.
 

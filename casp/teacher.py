@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from casp.capture import capture_inputs
 from casp.models import Decoder
-from casp.walk import Visit, capture_inputs
+from casp.walk import Visit
 
 
 class Teacher:

@@ -21,9 +21,10 @@ from tqdm import tqdm
 from casp.backend import Backend
 from casp.errors import UserError, told_as
 from casp.files import write_shard
+from casp.inputs import BatchInputs, first_output, moved
 from casp.linear import QuantizedLinear
 from casp.reading.documents import parse_json
-from casp.walk import BatchInputs, Visit, first_output, moved
+from casp.walk import Visit
 
 VALIDATION_SHARE = 8  # one batch in so many is not trained on
 PATIENCE = 2  # epochs without a better validation loss after which training stops

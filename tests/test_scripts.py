@@ -29,6 +29,7 @@ NEEDS = {
     "plan.sh": ["--model", MISSPELT, "--backend", "gptq"],
     "casp_vs_baseline.sh": None,  # takes built-in models
     "memory.sh": None,  # makes its own models
+    "time.sh": None,
     "speed.sh": None,  # and its own layers
 }
 

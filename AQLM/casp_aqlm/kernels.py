@@ -46,7 +46,3 @@ class Layer:
     def reference(self, x: Tensor) -> Tensor:
         """See `casp.kernels.Kernel`."""
         return F.linear(x, self.dense().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-    def weight(self) -> Tensor:
-        """See `casp.kernels.Kernel`."""
-        return self.dense()

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from casp.backend import load_backend
 from casp.budget import uniform_plan
+from casp.capture import capture_inputs
 from casp.cli import Parser, add_common_arguments, calibration_of, model_folder, run_main
 from casp.data import fingerprint
 from casp.errors import UserError
@@ -30,7 +31,7 @@ from casp.numbers import count
 from casp.outputs import check_file
 from casp.quantize import Method, quantize_blocks, weighted_error
 from casp.run import RunFolder
-from casp.walk import capture_inputs, walk
+from casp.walk import walk
 from casp_gptq.gptq import gptq_quantize
 
 CPU = torch.device("cpu")

@@ -43,13 +43,13 @@ def unpack(words: Tensor, bits: int, length: int) -> Tensor:
     """Undo `pack`: int32 (packed_rows(length, bits), ...) -> uint8 codes (length, ...)."""
     rest = words.shape[1:]
     words = words.reshape(-1, bits, *rest)
-    position = torch.arange(RUN, device=words.device) * bits
-    word, shift = position // _WORD, position % _WORD
-    here = (_WORD - shift).clamp(max=bits)  # bits of the code that lie in its first word
-    shape = (1, RUN, *[1] * len(rest))
-    # The shift of a negative word brings in ones from above; the mask removes them.
-    codes = (words[:, word] >> shift.view(shape).int()) & ((1 << here) - 1).view(shape).int()
-    for i in (here < bits).nonzero()[:, 0].tolist():
-        low = int(here[i])
-        codes[:, i] |= (words[:, int(word[i]) + 1] & ((1 << (bits - low)) - 1)) << low
-    return codes.to(torch.uint8).reshape(-1, *rest)[:length]
+    codes = []
+    for i in range(RUN):
+        word, shift = divmod(i * bits, _WORD)
+        here = min(_WORD - shift, bits)  # bits of the code that lie in its first word
+        # The shift of a negative word brings in ones from above; the mask removes them.
+        code = (words[:, word] >> shift) & ((1 << here) - 1)
+        if here < bits:
+            code = code | (words[:, word + 1] & ((1 << (bits - here)) - 1)) << here
+        codes.append(code.to(torch.uint8))
+    return torch.stack(codes, 1).reshape(-1, *rest)[:length]

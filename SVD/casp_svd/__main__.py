@@ -78,8 +78,11 @@ def gather_moments(
         found = {role: known[paths[role]] for role in "qk"}
         return {role: Whitening(one.hessian("gradient"), one.gradient_moment) for role, one in found.items()}
     if whitening == "input":
-        shared = input_moments(visit, paths["q"]) if known is None else Whitening(known[paths["q"]].hessian("none"))
-        return {"q": shared, "k": shared}
+        if known is not None:
+            return {role: Whitening(known[paths[role]].hessian("none")) for role in "qk"}
+        groups = visit.input_groups([paths["q"], paths["k"]])  # of cross-attention each has an input of its own
+        found = {path: moments for group in groups for moments in [input_moments(visit, group[0])] for path in group}
+        return {role: found[paths[role]] for role in "qk"}
     of_query, of_key = attention_moments(visit, paths["q"], paths["k"], paths["o"], generator)
     return {"q": of_query, "k": of_key}
 
@@ -103,6 +106,31 @@ def low_rank(
     return module, (energy[rank:].sum() / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)).item()
 
 
+def attention_blocks(decoder: Decoder) -> list[int]:
+    """Numbers of the blocks with linears of their own for queries, keys and the attention's output.
+
+    Blocks without attention (linear attention, say) keep what they have. UserError where no block has them.
+    """
+    found = [index for index in range(len(decoder.blocks)) if {"q", "k", "o"} <= decoder.linears(index).keys()]
+    if not found:
+        raise UserError(
+            f"no block of model type {decoder.config.model_type!r} has a linear of its own for queries, keys and the "
+            "attention's output, so the SVD stage has nothing to factor; quantize the model without it."
+        )
+    return found
+
+
+def factored_share(decoder: Decoder, blocks: list[int]) -> float:
+    """Share of the decoder's original weights that W_q and W_k of `blocks` are."""
+    total = 0
+    for index in blocks:
+        linears = decoder.linears(index)
+        for role in "qk":
+            linear = decoder.block(index).get_submodule(linears[role])
+            total += linear.in_features * linear.out_features
+    return total / decoder.original_weights()
+
+
 def compress_block(
     visit: Visit,
     name: str,
@@ -115,16 +143,9 @@ def compress_block(
 
     "notes" besides, a list of sentences, where something was warned of.
 
-    name: the block's path; bits: what one stored number takes; known: moments collected before. A matrix whose rank
-    would save nothing stays as it is. UserError for a block whose queries and keys do not come from dense linears of
-    their own.
+    name: the block's path, one of `attention_blocks`; bits: what one stored number takes; known: moments collected
+    before. A matrix whose rank would save nothing stays as it is. UserError for one that is compressed already.
     """
-    for role in ("q", "k", "o"):
-        if role not in visit.linears:
-            raise UserError(
-                f"{name} has no linear layer of its own for '{role}' (of query, key and output projection); models "
-                "with fused or other projections are not supported by the SVD stage"
-            )
     linears = {role: visit.block.get_submodule(visit.linears[role]) for role in ("q", "k")}
     ranks: dict[str, int] = {}
     for role, linear in linears.items():
@@ -157,6 +178,13 @@ def main(argv: list[str] | None = None) -> None:
     factoring = Factoring(args.whitening, args.keep_ratio, args.damping)
     calibration, compute = calibration_of(args), compute_of(args)
     decoder = Decoder.open(model_folder(args.model))
+    decoder.require_share(args.allow_partial)
+    factored = attention_blocks(decoder)
+    share = factored_share(decoder, factored)
+    print(
+        f"factoring W_q and W_k of {len(factored)} of {len(decoder.blocks)} blocks: {share:.1%} of the weights in the "
+        "decoder's linears"
+    )
     compute = compute.of(decoder.dtype)
     needed = {"gradient": "gradient", "input": "none"}.get(factoring.whitening)
     data = union(calibration.record(), compute.record())
@@ -168,6 +196,7 @@ def main(argv: list[str] | None = None) -> None:
         batches = calibration.batches(decoder.folder, compute.seed)
     settings = union(
         factoring.record(),
+        {"share_of_weights": round(share, 4)},
         {} if batches is None else calibration.record(),
         compute.record(),
         {} if moments is None else {"moments": moments.identity(decoder)},
@@ -193,6 +222,9 @@ def main(argv: list[str] | None = None) -> None:
             "block_influence": visit.block_influence() if known is None else known.influence,
             "attention_density": attention_density(visit, few) if known is None else known.density,
         }
+        if visit.index not in factored:
+            run.save(visit, report)
+            continue
         report["linears"] = compress_block(
             visit,
             name,

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from casp.inputs import BatchInputs
 from casp.moments import SecondMoment
 from casp.moments.forward import block_moments
-from casp.walk import BatchInputs, Visit
+from casp.walk import Visit
 
 
 @dataclass
@@ -73,10 +74,12 @@ def attention_moments(
     project_out = visit.block.get_submodule(output)
     inputs = [SecondMoment(module.in_features, visit.device) for module in projections]
     gradients = [SecondMoment(module.out_features, visit.device) for module in projections]
-    entered: list[Tensor] = []
+    entered: dict[str, Tensor] = {}
+    tokens: dict[str, Tensor] = {}
 
-    def enter(x: Tensor, batch: BatchInputs) -> None:
-        entered[:] = [x]
+    def enter(path: str, x: Tensor, batch: BatchInputs) -> None:
+        entered[path] = x[batch.tokens]
+        tokens[path] = batch.tokens  # of cross-attention the keys are not those of the sequence
 
     def leave(attended: Tensor, batch: BatchInputs) -> None:
         shape = (*attended.shape[:-1], project_out.out_features)
@@ -84,14 +87,14 @@ def attention_moments(
         probe = probe * batch.tokens[..., None]  # an error that only padding sees costs nothing
         seen = torch.autograd.grad(attended, leaves, probe @ project_out.weight)
         torch.set_grad_enabled(False)
-        x = entered[0][batch.tokens]
-        for moment, gradient_moment, gradient in zip(inputs, gradients, seen, strict=True):
-            gradient = gradient[batch.tokens].float()
+        for path, moment, gradient_moment, gradient in zip((query, key), inputs, gradients, seen, strict=True):
+            gradient = gradient[tokens[path]].float()
             gradient_moment.add(gradient)
-            moment.add(x, gradient.square().sum(-1))
+            moment.add(entered[path], gradient.square().sum(-1))
 
+    watched = {path: lambda x, batch, path=path: enter(path, x, batch) for path in (query, key)}
     with tracked_outputs(projections) as leaves:
-        visit.replay({query: enter, output: leave})
+        visit.replay({**watched, output: leave})
     of_query, of_key = (
         Whitening(moment.value(), gradient.value()) for moment, gradient in zip(inputs, gradients, strict=True)
     )

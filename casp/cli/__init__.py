@@ -8,6 +8,7 @@ from casp.cli.door import Parser, run_main, tell
 from casp.cli.flags import (
     add_common_arguments,
     add_device_arguments,
+    add_frames_argument,
     calibration_of,
     compute_named,
     compute_of,
@@ -24,6 +25,7 @@ __all__ = [
     "Search",
     "add_common_arguments",
     "add_device_arguments",
+    "add_frames_argument",
     "base_model",
     "calibration_of",
     "compute_named",

@@ -8,6 +8,7 @@ import torch
 from casp.cli.options import Calibration, Compute
 from casp.demo import NAMES
 from casp.errors import UserError
+from casp.modality import Visual
 from casp.numbers import count, seed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -21,6 +22,11 @@ def add_common_arguments(parser: argparse.ArgumentParser, default_model: str, ca
         help=f"hub id, folder, or built-in name ({', '.join(NAMES)}) (default: %(default)s)",
     )
     parser.add_argument("--output", type=Path, help="folder to write (default: runs/<model>/<stage>)")
+    parser.add_argument(
+        "--allow-partial",
+        action="store_true",
+        help="work on a model of whose decoder less than 90%% of the weights can be compressed (default: off)",
+    )
     add_device_arguments(parser)
     parser.add_argument(
         "--seed", type=seed, default=0, help="seed of everything random, an integer (default: %(default)s)"
@@ -44,14 +50,32 @@ def add_common_arguments(parser: argparse.ArgumentParser, default_model: str, ca
             default=8,
             help="samples run at once, a count (default: %(default)s)",
         )
+        add_frames_argument(parser)
+        parser.add_argument(
+            "--visual-tokens",
+            type=count,
+            default=Visual.tokens,
+            help="the most tokens of pictures and video in a sample; larger ones are scaled down (default: "
+            "%(default)s)",
+        )
         parser.add_argument(
             "--dataset",
             default="demo",
-            help="calibration data: rp, c4, wikitext2, ptb (hub), a .txt file, a .jsonl file with text or image, "
-            "question and answer or messages, a built-in set (demo = demo-images for a model of images and text, "
-            "demo-speeches for one of text; demo-registers, demo-mixed, ...: see the README), or several by shares, as "
-            "in demo-images:4,demo-registers:1 (default: %(default)s)",
+            help="calibration data: rp, c4, wikitext2, ptb (hub), a .txt file, a .jsonl file of texts and of pictures "
+            "or a video, question and answer or messages, a built-in set (demo = demo-images for a model of images and "
+            "text, demo-speeches for one of text; demo-registers, demo-mixed, ...: see the README), or several by "
+            "shares, as in demo-images:4,demo-registers:1 (default: %(default)s)",
         )
+
+
+def add_frames_argument(parser: argparse.ArgumentParser) -> None:
+    """--frames, of everything that reads videos."""
+    parser.add_argument(
+        "--frames",
+        type=count,
+        default=Visual.frames,
+        help="frames of a video, evenly spaced in time, a count (default: %(default)s)",
+    )
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +110,8 @@ def pick_device(name: str) -> torch.device:
 
 def calibration_of(args: argparse.Namespace) -> Calibration:
     """What the flags of calibration ask for."""
-    return Calibration(args.dataset, args.samples, args.sequence_length, args.batch_size)
+    visual = Visual(args.frames, args.visual_tokens)
+    return Calibration(args.dataset, args.samples, args.sequence_length, args.batch_size, visual)
 
 
 def compute_named(device: str, dtype: str, seed: int = 0) -> Compute:

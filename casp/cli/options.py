@@ -8,7 +8,7 @@ setting cannot be used and left out of it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from casp.data import calibration_batches, sources
+from casp.modality import Visual
 
 
 class Search(Protocol):
@@ -33,10 +34,12 @@ class Calibration:
     samples: int = 128
     sequence_length: int = 512
     batch_size: int = 8
+    visual: Visual = field(default_factory=Visual)
 
     def batches(self, folder: Path, seed: int) -> list[dict[str, Tensor]]:
         """The batches for the checkpoint in `folder`, see `calibration_batches`."""
-        return calibration_batches(folder, self.dataset, self.samples, self.sequence_length, seed, self.batch_size)
+        sizes = (self.samples, self.sequence_length, seed, self.batch_size)
+        return calibration_batches(folder, self.dataset, *sizes, self.visual)
 
     def files(self) -> list[Path]:
         """The local files among the data, which no output may touch."""
@@ -49,6 +52,8 @@ class Calibration:
             "samples": self.samples,
             "sequence_length": self.sequence_length,
             "batch_size": self.batch_size,
+            "frames": self.visual.frames,
+            "visual_tokens": self.visual.tokens,
         }
 
 

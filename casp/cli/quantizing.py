@@ -41,7 +41,8 @@ class Quantizing:
     bits_budget (an original weight), target_bytes_of (a checkpoint): at most one of them, as the budget; plan: of ranks
     and formats, a file; moments: collected before, a folder, None to find them; token_weights: None for the best that
     there are; true_sequential: see `casp.quantize.Method`; given: the flags, and carry: a file instead of them, for the
-    recipe in the checkpoint (`casp.recipe`), which decides no bytes besides its own.
+    recipe in the checkpoint (`casp.recipe`), which decides no bytes besides its own; allow_partial: see
+    `Decoder.require_share`.
     """
 
     model: str
@@ -58,6 +59,7 @@ class Quantizing:
     tuning: FineTuning = FineTuning()
     given: Mapping[str, Any] = field(default_factory=dict)
     carry: Path | None = None
+    allow_partial: bool = False
 
     @property
     def has_budget(self) -> bool:
@@ -171,4 +173,5 @@ def quantizing_of(args: argparse.Namespace, tuning: FineTuning = FineTuning()) -
         tuning,
         args.given,
         args.carry,
+        args.allow_partial,
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from casp.backend import Backend, Format
 from casp.budget import Plan, matrices, original_bytes, plan_bytes, promote, uniform_plan
+from casp.capture import capture_inputs
 from casp.checkpoint import size
 from casp.cli.options import Budget, Compute, Search, union
 from casp.cli.places import base_model, default_output, model_folder, stage_input
@@ -34,7 +35,6 @@ from casp.run import RunFolder
 from casp.seed import matrix_generator
 from casp.teacher import Teacher
 from casp.tuning import Curve
-from casp.walk import capture_inputs
 
 INFLUENCE_FILE = f"{WORK_PREFIX}influence.json"
 END_TO_END_FILE = f"{WORK_PREFIX}end-to-end.safetensors"
@@ -107,7 +107,7 @@ def end_to_end(
     decoder, learned_file = run.decoder, run.folder / END_TO_END_FILE
     if not learned_file.exists():
         targets = teacher.advance_to(len(decoder.blocks) - 1)
-        inputs = capture_inputs(decoder, batches, compute.device, compute.dtype)
+        inputs = capture_inputs(decoder, batches, compute.device, compute.dtype, check=False)
         run.load_finished(compute.device, compute.dtype)
         decoder.load_rest(compute.device, compute.dtype)
         learned, curve = distill(
@@ -179,6 +179,7 @@ def quantize_stage(
     decoder = Decoder.open(stage_input(asked.model, "svd", asked.from_original or asked.plan is not None))
     if decoder.holds(QuantizedLinear):
         raise UserError(f"{decoder.folder} is already quantized; give the original model or the output of stage svd.")
+    share = decoder.require_share(asked.allow_partial)
     if check is not None:
         check(decoder, ladder[0])
     low_rank = decoder.holds(LowRankLinear)
@@ -198,7 +199,7 @@ def quantize_stage(
     original = model_folder(asked.model) if tuning.wanted else decoder.folder
     # What a flag says stands in the record where it has a say: data, say, where any is run through the model.
     record = union(
-        {"backend": backend.name, "token_weights": weighting},
+        {"backend": backend.name, "token_weights": weighting, "share_of_weights": round(share, 4)},
         ladder[0] if obeyed is None else {"plan": obeyed.fingerprint()},
         search.record(),
         budget.record(),

@@ -1,8 +1,8 @@
 """Calibration batches of text or of image and text, the same for the same seed.
 
 A batch is a dict of CPU tensors that `model(**batch)` takes. Text batches are windows of exactly
-`sequence_length` tokens, without padding and without special tokens. Image and text batches hold one chat
-per sample (picture, question, answer), padded on the right within a batch; a chat keeps its own length,
+`sequence_length` tokens, without padding and without special tokens. Batches of chats hold one chat
+per sample (pictures, videos, question, answer), padded on the right within a batch; a chat keeps its own length,
 since cutting it would cut image tokens.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,24 @@ import torch
 from torch import Tensor
 
 from casp.data import mixture
-from casp.data.chats import Chat, messages
+from casp.data.chats import Chat, Part, Video, messages
 from casp.data.sources import draw
 from casp.errors import UserError, told_as
+from casp.modality import Visual, visual_tokens
 from casp.reading.config import open_config
 from casp.reading.pretrained import check_ids, open_processor, open_tokenizer
 
+DEFAULT_VISUAL = Visual()
+
 
 def calibration_batches(
-    folder: Path, dataset: str, samples: int, sequence_length: int, seed: int, batch_size: int
+    folder: Path,
+    dataset: str,
+    samples: int,
+    sequence_length: int,
+    seed: int,
+    batch_size: int,
+    visual: Visual = DEFAULT_VISUAL,
 ) -> list[dict[str, Tensor]]:
     """Batches of `samples` sequences for the checkpoint in `folder`, on the CPU.
 
@@ -52,8 +61,8 @@ def calibration_batches(
     windows: list[Tensor] = []
     parts = mixture.counts(mixture.shares(dataset, multimodal), samples)
     for name, count in parts.items():
-        drawn = draw(name, count, rng)
-        if not multimodal and any(chat.pictures() for chat in drawn.chats):
+        drawn = draw(name, count, rng, visual.frames)
+        if not multimodal and any(any(chat.media()) for chat in drawn.chats):
             raise UserError(f"{name} has images, but {folder} is a text model: use a text set")
         chats += drawn.chats
         if drawn.windows:
@@ -63,7 +72,7 @@ def calibration_batches(
         rng.shuffle(windows)
     texts = [torch.stack(windows[start : start + batch_size]) for start in range(0, len(windows), batch_size)]
     text_batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in texts]
-    chat_batches = _chat_batches(chats, folder, multimodal, batch_size, positions, rng) if chats else []
+    chat_batches = _chat_batches(chats, folder, config, batch_size, visual, rng) if chats else []
     batches = mixture.interleaved(chat_batches, text_batches)
     for batch in batches:
         check_ids(batch["input_ids"], config, folder)
@@ -126,44 +135,90 @@ def _tokens(tokenizer: Any, text: str) -> Tensor:
 
 
 def _chat_batches(
-    chats: list[Chat], folder: Path, multimodal: bool, batch_size: int, positions: int | None, rng: random.Random
+    chats: list[Chat], folder: Path, config: Any, batch_size: int, visual: Visual, rng: random.Random
 ) -> list[dict[str, Tensor]]:
     """Chats of like length together, so that little is padding; the batches in random order."""
+    multimodal = getattr(config, "vision_config", None) is not None
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     renderer = open_processor(folder) if multimodal else open_tokenizer(folder)
     tokenizer = renderer.tokenizer if multimodal else renderer
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
-    padding = {"processor_kwargs": {"padding": True}} if multimodal else {"padding": True}
+    # Which frames are seen has been settled already; processors would pick some by a rate of their own.
+    settled = {"videos_kwargs": {"do_sample_frames": False}}
 
     def render(part: list[Chat]) -> dict[str, Tensor]:
+        videos = any(chat.videos() for chat in part)
+        options = {"padding": True, **(settled if videos else {})}
         batch = renderer.apply_chat_template(
             [messages(chat.turns, strings=not multimodal) for chat in part],
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            **padding,
+            **({"processor_kwargs": options} if multimodal else options),
         )
-        return dict(batch)
+        return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
 
     # Rendering each chat alone first gives its exact length (how many tokens a picture takes may depend on its
     # size) and lets an error name its row, at the price of preparing each picture twice.
     lengths: dict[int, int] = {}
+    fitting: list[Chat] = []
     for number, chat in enumerate(chats):
         with told_as(
             f"the processor of {folder} cannot take {chat.source}", "use the original model's processor files"
         ):
-            lengths[number] = render([chat])["input_ids"].shape[1]
+            chat, ids = _fitted(chat, lambda one: render([one])["input_ids"], config, visual.tokens)
+        fitting.append(chat)
+        lengths[number] = ids.shape[1]
         if positions is not None and lengths[number] > positions:
             raise UserError(
                 f"{chat.source} makes {lengths[number]} tokens, more than the model's {positions} positions:"
                 " shorten or remove it"
             )
     batches = []
-    for pictured in (True, False):  # a processor takes pictures for all chats of a batch or for none
-        alike = [number for number, chat in enumerate(chats) if bool(chat.pictures()) == pictured]
+    # A processor takes pictures for all chats of a batch or for none, and so with videos.
+    for media in sorted({chat.media() for chat in fitting}, reverse=True):
+        alike = [number for number, chat in enumerate(fitting) if chat.media() == media]
         alike.sort(key=lambda number: lengths[number])
         starts = range(0, len(alike), batch_size)
-        batches += [render([chats[i] for i in alike[start : start + batch_size]]) for start in starts]
+        batches += [render([fitting[i] for i in alike[start : start + batch_size]]) for start in starts]
     rng.shuffle(batches)
     return batches
+
+
+def _fitted(chat: Chat, ids_of: Callable[[Chat], Tensor], config: Any, most: int) -> tuple[Chat, Tensor]:
+    """`chat` with its pictures and frames scaled down until they take at most `most` tokens, and its token ids.
+
+    UserError where that does not help: the model gives every picture so many tokens, whatever its size.
+    """
+    ids = ids_of(chat)
+    taken = first = _visual_count(ids, config)
+    for _ in range(_SCALINGS):
+        if taken <= most:
+            return chat, ids
+        share = 0.95 * (most / taken) ** 0.5
+        chat = chat.mapped(lambda part, share=share: _scaled(part, share))
+        ids = ids_of(chat)
+        taken = _visual_count(ids, config)
+    if taken <= most:
+        return chat, ids
+    raise UserError(
+        f"{chat.source} makes {first} visual tokens, more than --visual-tokens {most}, and {taken} scaled down: use "
+        "fewer pictures or --frames, or allow more"
+    )
+
+
+_SCALINGS = 4  # processors round sizes to their patches: once is not always enough
+
+
+def _visual_count(ids: Tensor, config: Any) -> int:
+    return sum(int(found.sum()) for found in visual_tokens(ids, config).values())
+
+
+def _scaled(part: Part, share: float) -> Part:
+    if isinstance(part, Video):
+        return Video(tuple(_scaled(frame, share) for frame in part.frames))
+    if isinstance(part, str):
+        return part
+    return part.resize([max(1, round(side * share)) for side in part.size])

@@ -2,33 +2,50 @@
 
 A row is one of
     {"text": "..."}
-    {"question": "...", "answer": "...", "image": "a.png" or "images": ["a.png", "b.png"], "kind": "..."}
+    {"question": "...", "answer": "...", "image": "a.png" or "images": ["a.png", "b.png"] or "video": "a.mp4",
+     "kind": "..."}
     {"messages": [{"role": "user", "content": "..." or [{"type": "image", "image": "a.png"},
                                                         {"type": "text", "text": "..."}]}, ...], "kind": "..."}
-with paths relative to the file; pictures and "kind" (what reports group questions by) may be left out. Kinds of rows
-may be mixed in one file. "messages" is the form of transformers' chat templates.
+with paths relative to the file. A video is a file or a folder of frames; in messages {"type": "video", "video": "..."}.
+Pictures, video and "kind" (what reports group questions by) may be left out. Kinds of rows may be mixed in one file.
+"messages" is the form of transformers' chat templates.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from casp.errors import UserError
+from casp.modality import Visual
 from casp.reading.pictures import open_picture
 from casp.reading.texts import read_rows, string_of
+from casp.reading.video import open_frames
 
 ROLES = ("system", "user", "assistant")
-OTHER_MEDIA = ("video", "videos", "audio", "audios")
+OTHER_MEDIA = ("audio", "audios")
 
-Part = str | Path | Image.Image
-"""What a turn is made of: text, or a picture, which is a path until `Chat.opened`."""
+
+@dataclass(frozen=True)
+class Video:
+    """A video: where it lies, or, once opened, its frames, RGB and of one size."""
+
+    frames: Path | tuple[Image.Image, ...]
+
+    def array(self) -> np.ndarray:
+        """The frames of an opened video as processors take them, (frames, height, width, 3) uint8."""
+        return np.stack([np.asarray(frame) for frame in self.frames])
+
+
+Part = str | Path | Image.Image | Video
+"""What a turn is made of: text, a video, or a picture, which is a path until `Chat.opened`."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +56,16 @@ class Turn:
     parts: tuple[Part, ...]
 
     def text(self) -> str:
-        """The text of the turn, without its pictures."""
+        """The text of the turn, without its pictures and videos."""
         return "\n".join(part for part in self.parts if isinstance(part, str))
 
     def pictures(self) -> list[Path | Image.Image]:
         """The pictures of the turn, in order."""
-        return [part for part in self.parts if not isinstance(part, str)]
+        return [part for part in self.parts if not isinstance(part, str | Video)]
+
+    def videos(self) -> list[Video]:
+        """The videos of the turn, in order."""
+        return [part for part in self.parts if isinstance(part, Video)]
 
 
 @dataclass(frozen=True)
@@ -57,14 +78,27 @@ class Chat:
 
     @classmethod
     def about(
-        cls, pictures: list[Path | Image.Image], question: str, answer: str, source: str, kind: str = "question"
+        cls,
+        pictures: Sequence[Path | Image.Image | Video],
+        question: str,
+        answer: str,
+        source: str,
+        kind: str = "question",
     ) -> Chat:
-        """One question about pictures (or none) and its answer."""
+        """One question about pictures and videos (or none) and its answer."""
         return cls((Turn("user", (*pictures, question)), Turn("assistant", (answer,))), source, kind)
 
     def pictures(self) -> list[Path | Image.Image]:
         """The pictures of all turns, in order."""
         return [picture for turn in self.turns for picture in turn.pictures()]
+
+    def videos(self) -> list[Video]:
+        """The videos of all turns, in order."""
+        return [video for turn in self.turns for video in turn.videos()]
+
+    def media(self) -> tuple[bool, bool]:
+        """Whether it has pictures, and whether it has videos."""
+        return bool(self.pictures()), bool(self.videos())
 
     def asked(self) -> tuple[Turn, ...]:
         """All turns before the answer."""
@@ -74,12 +108,21 @@ class Chat:
         """What the assistant says last."""
         return self.turns[-1].text()
 
-    def opened(self) -> Chat:
-        """The same chat with its pictures decoded, RGB; UserError for one that does not open."""
-        turns = tuple(
-            replace(turn, parts=tuple(open_picture(p, self.source) if isinstance(p, Path) else p for p in turn.parts))
-            for turn in self.turns
-        )
+    def opened(self, frames: int = Visual.frames) -> Chat:
+        """The same chat with its pictures and `frames` of each video decoded; UserError for one that does not open."""
+
+        def opened(part: Part) -> Part:
+            if isinstance(part, Path):
+                return open_picture(part, self.source)
+            if isinstance(part, Video) and isinstance(part.frames, Path):
+                return Video(open_frames(part.frames, frames, self.source))
+            return part
+
+        return self.mapped(opened)
+
+    def mapped(self, change: Callable[[Part], Part]) -> Chat:
+        """The same chat with every part changed."""
+        turns = tuple(replace(turn, parts=tuple(change(part) for part in turn.parts)) for turn in self.turns)
         return replace(self, turns=turns)
 
 
@@ -98,10 +141,10 @@ def chats_fingerprint(chats: Sequence[Chat]) -> str:
     digest = hashlib.sha256()
     for chat in chats:
         said = [
-            [turn.role, [part if isinstance(part, str) else part.size for part in turn.parts]] for turn in chat.turns
+            [turn.role, [part if isinstance(part, str) else _sizes(part) for part in turn.parts]] for turn in chat.turns
         ]
         digest.update(json.dumps([chat.kind, said]).encode())
-        for picture in chat.pictures():
+        for picture in (*chat.pictures(), *(frame for video in chat.videos() for frame in video.frames)):
             digest.update(picture.convert("RGB").tobytes())
     return digest.hexdigest()
 
@@ -113,7 +156,7 @@ def read_samples(path: Path) -> tuple[list[str], list[Chat]]:
     for number, row in read_rows(path):
         source = f"line {number} of {path}"
         if any(medium in row for medium in OTHER_MEDIA):
-            raise UserError(f"{source} has a video or sound, which are not read: remove it")
+            raise UserError(f"{source} has sound, which is not read: remove it")
         kind = string_of(row, "kind", source) if "kind" in row else "question"
         if "text" in row:
             texts.append(string_of(row, "text", source))
@@ -121,7 +164,7 @@ def read_samples(path: Path) -> tuple[list[str], list[Chat]]:
             chats.append(Chat(_turns(row["messages"], path.parent, source), source, kind))
         elif "question" in row and "answer" in row:
             question, answer = string_of(row, "question", source), string_of(row, "answer", source, number_too=True)
-            chats.append(Chat.about(_named_pictures(row, path.parent, source), question, answer, source, kind))
+            chats.append(Chat.about(_named_media(row, path.parent, source), question, answer, source, kind))
         else:
             raise UserError(
                 f"{source} has none of {{'text'}}, {{'question', 'answer'}} and {{'messages'}}: correct or remove it"
@@ -130,17 +173,24 @@ def read_samples(path: Path) -> tuple[list[str], list[Chat]]:
 
 
 def _content(part: Part) -> dict[str, Any]:
+    if isinstance(part, Video):
+        return {"type": "video", "video": part.array()}
     return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
 
 
-def _named_pictures(row: dict[str, Any], folder: Path, source: str) -> list[Path]:
-    """The paths in "image" and "images" of a row."""
+def _sizes(part: Image.Image | Video) -> Any:
+    return [frame.size for frame in part.frames] if isinstance(part, Video) else part.size
+
+
+def _named_media(row: dict[str, Any], folder: Path, source: str) -> list[Path | Video]:
+    """The paths in "image", "images" and "video" of a row."""
     names = [string_of(row, "image", source)] if "image" in row else []
     listed = row.get("images", [])
     if not isinstance(listed, list):
         raise UserError(f"{source} has no list as 'images': correct or remove it")
     names += [string_of({"images": name}, "images", source) for name in listed]
-    return [folder / name for name in names]
+    videos = [Video(folder / string_of(row, "video", source))] if "video" in row else []
+    return [*(folder / name for name in names), *videos]
 
 
 def _turns(messages: Any, folder: Path, source: str) -> tuple[Turn, ...]:
@@ -156,7 +206,7 @@ def _turns(messages: Any, folder: Path, source: str) -> tuple[Turn, ...]:
         if not parts:
             raise UserError(f"{source} has a message that says nothing: add its content or remove it")
         turns.append(Turn(message["role"], tuple(_part(part, folder, source) for part in parts)))
-    if not turns or turns[-1].role != "assistant" or not turns[-1].text() or turns[-1].pictures():
+    if not turns or turns[-1].role != "assistant" or not turns[-1].text() or turns[-1].pictures() or turns[-1].videos():
         raise UserError(f"{source} does not end with text of the assistant: add the answer or remove it")
     return tuple(turns)
 
@@ -168,4 +218,6 @@ def _part(part: Any, folder: Path, source: str) -> Part:
         return string_of(part, "text", source)
     if kind == "image":
         return folder / string_of(part, "image", source)
-    raise UserError(f"{source} has a part of a message that is neither text nor an image: correct or remove it")
+    if kind == "video":
+        return Video(folder / string_of(part, "video", source))
+    raise UserError(f"{source} has a part of a message that is neither text, image nor video: correct or remove it")

@@ -13,6 +13,7 @@ from casp.data.chats import Chat, read_samples
 from casp.data.mixture import STANDS_FOR, counts, shares
 from casp.demo import scenes, text
 from casp.errors import UserError
+from casp.modality import Visual
 from casp.reading.texts import read_prose
 
 #: Built-in texts of one register each.
@@ -31,8 +32,8 @@ class Drawn:
     chats: list[Chat] = field(default_factory=list)
 
 
-def draw(dataset: str, samples: int, rng: random.Random) -> Drawn:
-    """`samples` of the set that a name stands for; chats come with their pictures open.
+def draw(dataset: str, samples: int, rng: random.Random, frames: int = Visual.frames) -> Drawn:
+    """`samples` of the set that a name stands for; chats come with their pictures and `frames` of each video open.
 
     A .jsonl gives windows of its texts, joined, and chats, as many of each as their share of the rows.
     """
@@ -56,7 +57,7 @@ def draw(dataset: str, samples: int, rng: random.Random) -> Drawn:
     wanted = parts.get("chats", 0)
     if len(chats) < wanted:
         raise UserError(f"{path} has only {len(chats)} chats for {wanted} samples: lower --samples or add rows")
-    chosen = [chat.opened() for chat in rng.sample(chats, wanted)]
+    chosen = [chat.opened(frames) for chat in rng.sample(chats, wanted)]
     return Drawn("\n\n".join(texts), parts.get("text", 0), chosen)
 
 
@@ -89,8 +90,8 @@ def evaluation_text(name: str) -> str:
     return "\n\n".join(texts)
 
 
-def evaluation_chats(name: str, count: int, seed: int) -> list[Chat]:
-    """`count` chats (0 = all) of one of EVALUATION_SCENES or of a .jsonl file, with their pictures open.
+def evaluation_chats(name: str, count: int, seed: int, frames: int = Visual.frames) -> list[Chat]:
+    """`count` chats (0 = all) of one of EVALUATION_SCENES or of a .jsonl file, pictures and `frames` a video open.
 
     Of a .jsonl with more chats than `count`, `seed` draws which; built-in splits come in their fixed, balanced order.
     """
@@ -105,7 +106,7 @@ def evaluation_chats(name: str, count: int, seed: int) -> list[Chat]:
         raise UserError(f"{path} has no questions: give a .jsonl with rows of question and answer")
     if count and count < len(chats):
         chats = random.Random(seed).sample(chats, count)
-    return [chat.opened() for chat in chats]
+    return [chat.opened(frames) for chat in chats]
 
 
 def _chat(question: scenes.Question, dataset: str) -> Chat:

@@ -70,11 +70,13 @@ def main(argv: list[str] | None = None) -> None:
     decoder = Decoder(stage_input(args.model, "svd", args.from_original))
     if decoder.holds(QuantizedLinear):
         raise UserError(f"{decoder.folder} is already quantized; give the original model or the output of stage svd.")
+    share = decoder.require_share(args.allow_partial)
     stage = stage_name(decoder.holds(LowRankLinear))
     output = args.output or default_output(args.model, stage)
     calibration, compute = calibration_of(args), compute_of(args).of(decoder.dtype)
     batches = calibration.batches(decoder.folder, compute.seed)
-    settings = union({"token_weights": weightings, "gradients": args.gradients}, calibration.record(), compute.record())
+    what = {"token_weights": weightings, "gradients": args.gradients, "share_of_weights": round(share, 4)}
+    settings = union(what, calibration.record(), compute.record())
     work = WorkFolder(
         output,
         decoder,

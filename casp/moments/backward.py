@@ -17,21 +17,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from casp.head import POSITIONS, head_logits
+from casp.inputs import BatchInputs, first_output, moved
 from casp.models import Decoder
+from casp.moments.pool import top_up
 from casp.moments.second_moment import SecondMoment
 from casp.moments.weights import gradient_weights, tempered, typical_energy
-from casp.walk import BatchInputs, first_output, moved
+from casp.split import every_expert, expert_of
 
 NO_LABEL = -100
 
 
-def next_tokens(ids: Tensor, tokens: Tensor, images: Tensor) -> Tensor:
+def next_tokens(ids: Tensor, text: Tensor) -> Tensor:
     """What each position should predict, (batch, tokens) int64; NO_LABEL where it has no loss.
 
-    ids: token ids; tokens: False for padding; images: True for image tokens; all (batch, tokens). A position has a
-    loss where it and the next one hold text: image tokens are context only, and so is the last token.
+    ids: token ids; text: True where a token of text stands, False for padding, pictures and video; both
+    (batch, tokens). A position has a loss where it and the next one hold text: the others are context only, and so is
+    the last token.
     """
-    text = tokens.bool() & ~images.bool()
+    text = text.bool()
     labels = torch.full_like(ids, NO_LABEL)
     labels[:, :-1] = torch.where(text[:, :-1] & text[:, 1:], ids[:, 1:], NO_LABEL)
     return labels
@@ -84,13 +87,17 @@ class GradientStatistics:
         gradient: of the loss at the block's outputs; batch: what the block was fed, on the gradient's device.
         """
         device = gradient.device
-        tokens = batch.tokens.to(device)
+        here = batch.without_hidden(device)
+        experts = {path: expert_of(block, path) for path in self.outputs}
 
         def watch(path: str, x: Tensor, output: Tensor) -> None:
-            x = x.detach()
-            output.register_hook(lambda g: self._add(path, x, g, tokens))
+            seen = here.seen_by(x, experts[path])
+            if output.requires_grad:  # an expert that no token goes to has no gradient either
+                x = x.detach()
+                output.register_hook(lambda g: self._add(path, x, g, seen, batch.tokens.shape))
 
         with ExitStack() as stack:
+            stack.enter_context(every_expert(block))
             for path in self.outputs:
                 hook = block.get_submodule(path).register_forward_hook(
                     lambda module, args, output, path=path: watch(path, args[0], output)
@@ -100,11 +107,13 @@ class GradientStatistics:
                 entered = batch.hidden.detach().to(device).requires_grad_()
                 left = first_output(block(entered, **moved(batch.kwargs[index], device)))
                 (found,) = torch.autograd.grad(left, entered, gradient)
-        self.tokens += int(tokens.sum())
+        self.tokens += int(here.tokens.sum())
         return found
 
     @torch.no_grad()
-    def _add(self, path: str, x: Tensor, gradient: Tensor, tokens: Tensor) -> None:
+    def _add(self, path: str, x: Tensor, gradient: Tensor, seen: BatchInputs, shape: torch.Size) -> None:
+        x, tokens = seen.by_sequence(x, *shape)
+        gradient, _ = seen.by_sequence(gradient, *shape)
         for name, moment in self.inputs[path].items():
             moment.add(x[tokens], gradient_weights(name, gradient, tokens)[tokens])
         scaled, energies = tempered(gradient, tokens)
@@ -114,4 +123,18 @@ class GradientStatistics:
 
     def energy(self, path: str) -> float:
         """E|g|^2 over the tokens, g the gradient at the linear's output: `casp.moments.weights.typical_energy`."""
+        if not self._counts[path]:
+            return 0.0
         return typical_energy(torch.cat(self._energies[path]), torch.cat(self._counts[path]))
+
+    def counts(self) -> dict[str, int]:
+        """How many tokens each linear saw, of those that did not see all of them (experts)."""
+        found = {path: sum(int(part.sum()) for part in parts) for path, parts in self._counts.items()}
+        return {path: count for path, count in found.items() if count != self.tokens}
+
+    def top_up(self, index: int) -> None:
+        """After all batches: experts of block `index` that saw few tokens borrow (`casp.moments.pool`)."""
+        names = next(iter(self.inputs.values()), {})
+        for name in names:
+            top_up({path: moments[name] for path, moments in self.inputs.items()}, f"block {index}")
+        top_up(self.outputs, f"block {index}, gradients")

@@ -12,10 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from casp.capture import capture_inputs
 from casp.errors import UserError
 from casp.files import write_json, write_shard
 from casp.folder import WORK_PREFIX, WorkFolder
 from casp.heap import return_freed_memory
+from casp.inputs import BatchInputs
 from casp.models import Decoder
 from casp.moments.backward import NO_LABEL, GradientStatistics, head_gradient, next_tokens
 from casp.moments.density import density_batches
@@ -24,7 +26,7 @@ from casp.moments.store import gradients_file, inputs_file, write_gradients, wri
 from casp.moments.weights import by_gradient
 from casp.progress import counted
 from casp.reading.documents import read_json
-from casp.walk import BatchInputs, Visit, capture_inputs
+from casp.walk import Visit
 
 _LOSS_FILE = f"{WORK_PREFIX}loss.json"
 
@@ -92,10 +94,7 @@ def collect(
         by_input = [name for name in weightings if not by_gradient(name)]
         _forward(decoder, work, inputs, states, forward_left, device, dtype, by_input, gradients)
         if gradients:
-            labels = [
-                next_tokens(batch["input_ids"], seen.tokens, seen.images)
-                for batch, seen in zip(batches, inputs, strict=True)
-            ]
+            labels = [next_tokens(batch["input_ids"], seen.text) for batch, seen in zip(batches, inputs, strict=True)]
             by_output = [name for name in weightings if by_gradient(name)]
             _backward(decoder, work, inputs, states, labels, backward_left, device, dtype, by_output)
     made = [inputs_file, gradients_file] if gradients else [inputs_file]
@@ -120,9 +119,10 @@ def _forward(
         block = decoder.load_block(index, device, dtype)
         found = InputStatistics(decoder.linears(index, factors=True).values(), weightings, few)
         for number, batch in enumerate(inputs):
-            one = BatchInputs(states.read(index, number), batch.kwargs, batch.tokens, batch.images)
+            one = batch.with_hidden(states.read(index, number))
             found.run(Visit(index, block, decoder.linears(index), [one], device))
             states.write(index + 1, number, one.hidden)
+        found.top_up(index)
         work.check_sources()
         write_inputs(work.result / inputs_file(index), found, index)
         if not keep:
@@ -181,10 +181,11 @@ def _backward(
         sizes = {path: (linear.out_features, linear.in_features) for path, linear in linears.items()}
         found = GradientStatistics(sizes, weightings, device)
         for number, batch in enumerate(inputs):
-            one = BatchInputs(states.read(index, number), batch.kwargs, batch.tokens, batch.images)
+            one = batch.with_hidden(states.read(index, number))
             gradient = found.run(block, index, one, gradients.read(index + 1, number).to(device))
             if index:
                 gradients.write(index, number, gradient)
+        found.top_up(index)
         work.check_sources()
         write_gradients(work.result / gradients_file(index), index, found, losses, loss)
         gradients.remove(index + 1)

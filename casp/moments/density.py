@@ -3,7 +3,8 @@
 import torch
 
 from casp.attention import AttentionCall
-from casp.walk import BatchInputs, Visit
+from casp.inputs import BatchInputs
+from casp.walk import Visit
 
 MASS = 0.95
 SAMPLES = 64  # chats differ: means over 16 of them lie 30 points apart in some blocks of demo-llava
@@ -11,7 +12,7 @@ _QUERIES = 64  # of each sequence, evenly spaced: to sort every row would take l
 
 
 class AttentionDensity:
-    """Share of the attention entries in use, for image keys and for text keys.
+    """Share of the attention entries in use, for image, video and text keys.
 
     An entry (query, head, key that the query may see) is in use when it belongs to the fewest that together
     hold 95% of the query's attention. The paper's density is the share of entries that are not zero; after a
@@ -19,18 +20,20 @@ class AttentionDensity:
     """
 
     def __init__(self) -> None:
-        self._used = dict.fromkeys(("image", "text"), 0)
+        self._used = dict.fromkeys(("image", "video", "text"), 0)
         self._visible = dict.fromkeys(self._used, 0)
 
     def add(self, call: AttentionCall, batch: BatchInputs) -> None:
         """Count the entries of one call of the attention."""
+        if not call.reads_itself:
+            return
         tokens = call.query.shape[2]
         rows = torch.linspace(0, tokens - 1, min(tokens, _QUERIES), device=call.query.device).long()
-        kinds = {"image": batch.images & batch.tokens, "text": ~batch.images & batch.tokens}
-        may_see = call.visible()[:, rows] & batch.tokens[:, rows, None]
-        entries = {kind: keys[:, None, :] & may_see for kind, keys in kinds.items()}
+        masks = {"image": batch.images, "video": batch.videos, "text": ~batch.images & ~batch.videos}
+        may_see = call.visible(rows) & batch.tokens[:, rows, None]
+        entries = {kind: (mask & batch.tokens)[:, None, :] & may_see for kind, mask in masks.items()}
         for head in range(call.query.shape[1]):
-            probabilities = call.probabilities(head)[:, rows]
+            probabilities = call.probabilities(head, rows)
             ordered, order = probabilities.sort(dim=-1, descending=True)
             before = ordered.cumsum(-1) - ordered
             in_use = torch.zeros_like(probabilities, dtype=torch.bool).scatter(-1, order, before < MASS)
@@ -39,8 +42,12 @@ class AttentionDensity:
                 self._used[kind] += int((in_use & of_kind).sum())
 
     def value(self) -> dict[str, float | None]:
-        """{"image", "text"}: the shares; None where there was no key of that kind."""
-        return {kind: self._used[kind] / count if count else None for kind, count in self._visible.items()}
+        """{"image", "text"}: the shares, None where there was no key of that kind; "video" too where there was one.
+
+        Cross-attention and blocks without attention count for nothing.
+        """
+        shares = {kind: self._used[kind] / count if count else None for kind, count in self._visible.items()}
+        return {kind: share for kind, share in shares.items() if kind != "video" or share is not None}
 
 
 def attention_density(visit: Visit, batches: int) -> dict[str, float | None]:

@@ -20,7 +20,7 @@ COLLECTED = "attention+gradient"
 eval/results/token_weights_validation.json."""
 
 NO_MOMENTS = Path("none")
-_DATA = ("dataset", "samples", "sequence_length", "seed")
+_DATA = ("dataset", "samples", "sequence_length", "seed", "frames", "visual_tokens")
 
 
 def stage_name(low_rank: bool) -> str:

@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterable
 from torch import Tensor
 
 from casp.attention import AttentionCall
+from casp.inputs import BatchInputs
 from casp.moments.density import AttentionDensity
 from casp.moments.influence import BlockInfluence
+from casp.moments.pool import top_up
 from casp.moments.second_moment import SecondMoment
 from casp.moments.weights import checked_attention
-from casp.walk import BatchInputs, Visit, shared_inputs
+from casp.walk import Visit, shared_inputs
 
 
 class InputStatistics:
@@ -31,7 +33,7 @@ class InputStatistics:
 
     def run(self, visit: Visit) -> None:
         """One forward pass over the visit's cached inputs, which become what the block puts out."""
-        entered: dict[str, Tensor] = {}
+        entered: dict[str, tuple[Tensor, BatchInputs]] = {}
         received: list[Tensor] = []
 
         def attend(call: AttentionCall, batch: BatchInputs) -> None:
@@ -42,36 +44,43 @@ class InputStatistics:
 
         def leave(hidden: Tensor, left: Tensor, batch: BatchInputs) -> None:
             if not self.groups:
-                self.groups = shared_inputs(entered, self.paths, visit.index)
-                sizes = {group[0]: entered[group[0]].shape[-1] for group in self.groups}
+                inputs = {path: x for path, (x, _) in entered.items()}
+                self.groups = shared_inputs(inputs, self.paths, visit.index)
+                sizes = {group[0]: inputs[group[0]].shape[-1] for group in self.groups}
                 self.moments = {
                     path: {name: SecondMoment(size, visit.device) for name in self.weightings}
                     for path, size in sizes.items()
                 }
-            weights = received[0][batch.tokens] if received else None
             for path, by_weighting in self.moments.items():
-                x = entered[path][batch.tokens]
+                x, seen = entered[path]
+                weights = seen.of_rows(received[0])[seen.tokens] if received else None
                 for name, moment in by_weighting.items():
-                    moment.add(x, weights if name == "attention" else None)
+                    moment.add(x[seen.tokens], weights if name == "attention" else None)
             self.influence.add(hidden, left, batch.tokens)
             self.tokens += int(batch.tokens.sum())
             self.batches += 1
             entered.clear()
+            received.clear()
 
-        observers = {path: lambda x, _, path=path: entered.update({path: x}) for path in self.paths}
+        observers = {path: lambda x, seen, path=path: entered.update({path: (x, seen)}) for path in self.paths}
         visit.replay(observers, attention=attend, output=leave, advance=True)
+
+    def top_up(self, index: int) -> None:
+        """After all batches: experts of block `index` that saw few tokens borrow (`casp.moments.pool`)."""
+        for name in self.weightings:
+            top_up({path: by_weighting[name] for path, by_weighting in self.moments.items()}, f"block {index}")
 
 
 def token_weights(visit: Visit, weighting: str) -> list[Tensor] | None:
     """The weights "none" or "attention" of all tokens that the block sees, (batch, tokens) for each batch.
 
-    None where all count the same.
+    None where all count the same, and so they do in a block without attention.
     """
     if weighting == "none":
         return None
     weights: list[Tensor] = []
     visit.replay(attention=lambda call, batch: weights.append(checked_attention(call, batch.tokens, visit.index)))
-    return weights
+    return weights or None
 
 
 def block_moments(visit: Visit, groups: list[list[str]], weights: list[Tensor] | None = None) -> list[Tensor]:
@@ -85,9 +94,11 @@ def block_moments(visit: Visit, groups: list[list[str]], weights: list[Tensor] |
         remaining = iter(weights or [])
 
         def see(x: Tensor, batch: BatchInputs) -> None:
-            moment.add(x[batch.tokens], None if weights is None else next(remaining)[batch.tokens])
+            weight = None if weights is None else batch.of_rows(next(remaining))[batch.tokens]
+            moment.add(x[batch.tokens], weight)
 
         return see
 
     visit.replay({group[0]: observer(moment) for group, moment in zip(groups, moments, strict=True)})
+    top_up({group[0]: moment for group, moment in zip(groups, moments, strict=True)}, f"block {visit.index}")
     return [moment.checked(f"block {visit.index}, {group[0]}") for group, moment in zip(groups, moments, strict=True)]

@@ -4,7 +4,7 @@ Every method here weighs an error ``D`` of a weight by ``tr(D H D^T)`` with ``H 
 the calibration tokens of the outer product of the layer's input (GPTQ, arXiv 2210.17323; CASP, 2503.05936).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -59,6 +59,24 @@ class SecondMoment:
             x = x * weights.sqrt()[:, None]
         for rows, panel in zip(_panels(self.size), self._panels, strict=True):
             panel += x[:, rows].T @ x[:, rows.start :]
+
+    @classmethod
+    def total(cls, parts: Sequence["SecondMoment"]) -> "SecondMoment":
+        """Of the tokens of all `parts` together, which are of one size."""
+        found = cls(parts[0].size, parts[0]._panels[0].device)
+        for part in parts:
+            found.count += part.count
+            for panel, more in zip(found._panels, part._panels, strict=True):
+                panel += more
+        return found
+
+    def borrow(self, other: "SecondMoment", tokens: float) -> None:
+        """Add so many tokens that are like those of `other` in the mean; nothing where that has none."""
+        if not other.count:
+            return
+        self.count += tokens
+        for panel, more in zip(self._panels, other._panels, strict=True):
+            panel += more * (tokens / other.count)
 
     def value(self) -> Tensor:
         """The mean ``E[x x^T]`` (size, size) in the dtype of the sum; all zeros when no token was added."""

@@ -69,7 +69,7 @@ def write_inputs(file: Path, found: InputStatistics, index: int) -> None:
 def write_gradients(file: Path, index: int, found: GradientStatistics, losses: int, loss: float) -> None:
     """What the backward passes of block `index` told; losses: positions with a loss, loss: their sum in nats."""
     energy = {path: found.energy(path) for path in found.outputs}
-    header = {"energy": energy, "tokens": found.tokens, "losses": losses, "loss": loss}
+    header = {"energy": energy, "tokens": found.tokens, "losses": losses, "loss": loss, "counts": found.counts()}
     moments = {f"{path}/{_OUTPUTS}": moment for path, moment in found.outputs.items()}
     moments |= {f"{path}/{name}": moment for path, named in found.inputs.items() for name, moment in named.items()}
     _write(file, index, header, moments)
@@ -237,6 +237,7 @@ class Moments:
                 for path in group:
                     energy = None if gradients is None else gradients["energy"][path]
                     losses = None if gradients is None else gradients["losses"]
-                    known = (inputs["tokens"], losses, energy, digests)
+                    seen = (gradients or {}).get("counts", {}).get(path, inputs["tokens"])
+                    known = (seen, losses, energy, digests)
                     found[path] = LinearMoments(self.folder, index, path, group[0], *known)
         return found

@@ -48,15 +48,19 @@ def attention_received(call: AttentionCall, tokens: Tensor) -> Tensor:
 
     tokens: (batch, tokens) bool, False for padding. Returns (batch, tokens), `sum_i p_ij / sum_i 1 / n_i` over the
     queries i, the mean of all heads, where n_i keys are visible to query i; no more than 4, and padding counts neither
-    as query nor as key.
+    as query nor as key. Memory: a few rows of one head's map. All 1 for cross-attention, whose keys are no tokens.
     """
     heads, length = call.query.shape[1:3]
     received = torch.zeros(tokens.shape, dtype=torch.float32, device=call.query.device)
-    queries = tokens[..., None].float()
-    for head in range(heads):
-        received += torch.where(queries > 0, call.probabilities(head), 0.0).sum(1)
-    visible = call.visible().float()
-    uniform = (visible / visible.sum(-1, keepdim=True).clamp_min(1) * queries).sum(1)
+    if not call.reads_itself:
+        return torch.ones_like(received)
+    uniform = torch.zeros_like(received)
+    for rows in call.row_blocks():
+        queries = tokens[:, rows, None].float()
+        for head in range(heads):
+            received += torch.where(queries > 0, call.probabilities(head, rows), 0.0).sum(1)
+        visible = call.visible(rows).float()
+        uniform += (visible / visible.sum(-1, keepdim=True).clamp_min(1) * queries).sum(1)
     return (received / (heads * uniform).clamp_min(1 / length)).clamp_max(_MOST_ATTENTION)
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from casp.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1: every entry of `modules` is a linear of the model; 2: some are parts of what `splits` takes apart."""
 WEIGHTS_KEY = "transformers_weights"
 INSTEAD_OF_WEIGHTS = "install the Python package casp to read these weights.safetensors"
 """What config.json gives as `WEIGHTS_KEY`, the file that transformers is to read. There is no such file: where CASP is
@@ -16,7 +17,7 @@ _DAMAGED = "the checkpoint's config is damaged: make or download it again"
 
 def check_compression(found: Mapping[str, Any]) -> None:
     """UserError unless `found`, the quantization_config of a CASP checkpoint, has the form that is written here."""
-    version, backend = found.get("version", FORMAT_VERSION), found.get("backend")
+    version, backend = found.get("version", 1), found.get("backend")
     if type(version) is not int or version < 1:
         raise UserError(f"quantization_config has the version {str(version)[:40]}; {_DAMAGED}.")
     if version > FORMAT_VERSION:
@@ -36,3 +37,19 @@ def check_compression(found: Mapping[str, Any]) -> None:
         has_rank = type(entry.get("rank")) is int and entry["rank"] >= 1
         if not has_rank and not (isinstance(entry.get("format"), dict) and isinstance(backend, str)):
             raise UserError(f"quantization_config gives {path} no valid rank or format; {_DAMAGED}.")
+    splits = found.get("splits", {})
+    if not isinstance(splits, dict) or not all(_is_split(spec) for spec in splits.values()):
+        raise UserError(f"quantization_config does not say how its splits are made; {_DAMAGED}.")
+
+
+def _is_split(spec: Any) -> bool:
+    def count(value: Any) -> bool:
+        return type(value) is int and 1 <= value < 1 << 31
+
+    if not isinstance(spec, dict):
+        return False
+    if spec.keys() == {"experts"}:
+        return count(spec["experts"])
+    if spec.keys() != {"parts", "groups"} or not isinstance(spec["parts"], dict) or not spec["parts"]:
+        return False
+    return count(spec["groups"]) and all(name.isidentifier() and count(rows) for name, rows in spec["parts"].items())

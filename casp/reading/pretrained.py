@@ -6,10 +6,19 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer
 
-from casp.errors import UserError, told_as
+from casp.errors import UserError, in_brief, told_as
 from casp.reading.config import check_folder
 from casp.reading.documents import read_json
 from casp.reading.files import is_there
+
+PLAIN_PROMPTS = {
+    # "image tokens, question, newline, answer": https://huggingface.co/docs/transformers/model_doc/paligemma
+    "PaliGemmaProcessor": "{% for message in messages %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% if message['role'] == 'user' %}{{ '\n' }}{% endif %}{% endfor %}",
+}
+"""Processors of families that have no chat template -> their documented prompt, written as one."""
 
 
 def _open(kind: type, what: str, folder: Path) -> Any:
@@ -17,8 +26,16 @@ def _open(kind: type, what: str, folder: Path) -> Any:
     for name in ("tokenizer.json", "vocab.json"):
         if is_there(folder / name):
             read_json(folder / name, f"the {what}'s file")
-    with told_as(f"cannot load the {what} of {folder}", "copy the original model's files there"):
-        return kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    try:
+        with told_as(f"cannot load the {what} of {folder}", "copy the original model's files there"):
+            return kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except UserError as error:
+        if not isinstance(error.__cause__, ImportError):
+            raise
+        raise UserError(
+            f"the {what} of {folder} needs a package that is not installed ({in_brief(error.__cause__)}): run "
+            "`bash setup.sh`, or pip install -r requirements.txt"
+        ) from error
 
 
 def _check_length(tokenizer: Any, folder: Path) -> None:
@@ -42,6 +59,8 @@ def open_processor(folder: Path) -> Any:
                 f"{folder} has no {part.replace('_', ' ')}: copy the original model's processor files there"
             )
     _check_length(processor.tokenizer, folder)
+    if not getattr(processor, "chat_template", None):
+        processor.chat_template = PLAIN_PROMPTS.get(type(processor).__name__)
     return processor
 
 

@@ -80,10 +80,17 @@ class Checkpoint:
         remedy = "its config, processor and weights do not belong together, make or download it again"
         return told_as(f"{self.folder} cannot be run", remedy)
 
-    def encode(self, texts: list[str], images: list[list[Any]] | None, padding_side: str) -> dict[str, Tensor]:
+    def encode(
+        self,
+        texts: list[str],
+        images: list[list[Any]] | None,
+        padding_side: str,
+        videos: list[list[Any]] | None = None,
+    ) -> dict[str, Tensor]:
         """Model inputs for rendered prompts, padded to the longest, on the model's device and dtype.
 
-        images: the PIL images of each text, or None. padding_side: "left" to generate, "right" to score.
+        images, videos: the PIL images and the opened videos of each text, or None; of a video all frames are seen.
+        padding_side: "left" to generate, "right" to score.
         """
         bos = self.tokenizer.bos_token
         options: dict[str, Any] = {
@@ -94,8 +101,12 @@ class Checkpoint:
             "add_special_tokens": not (bos and texts[0].startswith(bos)),
         }
         with told_as(f"the processor of {self.folder} cannot take a question", "copy the original model's files there"):
-            if images is not None:
-                batch = self.processor(text=texts, images=images, **options)
+            if images is not None or videos is not None:
+                given = {} if images is None else {"images": images}
+                if videos is not None:
+                    given["videos"] = [[video.array() for video in of_text] for of_text in videos]
+                    options["videos_kwargs"] = {"do_sample_frames": False}
+                batch = self.processor(text=texts, **given, **options)
             else:
                 batch = self.tokenizer(texts, **options)
         check_ids(batch["input_ids"], self.config, self.folder)

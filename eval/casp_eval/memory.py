@@ -1,12 +1,14 @@
-"""Peak memory of the quantizing stage on two random models, one ten times the size of the other.
+"""Peak memory of stages on random models: one ten times the size of the other, and samples of rising length.
 
-The stage promises to hold one block and the calibration state, not the model; this measures it from outside,
-as the operating system accounts for the finished process.
+The quantizing stage promises to hold one block and the calibration state, not the model; the stages that look at
+attention promise no term of tokens^2 but masks. This measures both from outside, as the operating system accounts for
+the finished process.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -49,6 +51,14 @@ STAGE = [
     "demo-text",
 ]
 
+LENGTHS = (500, 1500, 5000)
+"""Tokens of the longer samples."""
+LOOKING_AT_ATTENTION = {
+    "svd": ["casp_svd", "--whitening", "attention"],
+    "moments": ["casp.moments", "--token-weights", "none", "attention", "--no-gradients"],
+}
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -63,7 +73,9 @@ def random_model(config: PretrainedConfig, tokenizer_from: Path, folder: Path) -
     """A randomly initialised bfloat16 checkpoint of `config` in `folder`."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    open_tokenizer(tokenizer_from).save_pretrained(folder)
+    tokenizer = open_tokenizer(tokenizer_from)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
 
 
 def peak_bytes(arguments: list[str]) -> int:
@@ -110,6 +122,35 @@ def measure(config: PretrainedConfig, tokenizer_from: Path, samples: int, sequen
         shutil.rmtree(scratch)
 
 
+def write_chats(file: Path, samples: int, tokens: int) -> None:
+    """Chats of up to `tokens` tokens, every other one a fifth shorter, so that batches are padded and need masks."""
+    lengths = (tokens if number % 2 else tokens * 4 // 5 for number in range(samples))
+    rows = ({"question": " the" * (length - 12), "answer": "yes"} for length in lengths)
+    file.write_text("\n".join(map(json.dumps, rows)))
+
+
+def measure_lengths(config: PretrainedConfig, tokenizer_from: Path, samples: int) -> dict[str, dict[str, int]]:
+    """Stage -> tokens a sample -> peak bytes, for two blocks of `config`'s shape and two samples at once."""
+    found: dict[str, dict[str, int]] = {}
+    with tempfile.TemporaryDirectory(prefix="casp-memory-") as scratch:
+        folder = Path(scratch) / "model"
+        config.num_hidden_layers = 2
+        maker = get_context("spawn").Process(target=random_model, args=(config, tokenizer_from, folder))
+        maker.start()
+        maker.join()
+        if maker.exitcode:
+            raise SystemExit(maker.exitcode)
+        for stage, words in LOOKING_AT_ATTENTION.items():
+            for tokens in LENGTHS:
+                data, output = Path(scratch) / f"{tokens}.jsonl", Path(scratch) / f"{stage}-{tokens}"
+                write_chats(data, samples, tokens)
+                flags = ["--model", folder, "--output", output, "--dataset", data, "--samples", samples]
+                peak = peak_bytes(["-m", *words, *map(str, [*flags, "--batch-size", 2])])
+                found.setdefault(stage, {})[str(tokens)] = peak
+                print(f"{stage}, {tokens} tokens a sample: {peak / 1e9:.2f} GB")
+    return found
+
+
 def main() -> None:
     """Measure both models and the libraries alone."""
     args = parser().parse_args()
@@ -125,6 +166,7 @@ def main() -> None:
     small_one, large_one = (result[name] for name in configs)
     result["checkpoint_ratio"] = large_one["checkpoint_bytes"] / small_one["checkpoint_bytes"]
     result["peak_ratio"] = large_one["peak_bytes"] / small_one["peak_bytes"]
+    result["tokens a sample"] = measure_lengths(open_config(small), small, args.samples)
     result["command"] = f"bash eval/scripts/memory.sh --samples {args.samples} --sequence-length {args.sequence_length}"
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.output, result)

@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from casp.checkpoint import stored_bytes
 from casp.files import write_atomically
 from casp.models import Decoder
 from casp.report import read_report
@@ -66,18 +67,14 @@ def block_details(folder: Path) -> BlockDetails:
     modules = (decoder.compression or {}).get("modules", {})
     bits, ranks = [], {}
     for index, block in enumerate(decoder.blocks):
-        stored, weights = 0, 0
+        weights = 0
         for role, path in decoder.linears(index).items():
             linear = decoder.block(index).get_submodule(path)
             weights += linear.in_features * linear.out_features
-            prefix = f"{block}.{path}."
-            for name in decoder.shards.names(prefix):
-                if not name.endswith(".bias"):
-                    stored += sum(decoder.shards.entries[one].bytes for one in decoder.shards.stored_names(name))
             rank = modules.get(f"{block}.{path}", {}).get("rank")
             if rank is not None:
                 ranks.setdefault(role, [np.nan] * len(decoder.blocks))[index] = rank
-        bits.append(8 * stored / weights)
+        bits.append(8 * stored_bytes(decoder, index) / weights)
     details = BlockDetails(bits, ranks)
     report = read_report(folder) or {}
     details.end_to_end = report.get("end_to_end", [])

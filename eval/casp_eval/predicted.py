@@ -17,10 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from casp.backend import Backend, Matrix, load_backend, rounded
+from casp.capture import capture_inputs
 from casp.cli import Parser, add_common_arguments, calibration_of, compute_of, model_folder, run_main
 from casp.factors import quantized_factors
 from casp.files import write_json
 from casp.head import head_logits
+from casp.inputs import BatchInputs, first_output, moved
 from casp.models import Decoder
 from casp.moments.store import LinearMoments, Moments
 from casp.numbers import count
@@ -28,7 +30,6 @@ from casp.plan.allocate import frontier
 from casp.plan.measure import read_costs
 from casp.plan.options import LinearOptions, Option
 from casp.seed import matrix_generator
-from casp.walk import BatchInputs, capture_inputs, first_output, moved
 
 
 class Original:
@@ -51,7 +52,7 @@ class Original:
     @staticmethod
     def _places(batch: BatchInputs) -> Tensor:
         """(batch, tokens) bool: text positions whose next token is text."""
-        text = batch.tokens & ~batch.images
+        text = batch.text
         return torch.cat([text[:, :-1] & text[:, 1:], torch.zeros_like(text[:, :1])], 1)
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from casp.cli import Parser, add_device_arguments, model_folder, run_main
+from casp.cli import Parser, add_device_arguments, add_frames_argument, model_folder, run_main
 from casp.data.chats import Chat
 from casp.data.sources import EVALUATION_SCENES, evaluation_chats
 from casp.reading.config import open_config
@@ -69,7 +69,9 @@ def answer_loss(
     total, tokens = 0.0, 0
     for batch in tqdm(_batches(items, batch_size), desc=progress, disable=progress is None, leave=False):
         rendered = [checkpoint.prompt(item.asked(), item.answer()) for item in batch]
-        inputs = checkpoint.encode([before + answer for before, answer in rendered], _pictures(batch), "right")
+        inputs = checkpoint.encode(
+            [before + answer for before, answer in rendered], _pictures(batch), "right", _videos(batch)
+        )
         ids = inputs["input_ids"]
         keep = torch.zeros_like(ids, dtype=torch.bool)
         ends = inputs["attention_mask"].sum(dim=1).tolist()
@@ -90,7 +92,7 @@ def answers(
     given: list[str] = []
     for batch in tqdm(_batches(items, batch_size), desc=progress, disable=progress is None, leave=False):
         prompts = [checkpoint.prompt(item.asked())[0] for item in batch]
-        inputs = checkpoint.encode(prompts, _pictures(batch), "left")
+        inputs = checkpoint.encode(prompts, _pictures(batch), "left", _videos(batch))
         with checkpoint.running():
             output = checkpoint.model.generate(**inputs, max_new_tokens=max_new_tokens)
         new = output[:, inputs["input_ids"].shape[1] :]
@@ -120,13 +122,18 @@ def answer_perplexity(
 
 def _batches(items: list[Chat], size: int) -> list[list[Chat]]:
     """Questions in their order; a processor takes pictures for all of a batch or for none."""
-    alike = [list(group) for _, group in groupby(items, key=lambda item: bool(item.pictures()))]
+    alike = [list(group) for _, group in groupby(items, key=lambda item: item.media())]
     return [group[start : start + size] for group in alike for start in range(0, len(group), size)]
 
 
 def _pictures(batch: list[Chat]) -> list[list[Any]] | None:
     """The pictures of each question of a batch, None where there are none."""
     return [item.pictures() for item in batch] if batch[0].pictures() else None
+
+
+def _videos(batch: list[Chat]) -> list[list[Any]] | None:
+    """The videos of each question of a batch, None where there are none."""
+    return [item.videos() for item in batch] if batch[0].videos() else None
 
 
 def _share(marks: list[bool]) -> dict[str, Any]:
@@ -144,14 +151,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--dataset",
         default="test",
-        help=f"questions: built-in ({', '.join(EVALUATION_SCENES)}) or a .jsonl of image, question, answer, kind "
-        "(default: %(default)s)",
+        help=f"questions: built-in ({', '.join(EVALUATION_SCENES)}) or a .jsonl of image or video, question, answer, "
+        "kind (default: %(default)s)",
     )
     add_question_arguments(parser, "--dataset")
     add_batch_argument(parser)
+    add_frames_argument(parser)
     options = parser.parse_args(arguments)
     check_output(options.output, options.model, options.dataset)
-    items = evaluation_chats(options.dataset, options.questions, options.seed)
+    items = evaluation_chats(options.dataset, options.questions, options.seed, options.frames)
     folder = model_folder(options.model)
     require_images(folder, open_config(folder))
     checkpoint = open_checkpoint(options.model, options.device, options.dtype)

@@ -71,11 +71,18 @@ class Codebook(Protocol):
     def product(self, stored: Mapping[str, Tensor], out_features: int, columns: int, dtype: torch.dtype) -> Product:
         """The kernel of `x P^T` of x (vectors, columns) and these points; factors rounded to no less than `dtype`."""
 
-    def layer(self, stored: Mapping[str, Tensor]) -> tuple[str, Arguments]:
-        """The operator of quiptools that computes a whole layer, and its arguments that describe the codes."""
+    def coding(self, device: torch.device) -> Arguments:
+        """What stored codes mean, for the operators of quiptools."""
+
+    def layer(self, codes: Tensor, residual: Tensor | None, coding: Arguments) -> tuple[str, Arguments]:
+        """The operator of quiptools that computes a whole layer, and its arguments that describe the matrix.
+
+        codes, residual: what is stored as "codes" and, where there is such, `RESIDUAL`; coding: see `coding`.
+        """
 
 
 FAMILIES = ("e8p", "trellis")
+RESIDUAL = "residual_codes"
 
 
 def rates(family: str, states: int = 8) -> list[int]:

@@ -141,15 +141,14 @@ def transform(x: Tensor, inverse: bool = False) -> Tensor:
 
     x: (..., n), float32 or float64, any device; returns a new tensor of the same shape and dtype. Half precision
     is computed in float32 and rounded once at the end. Float32 on a CPU goes through the kernel of quiptools, where
-    that is built and no gradient is asked for.
+    that is built.
     """
     if x.dtype in (torch.float16, torch.bfloat16):
         return transform(x.float(), inverse).to(x.dtype)
     if x.numel() == 0:
         return x.clone()
     plan = transform_plan(x.shape[-1])
-    needs_gradient = torch.is_grad_enabled() and x.requires_grad
-    if x.device.type == "cpu" and x.dtype == torch.float32 and not needs_gradient and has_kernel(plan):
+    if x.device.type == "cpu" and x.dtype == torch.float32 and has_kernel(plan):
         return transform_compiled(x, plan, inverse)
     return transform_reference(x, plan, inverse)
 

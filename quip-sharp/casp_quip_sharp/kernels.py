@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from casp.kernels import has_operator, multiplies_natively, run, warn_of_plain_pytorch
 from casp_quip_sharp.codebooks import STAGES, UNIT, decode, half_patterns, odd_negatives, table
-from casp_quip_sharp.hadamard import Plan, factors, has_kernel, transform_plan
+from casp_quip_sharp.hadamard import factors, has_kernel, transform_plan
 
 # The product before the scale is some 30 times the output: float16 would overflow where outputs are large.
 _HEADROOM = 32
@@ -45,9 +45,14 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(patterns).to(device, torch.float32), table("e8", device).float() * UNIT
 
 
+def e8p_coding(bits: int, device: torch.device) -> Arguments:
+    """What codes of E8 mean, for the operators of quiptools."""
+    return *_tables(device), STAGES[bits][-1].scale
+
+
 def e8p_arguments(codes: Tensor, residual_codes: Tensor | None, bits: int) -> Arguments:
     """What every operator of quiptools takes to know a matrix of E8 codes."""
-    return codes, residual_codes, *_tables(codes.device), STAGES[bits][-1].scale
+    return codes, residual_codes, *e8p_coding(bits, codes.device)
 
 
 @dataclass(frozen=True)
@@ -76,10 +81,6 @@ class Product:
         """See `Kernel`."""
         return multiply(x, self.points(), self.dtype)
 
-    def weight(self) -> Tensor:
-        """See `Kernel`."""
-        return self.points()
-
 
 def e8p_product(codes: Tensor, residual_codes: Tensor | None, bits: int, dtype: torch.dtype) -> Product:
     """The product with a matrix of E8 codes: (out, in / 8), int16 or at 1 bit uint8; residual_codes at 3 and 4 bits."""
@@ -96,11 +97,36 @@ def multiply_codes(x: Tensor, product: Product, out_features: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Constants:
+    """What a layer's operator takes besides the layer's own tensors; made once, not in every call.
+
+    coding: what the codes mean; into, back: the dense factors and the power of two of the transforms of both sides;
+    has_transforms: whether quiptools has them; device: where the tensors are.
+    """
+
+    coding: Arguments
+    into: Arguments
+    back: Arguments
+    has_transforms: bool
+    device: torch.device
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Constants":
+        return self  # never changed, and shared by all layers of a shape
+
+
+def layer_constants(coding: Arguments, columns: int, rows: int, device: torch.device) -> Constants:
+    """The constants of a layer of `columns` padded inputs and `rows` outputs."""
+    into, back = transform_plan(columns), transform_plan(rows)
+    sides = (factors(into, False, device), into.power), (factors(back, True, device), back.power)
+    return Constants(coding, *sides, has_kernel(into) and has_kernel(back), device)
+
+
+@dataclass(frozen=True)
 class Layer:
     """`y = U^T W~ V x + b`, x (..., in) and y (..., out) of x's dtype, in one operator.
 
     operator, matrix: as of `Product`; in_vector, out_vector: packed signs (uint8) or floats, of the padded inputs and
-    of the outputs; scale: multiplies out_vector, None for 1; plain: the whole in PyTorch; dense: the weight.
+    of the outputs; scale: multiplies out_vector, None for 1; plain: the whole in PyTorch.
     """
 
     operator: str
@@ -109,11 +135,9 @@ class Layer:
     out_vector: Tensor
     scale: Tensor | None
     bias: Tensor | None
-    columns: int
-    rows: int
+    constants: Constants
     dtype: torch.dtype
     plain: Callable[[Tensor], Tensor]
-    dense: Callable[[], Tensor]
 
     @property
     def trains(self) -> bool:
@@ -123,29 +147,14 @@ class Layer:
 
     def fits(self, x: Tensor) -> bool:
         """Where quiptools has the transforms of both sides."""
-        return all(has_kernel(transform_plan(width)) for width in (self.columns, self.rows))
+        return self.constants.has_transforms
 
     def arguments(self) -> Arguments:
         """See `Kernel`."""
-        device = self.out_vector.device
-        into, back = transform_plan(self.columns), transform_plan(self.rows)
-        return (
-            *self.matrix,
-            *_side(self.in_vector, into, False, device),
-            *_side(self.out_vector, back, True, device),
-            self.scale,
-            self.bias,
-            multiplies_natively(self.dtype),
-        )
+        into, back = self.constants.into, self.constants.back
+        half = multiplies_natively(self.dtype)
+        return *self.matrix, self.in_vector, *into, self.out_vector, *back, self.scale, self.bias, half
 
     def reference(self, x: Tensor) -> Tensor:
         """See `Kernel`."""
         return self.plain(x)
-
-    def weight(self) -> Tensor:
-        """See `Kernel`."""
-        return self.dense()
-
-
-def _side(vector: Tensor, plan: Plan, inverse: bool, device: torch.device) -> Arguments:
-    return vector, factors(plan, inverse, device), plan.power

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from casp.errors import UserError
-from casp_quip_sharp.codebook import Effort, Shapes
+from casp_quip_sharp.codebook import RESIDUAL, Effort, Shapes
 from casp_quip_sharp.codebooks import DISTORTION, GAUSSIAN_SCALE, GROUP, STAGES
-from casp_quip_sharp.kernels import Arguments, Product, decoded, e8p_arguments, e8p_product
+from casp_quip_sharp.kernels import Arguments, Product, decoded, e8p_coding, e8p_product
 from casp_quip_sharp.ldlq_compiled import descend_block_compiled, round_block_compiled
 from casp_quip_sharp.search import descend_block_reference, round_block_reference
 
-CODE_NAMES = ("codes", "residual_codes")
+CODE_NAMES = ("codes", RESIDUAL)
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,16 @@ class Lattice:
 
     def points(self, stored: Mapping[str, Tensor], out_features: int, columns: int) -> Tensor:
         """See `Codebook`."""
-        return decoded(stored["codes"], stored.get("residual_codes"), self.bits)
+        return decoded(stored["codes"], stored.get(RESIDUAL), self.bits)
 
     def product(self, stored: Mapping[str, Tensor], out_features: int, columns: int, dtype: torch.dtype) -> Product:
         """See `Codebook`."""
-        return e8p_product(stored["codes"], stored.get("residual_codes"), self.bits, dtype)
+        return e8p_product(stored["codes"], stored.get(RESIDUAL), self.bits, dtype)
 
-    def layer(self, stored: Mapping[str, Tensor]) -> tuple[str, Arguments]:
+    def coding(self, device: torch.device) -> Arguments:
         """See `Codebook`."""
-        return "layer", e8p_arguments(stored["codes"], stored.get("residual_codes"), self.bits)
+        return e8p_coding(self.bits, device)
+
+    def layer(self, codes: Tensor, residual: Tensor | None, coding: Arguments) -> tuple[str, Arguments]:
+        """See `Codebook`."""
+        return "layer", (codes, residual, *coding)

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from casp.errors import UserError
 from casp.kernels import run
 from casp.linear import QuantizedLinear
-from casp_quip_sharp.codebook import Codebook, codebook_of
+from casp_quip_sharp.codebook import RESIDUAL, Codebook, codebook_of
 from casp_quip_sharp.incoherence import original_weight, packed_signs, rotate, rotate_back, unpack_signs
-from casp_quip_sharp.kernels import Layer, multiply_codes
+from casp_quip_sharp.kernels import Constants, Layer, layer_constants, multiply_codes
 
 SIGNS, TUNED = "signs", "tuned"  # how a format stores the vectors of both sides
 
@@ -66,6 +66,10 @@ class QuipSharpLinear(QuantizedLinear):
         self.is_tuned = format.get("vectors", SIGNS) == TUNED
         for name, (shape, stored) in tensor_shapes(format, out_features, in_features).items():
             self.register_buffer(name, torch.empty(shape, dtype=stored, device=device))
+        self._constants = self._constants_on(torch.device("cpu"))
+
+    def _constants_on(self, device: torch.device) -> Constants:
+        return layer_constants(self.codebook.coding(device), self.columns, self.out_features, device)
 
     def vectors(self) -> tuple[Tensor, Tensor]:
         """What multiplies outputs (out,) and padded inputs (in,), float32: the signs, the scale with the outputs'."""
@@ -83,13 +87,14 @@ class QuipSharpLinear(QuantizedLinear):
         return original_weight(self.points(), *self.vectors())[:, : self.in_features]
 
     def _layer(self, dtype: torch.dtype) -> Layer:
-        operator, matrix = self.codebook.layer(self._buffers)
+        if self._constants.device != self.codes.device:
+            self._constants = self._constants_on(self.codes.device)
+        operator, matrix = self.codebook.layer(self.codes, getattr(self, RESIDUAL, None), self._constants.coding)
         if self.is_tuned:
             sides = self.in_vector, self.out_vector, None
         else:
             sides = self.in_signs, self.out_signs, self.scale
-        sizes = self.columns, self.out_features
-        return Layer(operator, matrix, *sides, self.bias, *sizes, dtype, self._plain, self.dequantize)
+        return Layer(operator, matrix, *sides, self.bias, self._constants, dtype, self._plain)
 
     def _plain(self, x: Tensor) -> Tensor:
         """The layer by parts, each by what is fastest on its device; differentiable in tuned vectors too."""

@@ -330,7 +330,8 @@ def test_unreadable_files(tiny_llama: Path, tmp_path: Path):
         ('{"image": ["0.png"], "question": "q", "answer": "a"}', "line 3 of .* has no text in quotes"),
         ('{"images": "0.png", "question": "q", "answer": "a"}', "line 3 of .* has no list as 'images'"),
         ('{"images": ["0.png", 1], "question": "q", "answer": "a"}', "line 3 of .* has no text in quotes"),
-        ('{"video": "0.mp4", "question": "q", "answer": "a"}', "line 3 of .* has a video"),
+        ('{"video": "0.mp4", "question": "q", "answer": "a"}', "line 3 of .*: the video .*0.mp4 cannot be read"),
+        ('{"audio": "0.wav", "question": "q", "answer": "a"}', "line 3 of .* has sound"),
         ('{"messages": "hello"}', "line 3 of .* has no list of objects as 'messages'"),
         ('{"messages": [{"role": "robot", "content": "hello"}]}', "line 3 of .* role is none of system, user"),
         (
@@ -338,8 +339,8 @@ def test_unreadable_files(tiny_llama: Path, tmp_path: Path):
             "line 3 of .* does not end with text of the assistant",
         ),
         (
-            '{"messages": [{"role": "user", "content": [{"type": "video", "video": "0.mp4"}]}]}',
-            "line 3 of .* neither text nor an image",
+            '{"messages": [{"role": "user", "content": [{"type": "audio", "audio": "0.wav"}]}]}',
+            "line 3 of .* neither text, image nor video",
         ),
         ('{"image": "none.png", "question": "q", "answer": "a"}', "line 3 of .*none.png cannot be read .no such file"),
         ('{"image": "chats.jsonl", "question": "q", "answer": "a"}', "line 3 of .* does not open"),

@@ -34,7 +34,7 @@ def batches_of(decoder: Decoder) -> list[dict[str, torch.Tensor]]:
             mask[0, :3], mask[1, -2:] = 0, 0
         batch = {"input_ids": ids, "attention_mask": mask}
         if decoder.is_multimodal:
-            ids[:, 4:20] = decoder.image_token_id
+            ids[:, 4:20] = decoder.config.image_token_id
             batch["pixel_values"] = torch.randn(rows, 3, 32, 32, generator=generator)
         found.append(batch)
     return found
@@ -98,7 +98,7 @@ def test_equal_to_backpropagation_through_the_whole_model(name, request, tmp_pat
     decoder = Decoder(folder)
     batches = batches_of(decoder)
     moments = collected(folder, tmp_path / "out")
-    seen, loss, losses = whole_model(folder, batches, decoder.image_token_id)
+    seen, loss, losses = whole_model(folder, batches, getattr(decoder.config, "image_token_id", None))
     for index, block in enumerate(decoder.blocks):
         found = moments.read(index)
         assert found.loss == pytest.approx(loss, rel=1e-4)
@@ -134,7 +134,7 @@ def test_equal_to_backpropagation_through_the_whole_model(name, request, tmp_pat
 def test_image_tokens_and_padding_have_no_loss():
     ids = torch.tensor([[9, 3, 3, 5, 6, 7, 0]])
     tokens = torch.tensor([[1, 1, 1, 1, 1, 1, 0]])
-    labels = next_tokens(ids, tokens, ids == 3)
+    labels = next_tokens(ids, tokens.bool() & (ids != 3))
     assert labels.tolist() == [[NO_LABEL, NO_LABEL, NO_LABEL, 6, 7, NO_LABEL, NO_LABEL]]
 
 

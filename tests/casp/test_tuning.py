@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from casp.backend import load_backend
 from casp.budget import uniform_plan
+from casp.capture import capture_inputs
 from casp.distill import distill, divergence, final_norms, head_logits
 from casp.folder import WORK_PREFIX
 from casp.models import Decoder
@@ -15,7 +16,6 @@ from casp.quantize import Method, quantize_blocks
 from casp.run import RunFolder
 from casp.teacher import Teacher
 from casp.tuning import Masters, Training, relative_error, split, stalled, train, tunable_tensors
-from casp.walk import capture_inputs
 
 CPU = torch.device("cpu")
 BATCHES = [

@@ -5,9 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from casp.attention import observe_attention
+from casp.capture import capture_inputs
 from casp.errors import UserError
 from casp.models import Decoder
-from casp.walk import capture_inputs, walk
+from casp.walk import walk
 
 CPU = torch.device("cpu")
 MODELS = ["tiny_llama", "tiny_qwen2", "tiny_qwen3", "tiny_llava"]
@@ -23,7 +24,7 @@ def padded_batches(decoder: Decoder, seed: int = 0) -> list[dict[str, torch.Tens
         mask[0, :3] = 0
         batch = {"input_ids": ids, "attention_mask": mask}
         if decoder.is_multimodal:
-            ids[:, 4:20] = decoder.image_token_id
+            ids[:, 4:20] = decoder.config.image_token_id
             batch["pixel_values"] = torch.randn(2, 3, 32, 32, generator=generator)
         batches.append(batch)
     return batches
@@ -119,17 +120,36 @@ def test_block_influence_is_zero_for_a_block_that_does_nothing(tiny_llama):
     assert visit.block_influence() == pytest.approx(0, abs=1e-6)
 
 
-def test_a_model_that_acts_between_blocks_is_refused(tiny_llama, monkeypatch):
-    decoder = Decoder.open(tiny_llama)
+def acting_between_blocks(decoder: Decoder, monkeypatch, act):
+    """Make the model change the hidden states that enter block 1."""
     forward = decoder.model.model.forward
 
     def changing(*args, **kwargs):
-        hook = decoder.block(1).register_forward_pre_hook(lambda m, a: (a[0] + 1, *a[1:]))
+        # The block's own attribute, where the walk puts what stands in for it, is asked last.
+        inner = decoder.block(1).forward
+        decoder.block(1).forward = lambda hidden_states, **more: inner(act(hidden_states), **more)
         try:
             return forward(*args, **kwargs)
         finally:
-            hook.remove()
+            decoder.block(1).forward = inner
 
     monkeypatch.setattr(decoder.model.model, "forward", changing)
+
+
+def test_what_a_model_adds_between_blocks_is_replayed(tiny_llama, monkeypatch):
+    decoder, shift = Decoder.open(tiny_llama), torch.linspace(-1, 1, 64)
+    batches = padded_batches(decoder)
+    plain = capture_inputs(decoder, batches, CPU, torch.float32)
+    next(walk(decoder, plain, CPU, torch.float32)).advance()
+    acting_between_blocks(decoder, monkeypatch, lambda hidden: hidden + shift)
+    shifted = capture_inputs(decoder, batches, CPU, torch.float32)
+    next(walk(decoder, shifted, CPU, torch.float32)).advance()
+    for one, other in zip(plain, shifted, strict=True):
+        torch.testing.assert_close(other.hidden, one.hidden + shift)
+
+
+def test_a_model_that_does_more_than_add_between_blocks_is_refused(tiny_llama, monkeypatch):
+    decoder = Decoder.open(tiny_llama)
+    acting_between_blocks(decoder, monkeypatch, lambda hidden: hidden * 2)
     with pytest.raises(UserError, match="between block 0 and block 1"):
         capture_inputs(decoder, padded_batches(decoder), CPU, torch.float32)

@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 
 from casp.attention import AttentionCall
 from casp.errors import UserError, told_as
+from casp.inputs import require_finite
 from casp.moments import SecondMoment, damped_cholesky
 from casp.numbers import real, whole
 from casp.reading.documents import MOST_DEPTH, parse_json
 from casp.reading.files import read_bytes
 from casp.reading.header import read_header
-from casp.walk import require_finite
 
 quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 values = st.recursive(

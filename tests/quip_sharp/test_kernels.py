@@ -61,6 +61,22 @@ def test_product_agrees_with_float64(name, bits, rows, columns):
             assert (y - exact).abs().max() <= max(1e-6, torch.finfo(dtype).eps) * size, (batch, dtype)
 
 
+@pytest.mark.parametrize("name", [f"cpu-{isa}" for isa in SETS if isa in ("amx", "vbmi")])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_products_in_whole_numbers_are_off_by_half_a_step_at_most(name, bits):
+    for rows, columns in ((192, 576), (300, 1096), (33, 40), (1, 136)):
+        codes, residual_codes = random_codes(bits, rows, columns // 8)
+        points = decoded(codes, residual_codes, bits).double()
+        for batch in (2, 7, 16, 300):
+            if batch > LARGEST_DIRECT_BATCH and (name != "cpu-amx" or residual_codes is not None):
+                continue  # multiplied as bfloat16
+            x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(batch))
+            y = IMPLEMENTATIONS[name].run(e8p_product(codes, residual_codes, bits, torch.bfloat16), x)
+            steps = x.abs().amax(1, keepdim=True) / (128 * 64 + 63) / 2 * points.abs().sum(1)
+            rounding = 1e-6 * (x.double().abs() @ points.abs().T).amax()
+            assert ((y - x.double() @ points.T).abs() <= 1.001 * steps + rounding).all(), (rows, columns, batch)
+
+
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("batch", [1, 2, 16, 128])
 @pytest.mark.parametrize("groups", [1, 16, 32])  # at the edge of a block of codes, in one, in a panel
@@ -103,6 +119,18 @@ def test_same_bytes_on_any_number_of_threads(threads, name, batch):
     for count in (1, 2, 3):
         threads(count)
         found.append(IMPLEMENTATIONS[name].run(e8p_product(codes, residual_codes, 3, torch.float32), x))
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+@pytest.mark.skipif("amx" not in SETS, reason="long products are PyTorch's without AMX")
+@pytest.mark.parametrize("bits", [1, 2])
+def test_same_bytes_of_long_products_in_whole_numbers(threads, bits):
+    codes, residual_codes = random_codes(bits, 1037, 192)
+    x = torch.randn(300, 1536)
+    found = []
+    for count in (1, 2, 3):
+        threads(count)
+        found.append(IMPLEMENTATIONS["cpu-amx"].run(e8p_product(codes, residual_codes, bits, torch.bfloat16), x))
     assert all(torch.equal(one, found[0]) for one in found)
 
 

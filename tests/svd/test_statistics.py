@@ -6,9 +6,10 @@ import pytest
 import torch
 from casp_svd.statistics import attention_moments, input_moments
 
+from casp.capture import capture_inputs
 from casp.models import Decoder
 from casp.moments.density import MASS, attention_density
-from casp.walk import capture_inputs, walk
+from casp.walk import walk
 
 CPU = torch.device("cpu")
 MODELS = ["tiny_llama", "tiny_qwen2", "tiny_qwen3", "tiny_llava"]
@@ -26,7 +27,7 @@ def batch_of(decoder: Decoder, seed: int = 0, filler: int = 0) -> dict[str, torc
     ids[mask == 0] = filler
     batch = {"input_ids": ids, "attention_mask": mask}
     if decoder.is_multimodal:
-        ids[:, 4:20] = decoder.image_token_id
+        ids[:, 4:20] = decoder.config.image_token_id
         batch["pixel_values"] = torch.randn(2, 3, 32, 32, generator=generator)
     return batch
 

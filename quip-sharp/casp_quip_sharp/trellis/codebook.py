@@ -74,15 +74,15 @@ class Trellis:
         known = self.values(symbols.device)
         return torch.cat([known[walk_states(strip, self.bits, self.states)] for strip in symbols.split(STRIP)])
 
-    def _coding(self) -> Arguments:
-        found = table(self.states, self.bits)
-        return self.bits, *found.kernel_tensors()
+    def coding(self, device: torch.device) -> Arguments:
+        """See `Codebook`."""
+        return self.bits, *table(self.states, self.bits).kernel_tensors(device)
 
     def product(self, stored: Mapping[str, Tensor], out_features: int, columns: int, dtype: torch.dtype) -> Product:
         """See `Codebook`."""
-        matrix = (stored["codes"], out_features, *self._coding())
+        matrix = (stored["codes"], out_features, *self.coding(stored["codes"].device))
         return Product("trellis_product", matrix, lambda: self.points(stored, out_features, columns), dtype)
 
-    def layer(self, stored: Mapping[str, Tensor]) -> tuple[str, Arguments]:
+    def layer(self, codes: Tensor, residual: Tensor | None, coding: Arguments) -> tuple[str, Arguments]:
         """See `Codebook`."""
-        return "trellis_layer", (stored["codes"], *self._coding())
+        return "trellis_layer", (codes, *coding)

@@ -39,9 +39,9 @@ class Table:
         """The number of the entry of every state, (2^states) int64."""
         return entry_numbers(self.states, self.masks)
 
-    def kernel_tensors(self) -> tuple[Tensor, Tensor | None]:
+    def kernel_tensors(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Entries, int8, and masks, uint8, as quiptools takes them; entries by state, and no masks, for wide states."""
-        return _kernel_tensors(self)
+        return _kernel_tensors(self, device)
 
     def values(self, device: torch.device | str = "cpu") -> Tensor:
         """What every state stands for, (2^states) float32."""
@@ -61,11 +61,11 @@ def entry_numbers(states: int, masks: tuple[int, ...]) -> Tensor:
 
 
 @cache
-def _kernel_tensors(table: Table) -> tuple[Tensor, Tensor | None]:
+def _kernel_tensors(table: Table, device: torch.device) -> tuple[Tensor, Tensor | None]:
     entries = torch.tensor(table.entries, dtype=torch.int8)
     if table.states > 8:
-        return entries[table.entry_numbers()], None
-    return entries, torch.tensor(table.masks, dtype=torch.uint8)
+        return entries[table.entry_numbers()].to(device), None
+    return entries.to(device), torch.tensor(table.masks, dtype=torch.uint8, device=device)
 
 
 @cache

@@ -190,9 +190,10 @@ void AQLMProduct::multiply_codewords(const float* x, int64_t batch, float* y) co
   });
 }
 
-at::Tensor AQLMProduct::decoded(int64_t begin, int64_t count, at::ScalarType dtype) const {
+at::Tensor AQLMProduct::decoded(int64_t begin, int64_t count, at::ScalarType dtype, const at::Tensor& room) const {
   int64_t width = groups_ * group_;
-  at::Tensor tile = at::empty({count, width}, codebooks_.options().dtype(dtype));
+  // Rows of whole groups, for which `room` is too small where columns are no multiple of them.
+  at::Tensor tile = tile_of(width == columns_ ? room : at::Tensor(), count, width, dtype);
   const float* words = codebooks_.const_data_ptr<float>();
   at::parallel_for(0, count, kGrain, [&](int64_t from, int64_t to) {
     std::vector<uint16_t> buffer(groups_ * count_);

@@ -16,7 +16,7 @@ class AQLMProduct final : public Product {
   int64_t rows() const override { return rows_; }
   int64_t columns() const override { return columns_; }
   void direct(const float* x, int64_t batch, float* y) const override;
-  at::Tensor decoded(int64_t begin, int64_t count, at::ScalarType dtype) const override;
+  at::Tensor decoded(int64_t begin, int64_t count, at::ScalarType dtype, const at::Tensor& room) const override;
 
  private:
   void look_up(const at::Tensor& x, int64_t batch, float* y) const;

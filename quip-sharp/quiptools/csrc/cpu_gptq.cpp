@@ -98,8 +98,8 @@ void GPTQProduct::direct(const float* x, int64_t batch, float* y) const {
   });
 }
 
-at::Tensor GPTQProduct::decoded(int64_t begin, int64_t count, at::ScalarType dtype) const {
-  at::Tensor tile = at::empty({columns(), count}, at::TensorOptions().dtype(dtype));
+at::Tensor GPTQProduct::decoded(int64_t begin, int64_t count, at::ScalarType dtype, const at::Tensor& room) const {
+  at::Tensor tile = tile_of(room, columns(), count, dtype);
   at::parallel_for(0, runs_of(columns()), 1, [&](int64_t first, int64_t last) {
     int64_t place = first * kRun * count;
     if (dtype == at::kFloat) {
@@ -121,7 +121,7 @@ at::Tensor plain_layer(const Product& product, const at::Tensor& x, const std::o
   shape.push_back(product.rows());
   if (x.numel() == 0) return at::empty(shape, x.options()); // no vectors
   at::Tensor vectors = x.reshape({-1, product.columns()}), y;
-  if (vectors.size(0) > kDirectBatch) {
+  if (!product.is_direct(vectors.size(0))) {
     y = multiply_decoded(product, vectors.to(half && x.scalar_type() == at::kBFloat16 ? at::kBFloat16 : at::kFloat));
   } else {
     y = multiply(product, vectors, at::kFloat);

@@ -21,7 +21,7 @@ class GPTQProduct final : public Product {
 
   // x is rounded to 14 bits and a sign, with a step for each kRounded columns at most.
   void direct(const float* x, int64_t batch, float* y) const override;
-  at::Tensor decoded(int64_t begin, int64_t count, at::ScalarType dtype) const override;
+  at::Tensor decoded(int64_t begin, int64_t count, at::ScalarType dtype, const at::Tensor& room) const override;
 
  private:
   GPTQMatrix matrix_;

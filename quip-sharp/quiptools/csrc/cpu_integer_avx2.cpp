@@ -211,7 +211,7 @@ void multiply(const uint8_t* tile, int64_t stride, int64_t chunks, int64_t group
   }
 }
 
-constexpr IntegerKernels kKernels{round_activations, decode, vector, multiply, nullptr};
+constexpr IntegerKernels kKernels{round_activations, decode, vector, multiply, finish, nullptr};
 
 } // namespace
 } // namespace avx2

@@ -24,7 +24,7 @@ void multiply(const uint8_t* tile, int64_t stride, int64_t chunks, int64_t group
   }
 }
 
-constexpr IntegerKernels kKernels{round_activations, decode_windows, vector, multiply, nullptr};
+constexpr IntegerKernels kKernels{round_activations, decode_windows, vector, multiply, finish, nullptr};
 
 } // namespace
 } // namespace portable

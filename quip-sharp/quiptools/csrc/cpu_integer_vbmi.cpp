@@ -11,6 +11,8 @@
 
 #include <array>
 
+#include "tile_config.h"
+
 #define QUIPTOOLS_TARGET "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,gfni"
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target(QUIPTOOLS_TARGET ",amx-tile,amx-int8"))), apply_to = function)
@@ -175,12 +177,6 @@ void multiply(const uint8_t* tile, int64_t stride, int64_t chunks, int64_t group
 
 // Tiles: 0 to 3 the sums of two chunks by two blocks of vectors, 4 and 5 the vectors, 6 and 7 the chunks' weights. A
 // decoded chunk is a row of a tile of weights: sixteen groups make up a tile.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
 template <bool two_blocks, bool two_chunks>
 INLINE void multiply_tiles(const uint8_t* tile, int64_t stride, int64_t groups, const int8_t* x, int64_t x_stride,
                            int32_t* sums) {
@@ -225,9 +221,8 @@ void multiply_amx(const uint8_t* tile, int64_t stride, int64_t chunks, int64_t g
     int64_t here = vectors - v < 32 ? vectors - v : 32, second = here > 16 ? here - 16 : 0, first = here - second;
     TileConfig config;
     for (int t = 0; t < 8; t++) {
-      config.bytes[t] = 64;
       bool is_second = t == 1 || t == 3 || t == 5;
-      config.rows[t] = uint8_t(t >= 6 ? 16 : is_second ? (second ? second : 1) : first);
+      config.set(t, t >= 6 ? 16 : is_second ? (second ? second : 1) : first, 64);
     }
     _tile_loadconfig(&config);
     const int8_t* xs = x + v * x_stride;
@@ -269,8 +264,8 @@ void spread(const uint8_t* decoded, int64_t chunks, int64_t stride, uint16_t* ou
   }
 }
 
-constexpr IntegerKernels kKernels{round_activations, decode, vector, multiply, spread};
-constexpr IntegerKernels kAmxKernels{round_activations, decode, vector, multiply_amx, spread};
+constexpr IntegerKernels kKernels{round_activations, decode, vector, multiply, finish, spread};
+constexpr IntegerKernels kAmxKernels{round_activations, decode, vector, multiply_amx, finish, spread};
 
 } // namespace
 } // namespace vbmi

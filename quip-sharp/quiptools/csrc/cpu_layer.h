@@ -21,9 +21,9 @@ struct Rotation {
 Rotation read_rotation(const at::Tensor& vector, at::TensorList factors, int64_t power,
                        const std::optional<at::Tensor>& scale, Isa isa);
 
-// x (..., in) of any floating dtype, in <= the width of `in`, the rest are zeros; y (..., rows) of x's dtype. More than
-// kDirectBatch vectors of bfloat16 are multiplied in that dtype if `half`.
-at::Tensor rotated_layer(const Product& product, const Rotation& in, const Rotation& out, const at::Tensor& x,
+// x (..., in) of any floating dtype, in <= the width of `in`, the rest are zeros; y (..., rows) of x's dtype. Vectors of bfloat16
+// for which the matrix is decoded are multiplied in that dtype if `half`.
+at::Tensor rotated_layer(const Product& product, Rotation in, Rotation out, const at::Tensor& x,
                          const std::optional<at::Tensor>& bias, bool half, Isa isa);
 
 } // namespace quiptools

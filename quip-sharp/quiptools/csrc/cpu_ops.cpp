@@ -3,7 +3,6 @@
 #include <ATen/ops/empty_like.h>
 
 #include <algorithm>
-#include <cmath>
 #include <optional>
 #include <string>
 #include <vector>
@@ -12,6 +11,7 @@
 #include "cpu_e8p.h"
 #include "cpu_gptq.h"
 #include "cpu_layer.h"
+#include "cpu_scratch.h"
 #include "cpu_trellis_product.h"
 
 namespace quiptools {
@@ -22,13 +22,14 @@ using Maybe = std::optional<Tensor>;
 
 Tensor e8p_product(const Tensor& x, const Tensor& codes, const Maybe& residual, const Tensor& patterns,
                    const Tensor& points, double residual_scale, at::ScalarType dtype, std::string isa) {
-  return multiply(E8PProduct(check_codes(codes, residual, patterns, points, residual_scale), set_named(isa)), x, dtype);
+  Codes matrix = check_codes(codes, residual, patterns, points, residual_scale);
+  return multiply(E8PProduct(matrix, dtype != at::kFloat, set_named(isa)), x, dtype);
 }
 
 Tensor e8p_decode(const Tensor& codes, const Maybe& residual, const Tensor& patterns, const Tensor& points,
                   double residual_scale, std::string isa) {
-  E8PProduct matrix(check_codes(codes, residual, patterns, points, residual_scale), set_named(isa));
-  return matrix.rows_decoded(0, matrix.rows(), at::kFloat);
+  E8PProduct matrix(check_codes(codes, residual, patterns, points, residual_scale), false, set_named(isa));
+  return matrix.rows_decoded(0, matrix.rows(), at::kFloat, Tensor());
 }
 
 Tensor e8p_layer(const Tensor& x, const Tensor& codes, const Maybe& residual, const Tensor& patterns,
@@ -36,7 +37,8 @@ Tensor e8p_layer(const Tensor& x, const Tensor& codes, const Maybe& residual, co
                  int64_t in_power, const Tensor& out_vector, at::TensorList out_factors, int64_t out_power,
                  const Maybe& scale, const Maybe& bias, bool half, std::string name) {
   Isa isa = set_named(name);
-  E8PProduct matrix(check_codes(codes, residual, patterns, points, residual_scale), isa);
+  bool rounds = x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
+  E8PProduct matrix(check_codes(codes, residual, patterns, points, residual_scale), rounds, isa);
   return rotated_layer(matrix, read_rotation(in_vector, in_factors, in_power, std::nullopt, isa),
                        read_rotation(out_vector, out_factors, out_power, scale, isa), x, bias, half, isa);
 }
@@ -49,7 +51,7 @@ Tensor trellis_product(const Tensor& x, const Tensor& codes, int64_t rows, int64
 
 Tensor trellis_decode(const Tensor& codes, int64_t rows, int64_t columns, int64_t rate, const Tensor& table,
                       const Maybe& masks, std::string isa) {
-  return TrellisProduct(codes, rows, columns, rate, table, masks, set_named(isa)).decoded(0, rows, at::kFloat).t();
+  return TrellisProduct(codes, rows, columns, rate, table, masks, set_named(isa)).decoded(0, rows, at::kFloat, Tensor()).t();
 }
 
 Tensor trellis_layer(const Tensor& x, const Tensor& codes, int64_t rate, const Tensor& table, const Maybe& masks,
@@ -63,10 +65,23 @@ Tensor trellis_layer(const Tensor& x, const Tensor& codes, int64_t rate, const T
   return rotated_layer(matrix, in, out, x, bias, half, isa);
 }
 
+Tensor gptq_decode(const Tensor& words, const Tensor& zeros, const Tensor& scales, int64_t columns, int64_t bits,
+                   int64_t group_size, std::string isa) {
+  GPTQProduct matrix(words, zeros, scales, columns, bits, group_size, set_named(isa));
+  return matrix.decoded(0, matrix.rows(), at::kFloat, Tensor()).t();
+}
+
 Tensor gptq_layer(const Tensor& x, const Tensor& words, const Tensor& zeros, const Tensor& scales, int64_t bits,
                   int64_t group_size, const Maybe& bias, bool half, std::string isa) {
   TORCH_CHECK_VALUE(x.dim() >= 1, "x ends in the inputs");
   return plain_layer(GPTQProduct(words, zeros, scales, x.size(-1), bits, group_size, set_named(isa)), x, bias, half);
+}
+
+Tensor aqlm_decode(const Tensor& codes, const Tensor& codebooks, const Tensor& scales, int64_t columns, int64_t bits,
+                   std::string isa) {
+  set_named(isa);
+  AQLMProduct matrix(codes, codebooks, scales, columns, bits);
+  return matrix.decoded(0, matrix.rows(), at::kFloat, Tensor()).t().contiguous();
 }
 
 Tensor aqlm_layer(const Tensor& x, const Tensor& codes, const Tensor& codebooks, const Tensor& scales, int64_t bits,
@@ -81,13 +96,14 @@ Tensor transform(const Tensor& x, at::TensorList factors, int64_t power, std::st
   Transform plan = read_transform(factors, power, float_kernels(set_named(isa)));
   TORCH_CHECK_VALUE(plan.width == x.size(1), "the factors make up a width of ", plan.width, ", x has ", x.size(1));
   Tensor source = x.contiguous(), y = at::empty_like(source);
-  std::vector<float> norm(plan.width, 1 / std::sqrt(static_cast<float>(power)));
+  std::vector<float> norm(plan.width, plan.rest());
   const float* from = source.const_data_ptr<float>();
   float* to = y.mutable_data_ptr<float>();
-  for_vectors(x.size(0), [&](int64_t n, std::vector<float>& work) {
-    work.resize(2 * plan.width);
-    plan.kernels->load_floats(from + n * plan.width, norm.data(), plan.width, work.data());
-    std::copy_n(plan.apply(work.data(), work.data() + plan.width), plan.width, to + n * plan.width);
+  int64_t room = plan.room();
+  for_vectors(x.size(0), [&](int64_t n) {
+    float* work = scratch<Transform, float>(2 * room);
+    plan.kernels->load_floats(from + n * plan.width, norm.data(), plan.width, work);
+    std::copy_n(plan.apply(work, work + room), plan.width, to + n * plan.width);
   });
   return y;
 }
@@ -135,8 +151,12 @@ TORCH_LIBRARY(quiptools, library) {
   library.def("trellis_product(Tensor x, Tensor codes, int rows, " TRELLIS_CODE ", ScalarType dtype, str isa='') -> Tensor");
   library.def("trellis_layer(Tensor x, Tensor codes, " TRELLIS_CODE ", " SIDES ", bool half=False, str isa='') -> Tensor");
   library.def(
+      "gptq_decode(Tensor words, Tensor zeros, Tensor scales, int columns, int bits, int group_size, str isa='') -> Tensor");
+  library.def(
       "gptq_layer(Tensor x, Tensor words, Tensor zeros, Tensor scales, int bits, int group_size, Tensor? bias, "
       "bool half=False, str isa='') -> Tensor");
+  library.def(
+      "aqlm_decode(Tensor codes, Tensor codebooks, Tensor scales, int columns, int bits, str isa='') -> Tensor");
   library.def(
       "aqlm_layer(Tensor x, Tensor codes, Tensor codebooks, Tensor scales, int bits, Tensor? bias, bool half=False, "
       "str isa='') -> Tensor");
@@ -151,7 +171,9 @@ TORCH_LIBRARY_IMPL(quiptools, CPU, library) {
   library.impl("trellis_decode", trellis_decode);
   library.impl("trellis_product", trellis_product);
   library.impl("trellis_layer", trellis_layer);
+  library.impl("gptq_decode", gptq_decode);
   library.impl("gptq_layer", gptq_layer);
+  library.impl("aqlm_decode", aqlm_decode);
   library.impl("aqlm_layer", aqlm_layer);
 }
 

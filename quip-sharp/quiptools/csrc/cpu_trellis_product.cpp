@@ -8,13 +8,10 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu_integer_product.h"
+
 namespace quiptools {
 namespace {
-
-constexpr int64_t kBlockGroups = 64; // decoded before they are multiplied: 64 KB, which stays in the second-level cache
-constexpr int64_t kTileStride = (kBlockGroups + 1) * kBytes; // not a power of two: chunks fall into different cache sets
-constexpr int64_t kAlign = 16 * kWay;  // columns of a tile of AMX
-constexpr int64_t kPerThread = 4;      // parts of work to a thread
 
 // One strip, and where the groups of its columns are.
 class Strip {
@@ -67,21 +64,27 @@ class Strip {
   int64_t first_, rows_, offset_, total_, chunks_;
 };
 
-// Groups [begin, end) of a strip times all vectors: adds to sums (vectors, kStrip).
-void multiply_groups(const TrellisMatrix& m, const IntegerKernels& kernels, const Strip& strip, int64_t begin, int64_t end,
-                     const int8_t* x, int64_t x_stride, int64_t vectors, uint8_t* tile, int32_t* sums) {
-  if (vectors == 2 && strip.rows() == kStrip) {
-    int64_t plain = strip.plain(begin, end);
-    const int8_t* high = x + kWay * begin;
-    if (kernels.vector(m.code, strip.group(begin), plain, high, high + x_stride, sums)) begin += plain;
+// The matrix as bytes, for products in whole numbers.
+struct TrellisBytes : ByteMatrix {
+  TrellisBytes(const TrellisMatrix& m, const IntegerKernels& kernels)
+      : ByteMatrix(m.rows, m.columns, kTableUnit), m(m), kernels(kernels) {}
+
+  void decode(int64_t strip, int64_t begin, int64_t count, uint8_t* tile, int64_t stride) const override {
+    Strip from(m, strip);
+    for (int64_t g = 0; g < count; g++) from.decode(kernels, begin + g, tile + g * kBytes, stride);
   }
-  for (; begin < end; begin += kBlockGroups) {
-    int64_t here = std::min(kBlockGroups, end - begin);
-    for (int64_t g = 0; g < here; g++) strip.decode(kernels, begin + g, tile + g * kBytes, kTileStride);
-    // Up to a whole tile: what the tile holds beyond meets zeros.
-    kernels.multiply(tile, kTileStride, strip.chunks(), (here + 15) / 16 * 16, x + kWay * begin, x_stride, vectors, sums);
+
+  int64_t vector(int64_t strip, int64_t begin, int64_t end, const int8_t* high, const int8_t* low,
+                 int32_t* sums) const override {
+    Strip from(m, strip);
+    int64_t plain = from.plain(begin, end);
+    bool done = kernels.vector(m.code, from.group(begin), plain, high + kWay * begin, low + kWay * begin, sums);
+    return done ? plain : 0;
   }
-}
+
+  const TrellisMatrix& m;
+  const IntegerKernels& kernels;
+};
 
 // Four columns of a strip as floats or bfloat16: out[j * count + r].
 template <class T>
@@ -147,7 +150,7 @@ void read_masks(TrellisCode& code, const uint8_t* masks, int count, const int8_t
 
 TrellisProduct::TrellisProduct(const at::Tensor& codes, int64_t rows, int64_t columns, int64_t rate,
                                const at::Tensor& table, const std::optional<at::Tensor>& masks, Isa isa)
-    : codes_(codes), kernels_(integer_kernels(isa)) {
+    : codes_(codes), kernels_(integer_kernels(isa)), has_tiles_(isa == Isa::amx) {
   TORCH_CHECK_VALUE(rate >= 1 && rate <= 6 && rows > 0 && columns > 0 && columns <= kMostColumns,
                     "a trellis has 1 to 6 bits a weight, rows, and 1 to ", kMostColumns, " columns");
   int64_t bytes = (rows * columns * rate + 7) / 8;
@@ -178,50 +181,13 @@ TrellisProduct::TrellisProduct(const at::Tensor& codes, int64_t rows, int64_t co
 }
 
 void TrellisProduct::direct(const float* x, int64_t batch, float* y) const {
-  const TrellisMatrix& m = matrix_;
-  const IntegerKernels& kernels = kernels_;
-  int64_t padded = (m.columns + kAlign - 1) / kAlign * kAlign, vectors = 2 * batch;
-  std::vector<int8_t> planes(vectors * padded);
-  std::vector<float> steps(batch);
-  std::vector<int32_t> plane_sums(vectors);
-  for (int64_t b = 0; b < batch; b++) {
-    int32_t both[2];
-    steps[b] = kernels.round(x + b * m.columns, m.columns, padded, &planes[b * padded], &planes[(batch + b) * padded], both);
-    plane_sums[b] = both[0];
-    plane_sums[batch + b] = both[1];
-  }
-  int64_t strips = (m.rows + kStrip - 1) / kStrip, groups = (m.columns + kWay - 1) / kWay;
-  int64_t wanted = at::get_num_threads() == 1 ? 1 : kPerThread * at::get_num_threads();
-  int64_t blocks = (groups + kBlockGroups - 1) / kBlockGroups;
-  int64_t parts = std::clamp<int64_t>((wanted + strips - 1) / strips, 1, blocks), part = (blocks + parts - 1) / parts;
-  int64_t size = vectors * kStrip;
-  std::vector<int32_t> sums(strips * parts * size);
-  at::parallel_for(0, strips * parts, 1, [&](int64_t from, int64_t to) {
-    std::vector<uint8_t> tile(kStrip / kChunk * kTileStride);
-    for (int64_t n = from; n < to; n++) {
-      Strip strip(m, n / parts);
-      int64_t begin = n % parts * part * kBlockGroups, end = std::min(groups, begin + part * kBlockGroups);
-      if (begin < end)
-        multiply_groups(m, kernels, strip, begin, end, planes.data(), padded, vectors, tile.data(), &sums[n * size]);
-    }
-  });
-  for (int64_t s = 0; s < strips; s++) {
-    int64_t rows = std::min(kStrip, m.rows - s * kStrip);
-    int32_t* first = &sums[s * parts * size];
-    for (int64_t p = 1; p < parts; p++)
-      for (int64_t i = 0; i < size; i++) first[i] += first[p * size + i];
-    for (int64_t b = 0; b < batch; b++) {
-      const int32_t *high = first + b * kStrip, *low = first + (batch + b) * kStrip;
-      int32_t high_bias = kBias * plane_sums[b], low_bias = kBias * plane_sums[batch + b];
-      float* out = y + b * m.rows + s * kStrip;
-      for (int64_t r = 0; r < rows; r++)
-        out[r] = steps[b] * kTableUnit * (float(high[r] - high_bias) * kRadix + float(low[r] - low_bias));
-    }
-  }
+  TrellisBytes bytes(matrix_, kernels_);
+  const ByteMatrix* term = &bytes;
+  multiply_bytes({&term, 1}, kernels_, x, batch, panel(), y);
 }
 
-at::Tensor TrellisProduct::decoded(int64_t begin, int64_t count, at::ScalarType dtype) const {
-  at::Tensor tile = at::empty({columns(), count}, at::TensorOptions().dtype(dtype));
+at::Tensor TrellisProduct::decoded(int64_t begin, int64_t count, at::ScalarType dtype, const at::Tensor& room) const {
+  at::Tensor tile = tile_of(room, columns(), count, dtype);
   if (dtype == at::kFloat) {
     decode_to(matrix_, kernels_, begin, count, tile.mutable_data_ptr<float>());
   } else {

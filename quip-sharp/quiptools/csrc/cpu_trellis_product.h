@@ -32,15 +32,19 @@ class TrellisProduct : public Product {
   int64_t rows() const override { return matrix_.rows; }
   int64_t columns() const override { return matrix_.columns; }
 
+  bool rounds() const override { return true; }
+  bool is_direct(int64_t batch) const override { return has_tiles_ || batch <= kDirectBatch; }
+
   // x is rounded to 14 bits and a sign.
   void direct(const float* x, int64_t batch, float* y) const override;
-  at::Tensor decoded(int64_t begin, int64_t count, at::ScalarType dtype) const override;
+  at::Tensor decoded(int64_t begin, int64_t count, at::ScalarType dtype, const at::Tensor& room) const override;
 
  private:
   at::Tensor codes_;
   std::vector<uint8_t> table_;
   TrellisMatrix matrix_;
   const IntegerKernels& kernels_;
+  bool has_tiles_; // of whole numbers, which AMX multiplies as fast as those of bfloat16
 };
 
 } // namespace quiptools

@@ -1,4 +1,5 @@
 // The CUDA operators: checks, memory, streams. The arithmetic is in cuda_kernels.cu.
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <c10/cuda/CUDAException.h>
@@ -9,6 +10,7 @@
 #include <string>
 
 #include "cuda_kernels.h"
+#include "cuda_trellis.h"
 #include "ops.h"
 
 namespace quiptools {
@@ -45,18 +47,20 @@ Tensor decode(const Tensor& codes, const std::optional<Tensor>& residual, const 
   return out;
 }
 
-// More vectors than the kernel takes are multiplied by cuBLAS, their factors rounded to `dtype`.
+// More vectors than the kernels take are multiplied by cuBLAS, their factors rounded to `dtype`.
+Tensor multiply_dense(const Tensor& x, const Tensor& weight, at::ScalarType dtype) {
+  // The product before the scale is some 30 times the output: float16 would overflow where outputs are large.
+  constexpr double kHeadroom = 32;
+  return at::mm(x.to(at::kFloat).div(kHeadroom).to(dtype), weight.to(dtype).t()).to(at::kFloat).mul(kHeadroom);
+}
+
 Tensor product(const Tensor& x, const Tensor& codes, const std::optional<Tensor>& residual, const Tensor& patterns,
                const Tensor& points, double residual_scale, at::ScalarType dtype, std::string isa) {
   check_isa(isa);
   Codes checked = check_codes(codes, residual, patterns, points, residual_scale);
   check_vectors(x, checked);
-  if (x.size(0) > kLargestCudaBatch) {
-    // The product before the scale is some 30 times the output: float16 would overflow where outputs are large.
-    constexpr double kHeadroom = 32;
-    Tensor weight = decode(codes, residual, patterns, points, residual_scale, isa);
-    return at::mm(x.to(at::kFloat).div(kHeadroom).to(dtype), weight.to(dtype).t()).to(at::kFloat).mul(kHeadroom);
-  }
+  if (x.size(0) > kLargestCudaBatch)
+    return multiply_dense(x, decode(codes, residual, patterns, points, residual_scale, isa), dtype);
   CudaMatrix m = matrix_of(checked);
   c10::cuda::CUDAGuard guard(codes.device());
   Tensor vectors = x.to(at::kFloat).contiguous();
@@ -68,11 +72,68 @@ Tensor product(const Tensor& x, const Tensor& codes, const std::optional<Tensor>
   return y;
 }
 
+CudaTrellis trellis_of(const Tensor& codes, int64_t rows, int64_t columns, int64_t rate, const Tensor& table,
+                       const std::optional<Tensor>& masks) {
+  TORCH_CHECK_VALUE(rate >= 1 && rate <= 6 && rows > 0 && columns > 0 && codes.dim() == 1 && codes.is_contiguous() &&
+                        codes.scalar_type() == at::kByte && codes.size(0) == (rows * columns * rate + 7) / 8,
+                    "codes of ", rows, "x", columns, " weights of 1 to 6 bits are a uint8 vector of just as many bits");
+  TORCH_CHECK_VALUE(table.dim() == 1 && table.scalar_type() == at::kChar && table.is_contiguous() &&
+                        table.device() == codes.device(),
+                    "a table is an int8 vector on the device of the codes");
+  int64_t size = table.size(0);
+  TORCH_CHECK_VALUE(!masks || (masks->dim() == 1 && masks->scalar_type() == at::kByte && masks->is_contiguous() &&
+                               masks->size(0) <= 8 && size == int64_t{1} << masks->size(0) &&
+                               masks->device() == codes.device()),
+                    "up to 8 masks, uint8 on the device of the codes, and a table of 2^(their number) entries");
+  int states = 8;
+  while (!masks && states < kMostStates && int64_t{1} << states < size) states++;
+  TORCH_CHECK_VALUE(masks || size == int64_t{1} << states, "a table without masks has 2^8 to 2^12 entries");
+  return {codes.const_data_ptr<uint8_t>(),
+          table.const_data_ptr<int8_t>(),
+          masks ? masks->const_data_ptr<uint8_t>() : nullptr,
+          static_cast<int>(rate),
+          states,
+          masks ? static_cast<int>(masks->size(0)) : 0,
+          rows,
+          columns};
+}
+
+Tensor trellis_decode(const Tensor& codes, int64_t rows, int64_t columns, int64_t rate, const Tensor& table,
+                      const std::optional<Tensor>& masks, std::string isa) {
+  check_isa(isa);
+  CudaTrellis m = trellis_of(codes, rows, columns, rate, table, masks);
+  c10::cuda::CUDAGuard guard(codes.device());
+  Tensor out = at::empty({rows, columns}, codes.options().dtype(at::kFloat));
+  C10_CUDA_CHECK(cuda_trellis_decode(m, out.mutable_data_ptr<float>(), c10::cuda::getCurrentCUDAStream()));
+  return out;
+}
+
+Tensor trellis_product(const Tensor& x, const Tensor& codes, int64_t rows, int64_t rate, const Tensor& table,
+                       const std::optional<Tensor>& masks, at::ScalarType dtype, std::string isa) {
+  check_isa(isa);
+  TORCH_CHECK_VALUE(x.dim() == 2 && x.is_floating_point() && x.device() == codes.device(), "x is a matrix of vectors");
+  int64_t batch = x.size(0), columns = x.size(1);
+  CudaTrellis m = trellis_of(codes, rows, columns, rate, table, masks);
+  if (batch > kLargestCudaBatch) return multiply_dense(x, trellis_decode(codes, rows, columns, rate, table, masks, isa), dtype);
+  c10::cuda::CUDAGuard guard(codes.device());
+  if (batch == 0) return at::empty({0, rows}, x.options().dtype(at::kFloat));
+  int64_t whole = 1;
+  while (whole < batch) whole *= 2;
+  int64_t stride = (columns + kCudaWay - 1) / kCudaWay * kCudaWay, parts = cuda_trellis_parts(m);
+  Tensor vectors = at::constant_pad_nd(x.to(at::kFloat), {0, stride - columns, 0, whole - batch}).contiguous();
+  Tensor sums = at::empty({parts, whole, rows}, vectors.options());
+  C10_CUDA_CHECK(cuda_trellis_product(m, vectors.const_data_ptr<float>(), stride, whole, parts,
+                                      sums.mutable_data_ptr<float>(), c10::cuda::getCurrentCUDAStream()));
+  return sums.sum(0).narrow(0, 0, batch).contiguous();
+}
+
 } // namespace
 
 TORCH_LIBRARY_IMPL(quiptools, CUDA, library) {
   library.impl("decode", decode);
   library.impl("product", product);
+  library.impl("trellis_decode", trellis_decode);
+  library.impl("trellis_product", trellis_product);
 }
 
 } // namespace quiptools

@@ -59,6 +59,11 @@ struct IntegerKernels {
   void (*multiply)(const uint8_t* tile, int64_t stride, int64_t chunks, int64_t groups, const int8_t* x,
                    int64_t x_stride, int64_t vectors, int32_t* sums);
 
+  // Sums of both planes of a vector, each less its bias, as floats: out[r] = scale * (kRadix * high[r] + low[r]), or
+  // added to what is there.
+  void (*finish)(const int32_t* high, const int32_t* low, int64_t n, int32_t high_bias, int32_t low_bias, float scale,
+                 bool add, float* out);
+
   // Decoded chunks, kBytes each, as columns of bfloat16, in kTableUnit, without the bias: out[j * stride + 16 i + r] is row r, column j
   // of chunk i. Null where there is no fast way.
   void (*spread)(const uint8_t* decoded, int64_t chunks, int64_t stride, uint16_t* out);

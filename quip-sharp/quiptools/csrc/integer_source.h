@@ -26,13 +26,14 @@ float round_activations(const float* x, int64_t n, int64_t padded, int8_t* high,
   }
   float largest;
   std::memcpy(&largest, &most, 4);
-  std::memset(high, 0, padded);
-  std::memset(low, 0, padded);
-  sums[0] = sums[1] = 0;
-  if (largest == 0) return 0;
   float step = largest / kLargest, inverse = 1 / step;
-  if (!(step <= 3.4e38f)) return NAN; // what is not finite makes every output so
-  if (!(inverse <= 3.4e38f)) return 0; // below any normal number
+  bool is_number = step <= 3.4e38f, is_normal = is_number && inverse <= 3.4e38f;
+  int64_t filled = is_normal ? n : 0;
+  std::memset(high + filled, 0, padded - filled);
+  std::memset(low + filled, 0, padded - filled);
+  sums[0] = sums[1] = 0;
+  if (!is_number) return NAN; // what is not finite makes every output so
+  if (!is_normal) return 0;   // 0, or below any normal number
   // A float with 2^23 units before it has the whole number in its last bits.
   constexpr float kMagic = 12582912.0f;
   int32_t high_sum = 0, low_sum = 0;
@@ -51,6 +52,15 @@ float round_activations(const float* x, int64_t n, int64_t padded, int8_t* high,
   sums[0] = high_sum;
   sums[1] = low_sum;
   return step;
+}
+
+// See IntegerKernels::finish.
+void finish(const int32_t* high, const int32_t* low, int64_t n, int32_t high_bias, int32_t low_bias, float scale,
+            bool add, float* out) {
+  for (int64_t i = 0; i < n; i++) {
+    float value = scale * (float(high[i] - high_bias) * kRadix + float(low[i] - low_bias));
+    out[i] = add ? out[i] + value : value;
+  }
 }
 
 #if !defined(__clang__)

@@ -1,0 +1,64 @@
+"""Frames of local videos: of a video file, or of a folder that holds them as pictures."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from casp.errors import UserError, told_as
+from casp.reading.files import require_file
+from casp.reading.pictures import MOST_PIXELS, open_picture
+
+FRAME_FILES = {".png", ".jpg", ".jpeg", ".webp"}
+MOST_FRAMES = 100_000  # of a file: an hour at 25 frames a second
+
+
+def evenly_spaced(count: int, wanted: int) -> list[int]:
+    """Numbers of `wanted` frames of `count`, the first and the last among them; all where there are fewer."""
+    return sorted({int(place) for place in np.linspace(0, count - 1, min(wanted, count)).round()})
+
+
+def open_frames(path: Path, wanted: int, source: str) -> tuple[Image.Image, ...]:
+    """At most `wanted` frames of the video at `path`, evenly spaced in time, RGB, all of one size.
+
+    path: a video file, or a folder of pictures in the order of their names; source: where the path came from, for
+    messages. UserError for what does not open.
+    """
+    if path.is_dir():
+        return _frames_of_folder(path, wanted, source)
+    what = f"{source}: the video {path}"
+    require_file(path, f"{source}: the video")
+    with told_as(f"{what} does not open", "give a video file that FFmpeg reads, or a folder of frames"):
+        return _frames_of_file(path, wanted, what)
+
+
+def _frames_of_folder(path: Path, wanted: int, source: str) -> tuple[Image.Image, ...]:
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in FRAME_FILES)
+    if not files:
+        raise UserError(f"{source}: the folder {path} holds no frames; give pictures as {', '.join(FRAME_FILES)}.")
+    frames = tuple(open_picture(files[place], source) for place in evenly_spaced(len(files), wanted))
+    if len({frame.size for frame in frames}) > 1:
+        raise UserError(f"{source}: the frames in {path} are not of one size; scale them to one.")
+    return frames
+
+
+def _frames_of_file(path: Path, wanted: int, what: str) -> tuple[Image.Image, ...]:
+    import av  # loads FFmpeg's libraries: only those who read videos wait for it
+
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise UserError(f"{what} has no pictures in it; give another file.")
+        stream = container.streams.video[0]
+        if stream.width * stream.height > MOST_PIXELS:
+            raise UserError(f"{what} of {stream.width}x{stream.height} pixels is too large; scale it down.")
+        # The header may be wrong about their number, and seeking is not exact in all formats: count, then decode.
+        count = sum(packet.pts is not None for packet in container.demux(stream))
+    if not 1 <= count <= MOST_FRAMES:
+        raise UserError(f"{what} has {count} frames, not 1 to {MOST_FRAMES}; cut it.")
+    places = set(evenly_spaced(count, wanted))
+    with av.open(str(path)) as container:
+        decoded = enumerate(container.decode(container.streams.video[0]))
+        frames = tuple(frame.to_image().convert("RGB") for place, frame in decoded if place in places)
+    if not frames:
+        raise UserError(f"{what} holds no frame that decodes; give another file.")
+    return frames

@@ -1,0 +1,151 @@
+"""Videos: frames from files and folders, and as samples of a video model."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from casp.data import calibration_batches
+from casp.data.chats import read_samples
+from casp.errors import UserError
+from casp.modality import Visual
+from casp.reading.video import evenly_spaced, open_frames
+
+
+@given(count=st.integers(1, 500), wanted=st.integers(1, 64))
+def test_frames_are_evenly_spaced(count, wanted):
+    places = evenly_spaced(count, wanted)
+    assert len(places) == min(count, wanted)
+    assert places[0] == 0
+    assert wanted == 1 or places[-1] == count - 1
+    gaps = np.diff(places)
+    assert not len(gaps) or gaps.max() - gaps.min() <= 1
+
+
+def grey_frames(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    for number in range(count):
+        Image.new("RGB", (64, 48), (number * 8,) * 3).save(folder / f"{number:03}.png")
+    return folder
+
+
+def test_a_folder_of_frames(tmp_path):
+    frames = open_frames(grey_frames(tmp_path / "clip", 30), 4, "here")
+    assert [np.asarray(frame).max() // 8 for frame in frames] == [0, 10, 19, 29]
+    Image.new("RGB", (10, 10)).save(tmp_path / "clip" / "000.png")
+    with pytest.raises(UserError, match="not of one size"):
+        open_frames(tmp_path / "clip", 4, "here")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no frames"):
+        open_frames(tmp_path / "empty", 4, "here")
+
+
+def write_clip(file: Path, count: int) -> Path:
+    av = pytest.importorskip("av")
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(count):
+            picture = np.full((48, 64, 3), number * 8, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return file
+
+
+def test_a_video_file(tmp_path):
+    frames = open_frames(write_clip(tmp_path / "clip.mp4", 30), 4, "here")
+    assert [frame.size for frame in frames] == [(64, 48)] * 4
+    found = [np.asarray(frame).mean() for frame in frames]
+    assert np.allclose(found, [0, 80, 152, 232], atol=4)
+    (tmp_path / "broken.mp4").write_bytes(b"no video at all")
+    with pytest.raises(UserError, match=r"line 3: the video .*broken.mp4 does not open"):
+        open_frames(tmp_path / "broken.mp4", 4, "line 3")
+
+
+def test_rows_with_videos(tmp_path):
+    grey_frames(tmp_path / "clip", 3)
+    messages = [
+        {"role": "user", "content": [{"type": "video", "video": "clip"}, {"type": "text", "text": "Which?"}]},
+        {"role": "assistant", "content": "Grey."},
+    ]
+    rows = [{"video": "clip", "question": "What?", "answer": "Grey."}, {"messages": messages}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    _, chats = read_samples(tmp_path / "rows.jsonl")
+    for chat in chats:
+        assert chat.media() == (False, True)
+        assert len(chat.opened(2).videos()[0].frames) == 2
+    with pytest.raises(UserError, match="has images"):
+        calibration_batches(text_model(tmp_path), str(tmp_path / "rows.jsonl"), 2, 8, 0, 1)
+
+
+def text_model(folder: Path) -> Path:
+    from transformers import LlamaConfig
+
+    LlamaConfig(num_hidden_layers=1).save_pretrained(folder / "text")
+    return folder / "text"
+
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' }}{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] + '\\n' }}{% else %}{{ '<' + part['type'] + '>' }}{% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def video_model(tmp_path, tiny_llava) -> Path:
+    """Config and processor of a LLaVA-NeXT-Video for pictures of 32x32."""
+    pytest.importorskip("torchvision")
+    import transformers as T
+    from transformers.models.llava_next_video.video_processing_llava_next_video import LlavaNextVideoVideoProcessor
+
+    tokenizer = T.AutoTokenizer.from_pretrained(tiny_llava)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<video>"]})
+    vision = T.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    config = T.LlavaNextVideoConfig(
+        vision_config=vision,
+        text_config=T.LlamaConfig(vocab_size=len(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=[[32, 32]],
+    )
+    config.save_pretrained(tmp_path / "model")
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    T.LlavaNextVideoProcessor(
+        video_processor=LlavaNextVideoVideoProcessor(**size),
+        image_processor=T.LlavaNextImageProcessor(**size, image_grid_pinpoints=[[32, 32]]),
+        tokenizer=tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    ).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_kinds_of_samples_are_mixed(video_model, tmp_path):
+    grey_frames(tmp_path / "clip", 9)
+    Image.new("RGB", (64, 48), (9, 200, 0)).save(tmp_path / "a.png")
+    rows = [
+        {"video": "clip", "question": "what?", "answer": "grey"},
+        {"image": "a.png", "question": "what?", "answer": "green"},
+        {"question": "a", "answer": "b"},
+        {"text": "hello world " * 20},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    batches = calibration_batches(video_model, str(file), 4, 16, 0, 2, Visual(frames=4))
+    kinds = sorted(tuple(name for name in batch if name.startswith("pixel")) for batch in batches)
+    assert kinds == [(), (), ("pixel_values",), ("pixel_values_videos",)]
+    (clip,) = (batch for batch in batches if "pixel_values_videos" in batch)
+    assert clip["pixel_values_videos"].shape == (1, 4, 3, 32, 32)
+    assert all(isinstance(value, torch.Tensor) for batch in batches for value in batch.values())
+    with pytest.raises(UserError, match=r"line [12] .*more than --visual-tokens 10"):
+        calibration_batches(video_model, str(file), 4, 16, 0, 2, Visual(frames=4, tokens=10))

@@ -1,0 +1,122 @@
+"""Every family through every stage, from a tiny random checkpoint; what is loaded equals what was compressed.
+
+CASP_FAMILIES=FILE makes the tests write what they found there, a line of JSON a family; `table.py` makes
+docs/families.md of it.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import casp_gptq.__main__ as gptq
+import casp_quip_sharp.__main__ as quip_sharp
+import casp_svd.__main__ as svd
+from zoo import FAMILIES, Family
+
+import casp.cli.options
+import casp.moments.__main__ as moments_stage
+from casp.capture import capture_inputs
+from casp.errors import UserError
+from casp.models import Decoder, _factory
+from casp.reading.config import open_config
+
+CPU = torch.device("cpu")
+VISUAL = [3, 4, 5, 6]  # a token of these, generated at random, would ask for a picture
+OUTSIDE = {"llama4_text": "only .* of the decoder's weights in linears"}
+"""Families that CASP does not compress -> what it says before anything is computed."""
+NO_QUERIES = {"deepseek_v2"}
+"""Families whose attention has no linears for queries and keys, which the SVD stage refuses."""
+
+
+def parameters(names):
+    every_day = [pytest.param(name) for name in names if FAMILIES[name].fast]
+    return every_day + [pytest.param(name, marks=pytest.mark.slow) for name in names if not FAMILIES[name].fast]
+
+
+def loaded(folder: Path) -> torch.nn.Module:
+    return _factory(open_config(folder)).from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def require_equal(folder: Path, batch: dict[str, torch.Tensor]) -> None:
+    """What `from_pretrained` makes of `folder` computes what the decoder view does, and generates with a cache."""
+    model, decoder = loaded(folder), Decoder(folder)
+    decoder.load_rest(CPU, torch.float32)
+    for index in range(len(decoder.blocks)):
+        decoder.load_block(index, CPU, torch.float32)
+    with torch.no_grad():
+        found, expected = model(**batch).logits, decoder.model(**batch, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    options = {
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+        "suppress_tokens": VISUAL,
+    }
+    assert torch.equal(model.generate(**batch, **options), model.generate(**batch, **options, use_cache=False))
+
+
+@pytest.mark.parametrize("name", parameters(FAMILIES))
+def test_every_stage(name, tmp_path, monkeypatch):
+    family: Family = FAMILIES[name]
+    model, batch = family.save(tmp_path / "model"), family.batch()
+    found = {"family": name, "inputs": family.inputs}
+    monkeypatch.setattr(casp.cli.options, "calibration_batches", lambda *args: [dict(batch), dict(batch)])
+    monkeypatch.chdir(tmp_path)
+    common = ["--batch-size", 2, "--samples", 4, "--sequence-length", 20]
+
+    def run(stage, folder: Path, output: str, *flags: object) -> Path:
+        stage.main([*map(str, ["--model", folder, "--output", output, *common, *flags])])
+        return tmp_path / output
+
+    if name in OUTSIDE:
+        with pytest.raises(UserError, match=OUTSIDE[name]) as refusal:
+            run(gptq, model, "refused", "--from-original")
+        found |= {"refused": str(refusal.value).split(": ", 1)[1]}
+        return tell(found)
+    found["share"] = Decoder(model).share()
+    start = model
+    if name in NO_QUERIES:
+        with pytest.raises(UserError, match="nothing to factor"):
+            run(svd, model, "svd")
+        found["svd"] = "no queries and keys of their own"
+    else:
+        start = run(svd, model, "svd", "--keep-ratio", 0.5)
+        require_equal(start, batch)
+        found["svd"] = "yes"
+    moments = run(moments_stage, model, "moments", "--from-original")
+    found["moments"] = "yes"
+    known = ["--moments", moments, "--token-weights", "attention+gradient"]
+    require_equal(run(gptq, model, "gptq", "--bits", 4, "--group-size", 16, "--from-original", *known), batch)
+    found["gptq"] = "yes"
+    require_equal(run(quip_sharp, start, "quip", "--bits", 2, "--ft-epochs", 1, "--from-original"), batch)
+    found["quip-sharp"] = "yes"
+    tell(found)
+
+
+def tell(found: dict[str, object]) -> None:
+    if "CASP_FAMILIES" in os.environ:
+        with open(os.environ["CASP_FAMILIES"], "a") as file:
+            file.write(json.dumps(found) + "\n")
+
+
+@pytest.mark.parametrize("name", parameters(set(FAMILIES) - set(OUTSIDE)))
+def test_the_opened_model_is_the_saved_one(name, tmp_path):
+    """Taking experts and fused projections apart changes nothing: logits equal those of transformers' own model."""
+    family = FAMILIES[name]
+    family.save(tmp_path)
+    batch, decoder = family.batch(), Decoder(tmp_path)
+    capture_inputs(decoder, [batch], CPU, torch.float32)  # compares blocks with the model's own forward
+    decoder.load_rest(CPU, torch.float32)
+    for index in range(len(decoder.blocks)):
+        decoder.load_block(index, CPU, torch.float32)
+    own = loaded(tmp_path)
+    own.set_attn_implementation("eager")
+    with torch.no_grad():
+        found, expected = decoder.model(**batch, use_cache=False).logits, own(**batch, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
