@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 import casp
 from casp import job, recipe
 from casp.api import Calibration, collect_moments, make_plan, quantize
-from casp.cli import Parser
+from casp.cli import Parser, calibration_of
 from casp.errors import UserError
 
 
@@ -96,7 +95,8 @@ def test_flags_overrule_the_recipe(tmp_path: Path):
 
 def test_calibration_has_the_defaults_of_the_flags():
     args = job.parser().parse_args(["--backend", "gptq"])
-    assert all(getattr(args, field.name) == getattr(Calibration(), field.name) for field in fields(Calibration))
+    assert calibration_of(args) == Calibration()
+    assert all(getattr(args, name) == value for name, value in Calibration().record().items())
 
 
 def test_the_whole_job_from_python_and_again_from_its_recipe(tiny_llama: Path, texts: Path, tmp_path: Path):
