@@ -216,11 +216,10 @@ def test_killed_in_either_pass_it_ends_with_the_same_bytes(tiny_llama, flags, wh
 def test_the_order_of_batches_in_memory_is_one(tiny_llama, flags, tmp_path, monkeypatch):
     """At no time are the hidden states of more than one batch in memory."""
     real, held = casp.moments.collect.InputStatistics.run, []
-    real_capture = casp.moments.collect.capture_inputs
     seen = []
 
     def capture(*args):
-        held[:] = captured = real_capture(*args)
+        held[:] = captured = casp.capture.capture_inputs(*args)
         return captured
 
     def run(self, visit):

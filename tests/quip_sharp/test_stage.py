@@ -187,9 +187,9 @@ def test_killed_while_fine_tuning_it_ends_with_the_same_bytes(stage, tiny_llama,
 def test_inputs_of_teacher_and_student_are_captured_once(stage, tiny_llama, tmp_path, monkeypatch):
     captures, real = [], casp.capture.capture_inputs
 
-    def counting(*args, **options):
+    def counting(*args, **settings):
         captures.append(1)
-        return real(*args, **options)
+        return real(*args, **settings)
 
     for module in (casp.run, casp.teacher):
         monkeypatch.setattr(module, "capture_inputs", counting)
