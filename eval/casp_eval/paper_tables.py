@@ -113,7 +113,7 @@ def planned_bytes(decoder: Decoder, backend_name: str) -> int:
     backend = load_backend(backend_name)
     _, _, known_by, settings = BACKENDS[backend_name]
     shapes = matrices(decoder)
-    rows, columns, *_ = next(iter(shapes.values()))
+    _, rows, columns = next(iter(shapes.values()))
     offered = backend.formats(rows, columns, **settings)
     format = next(one for one in offered if all(one.get(name) == value for name, value in known_by.items()))
     return plan_bytes(uniform_plan(decoder, format), shapes, backend)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from casp_eval import harness, lm_eval, lmms_eval
+from casp_eval import harness, lm_eval, lmms_eval, tasks
 from casp_eval.loading import open_checkpoint
-from casp_eval.questions import answer_loss, answers
+from casp_eval.questions import accuracy, answer_loss, answers
 
 from casp.data.chats import Video
 from casp.data.sources import evaluation_chats
@@ -227,6 +227,29 @@ def test_multiple_choice_takes_the_likeliest_answer(demo_llama, capitals):
     assert lmms_eval.evaluate(checkpoint, ["casp_capitals"], capitals)["casp_capitals"]["acc,none"] == 1.0
     with pytest.raises(UserError, match="generation only"):
         lmms_eval.evaluate(checkpoint, ["casp_capitals"], capitals, chat=True)
+
+
+@pytest.mark.slow
+@needs_lmms_eval
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_built_in_task_of_lmms_eval_gives_what_questions_sh_gives(demo_llava, chat):
+    checkpoint = open_checkpoint(str(demo_llava), "cpu", "float32")
+    items = evaluation_chats("test", 0, 0)
+    expected = accuracy(items, answers(checkpoint, items, 16, 8))["accuracy"]
+    name = "casp_images_test"
+    found = lmms_eval.evaluate(checkpoint, [name], tasks.LMMS_EVAL, batch_size=16, chat=chat)
+    assert found[name]["exact,none"] == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.slow
+@needs_lm_eval
+def test_the_built_in_task_of_lm_eval_gives_what_questions_sh_gives(demo_llava):
+    checkpoint = open_checkpoint(str(demo_llava), "cpu", "float32")
+    items = evaluation_chats("test", 0, 0)
+    expected = accuracy(items, answers(checkpoint, items, 16, 8))["accuracy"]
+    name = "casp_images_test"
+    found = lm_eval.evaluate(checkpoint, [name], tasks.LM_EVAL, batch_size=16, chat=True, images=True)
+    assert found[name]["exact,none"] == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize(("main", "module"), [(lm_eval.main, "lm_eval"), (lmms_eval.main, "lmms_eval")])
