@@ -5,7 +5,6 @@ that it has written, resumes as the script does, and raises `casp.errors.UserErr
 """
 
 import importlib
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ def compress(
         "size": size,
         "backend": backend,
         "ft_epochs": ft_epochs,
-        **asdict(calibration),
+        **calibration.record(),
         **settings,
     }
     with told_to(progress):
@@ -67,7 +66,7 @@ def collect_moments(
     **settings: Any,
 ) -> Path:
     """Second moments of inputs and gradients of every linear of `model`, into the folder `output`."""
-    wanted = {"model": model, "output": output, **asdict(calibration), **settings}
+    wanted = {"model": model, "output": output, **calibration.record(), **settings}
     _run("casp.moments.__main__", wanted, progress)
     return Path(output)
 
@@ -105,6 +104,6 @@ def quantize(
     from casp.job import package_of
 
     load_backend(backend)  # a misspelt one is told in one sentence
-    wanted = {"model": model, "output": output, "plan": plan, "moments": moments, **asdict(calibration), **settings}
+    wanted = {"model": model, "output": output, "plan": plan, "moments": moments, **calibration.record(), **settings}
     _run(f"{package_of(backend)}.__main__", wanted, progress)
     return Path(output)

@@ -59,17 +59,19 @@ def capture_inputs(
     """Run embeddings (and vision tower) over `batches` and record what the blocks would be called with.
 
     Loads everything outside the blocks, and forgets it again. Hidden states are kept on the CPU in `dtype`. check:
-    compare the replay of blocks with the model's own forward on the first batch (`casp.replay_check`). UserError for a
-    model whose blocks cannot be run one by one.
+    compare the replay of blocks with the model's own forward on the first batch (`check_replay`). UserError for a model
+    whose blocks cannot be run one by one.
     """
     decoder.load_rest(device, dtype)
     recorded: list[BatchInputs] = []
+    only_adds = False  # not told before the first batch with something added: text alone may come before pictures
     try:
         for batch in batches:
             given = on_device(batch, device, dtype)
             recorder = _record(decoder, given, 0.0)
-            if recorder.added and not recorded:
+            if recorder.added and not only_adds:
                 _check_added(recorder, _record(decoder, given, 1.0))
+                only_adds = True
             ids = batch["input_ids"]
             mask = batch.get("attention_mask")
             tokens = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()

@@ -218,10 +218,11 @@ def steps(job: Job, decoder: Decoder, output: Path, budget: int) -> list[Step]:
 
 def check(job: Job, folder: Path, output: Path) -> None:
     """UserError, before the first stage runs for hours, where a later one would not write where it is told to."""
-    moments, plan = job.prices.moments_folder(), job.plan_file(output)
+    moments = job.prices.moments_folder()
     inputs = [folder, *job.calibration.files(), *([job.plan] if job.plan else [])]
     check_places(moments, inputs)
     check_places(output, [*inputs, moments])
+    plan = job.plan_file(output)
     if job.plan is None:
         check_file(plan, [SHAPE], [*inputs, moments])
     places = {"output": output, "model": job.prices.model, "moments": moments, "plan": plan}

@@ -38,8 +38,8 @@ def flags(settings: Mapping[str, Any], parser: argparse.ArgumentParser) -> list[
             last = ["--", *map(str, value)]
             continue
         action = actions.get(str(name).replace("-", "_"))
-        if action is None or action.dest == "help":
-            known = ", ".join(sorted({*actions, *rest} - {"help"}))
+        if action is None or action.dest in ("help", "recipe"):
+            known = ", ".join(sorted({*actions, *rest} - {"help", "recipe"}))
             raise UserError(f"there is no setting {str(name)[:40]!r}; there are {known}.")
         if value is None:
             continue
@@ -51,7 +51,7 @@ def flags(settings: Mapping[str, Any], parser: argparse.ArgumentParser) -> list[
                 found.append(flag)
             elif isinstance(action, argparse.BooleanOptionalAction):
                 found.append(action.option_strings[1])
-        elif isinstance(value, list | tuple) and action.nargs == "*":
+        elif isinstance(value, list | tuple) and action.nargs in ("*", "+"):
             found += [flag, *map(str, value)]
         elif isinstance(value, str | int | float | Path) and action.nargs != 0:
             found.append(f"{flag}={value}")

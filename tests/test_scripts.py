@@ -151,7 +151,7 @@ def test_help_explains_the_flags_that_the_script_passes(script: Path, command_of
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)
 def test_a_flag_that_no_parser_has(script: Path, command_of, monkeypatch, capsys):
     command = [*command_of(script), *(NEEDS.get(script.name) or ["--output", "out"]), "--no-such-flag"]
-    if script.name in ("chat.sh", "perplexity.sh", "questions.sh"):
+    if script.name in ("chat.sh", "demo.sh", "perplexity.sh", "questions.sh"):
         command[1:] = ["--model", MISSPELT, "--no-such-flag"]
     assert run_here(command, monkeypatch) == 2
     assert "--no-such-flag" in capsys.readouterr().err

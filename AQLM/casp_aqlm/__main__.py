@@ -5,20 +5,18 @@ import argparse
 from casp.cli import Parser, add_common_arguments, run_main
 from casp.cli.quantizing import (
     FineTuning,
+    add_damping_argument,
     add_quantizing_arguments,
     add_tuning_arguments,
     fine_tuning_of,
     quantizing_of,
 )
 from casp.cli.stage import quantize_stage
-from casp.errors import UserError
 from casp.numbers import real, whole
 from casp_aqlm.backend import AQLM, OFFERED
 from casp_aqlm.export import check_exportable, export_aqlm, export_folder
 from casp_aqlm.options import Rounds
 from casp_aqlm.scheme import ENTRY_DTYPES, Scheme
-
-BLOCK_RATE, END_TO_END_RATE = 1e-3, 3e-4  # relative to a tensor's root mean square
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,12 +39,7 @@ def parser() -> argparse.ArgumentParser:
         default="float16",
         help="what codebooks are stored as; float8 halves them, which tells on small matrices (default: %(default)s)",
     )
-    flags.add_argument(
-        "--damping",
-        type=real(0, 1),
-        default=0.01,
-        help="added to the Hessian's diagonal, as a share of its mean (default: %(default)s)",
-    )
+    add_damping_argument(flags)
     flags.add_argument(
         "--tolerance",
         type=real(0, 1),
@@ -57,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--max-rounds", type=whole(0, 1000), default=12, help="the most rounds, a count (default: %(default)s)"
     )
-    add_tuning_arguments(flags, block_rate=BLOCK_RATE, end_to_end_rate=END_TO_END_RATE)
+    add_tuning_arguments(flags)
     add_quantizing_arguments(flags)
     flags.add_argument(
         "--export",
@@ -69,8 +62,7 @@ def parser() -> argparse.ArgumentParser:
 
 def label(scheme: Scheme, tuning: FineTuning) -> str:
     """What the output is filed under: aqlm-2x8g8, and what of it was fine-tuned."""
-    parts = {"ft": tuning.block, "e2e": tuning.end_to_end}
-    return "-".join([f"aqlm-{scheme}", *(name for name, training in parts.items() if training is not None)])
+    return "-".join([f"aqlm-{scheme}", *tuning.words])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -78,8 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     tuning = fine_tuning_of(args)
     asked = quantizing_of(args, tuning)
-    if args.export and asked.has_budget:
-        raise UserError("--export writes one scheme for all layers; leave it or the byte budget out.")
+    if args.export:
+        asked.check_export()
     backend, scheme = AQLM(), Scheme.parse(args.scheme, args.entries)
     above = [Scheme.parse(text, args.entries) for text in OFFERED]
     ladder = [scheme.format, *(rung.format for rung in above if rung.bits > scheme.bits)]

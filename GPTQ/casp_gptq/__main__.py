@@ -3,10 +3,10 @@
 import argparse
 
 from casp.cli import Parser, add_common_arguments, run_main
-from casp.cli.quantizing import Quantizing, add_quantizing_arguments, quantizing_of
+from casp.cli.quantizing import add_damping_argument, add_quantizing_arguments, quantizing_of
 from casp.cli.stage import quantize_stage
 from casp.errors import UserError
-from casp.numbers import real, whole
+from casp.numbers import whole
 from casp_gptq.backend import GPTQ
 from casp_gptq.export import check_exportable, export_folder, export_gptq
 from casp_gptq.grid import BITS
@@ -43,12 +43,7 @@ def parser() -> argparse.ArgumentParser:
         default=True,
         help="round the columns with the largest inputs first (default: %(default)s)",
     )
-    flags.add_argument(
-        "--damping",
-        type=real(0, 1),
-        default=0.01,
-        help="added to the Hessian's diagonal, as a share of its mean (default: %(default)s)",
-    )
+    add_damping_argument(flags)
     flags.add_argument(
         "--clip-search",
         type=whole(0, 1000),
@@ -71,16 +66,14 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def check_flags(bits: int, group_size: int, export: bool, asked: Quantizing) -> None:
-    """UserError for flags that do not go together."""
+def check_overhead(bits: int, group_size: int) -> None:
+    """UserError for groups so small that their scales and zeros outweigh the codes."""
     overhead = (16 + bits) / group_size  # a float16 scale and a zero of as many bits as a code
     if overhead > bits:
         raise UserError(
             f"--group-size {group_size} takes {bits + overhead:g} bits a weight with --bits {bits}, "
             "more of them for scales and zeros than for codes; give larger groups."
         )
-    if export and asked.has_budget:
-        raise UserError("--export writes one bit width for all layers; leave it or the byte budget out.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -89,7 +82,9 @@ def main(argv: list[str] | None = None) -> None:
     backend = GPTQ()
     format = backend.format(args.bits, args.group_size)
     asked = quantizing_of(args)
-    check_flags(args.bits, args.group_size, args.export is not None, asked)
+    check_overhead(args.bits, args.group_size)
+    if args.export:
+        asked.check_export()
     ladder = [{**format, "bits": bits} for bits in BITS if bits >= args.bits]
     search = Search(args.symmetric, args.act_order, args.damping, args.clip_search, args.sweeps)
     check, beside = (check_exportable, export_folder) if args.export else (None, None)

@@ -33,11 +33,11 @@ class Layer:
     @property
     def trains(self) -> bool:
         """See `casp.kernels.Kernel`."""
-        return self.bias is not None and self.bias.requires_grad
+        return any(tensor is not None and tensor.requires_grad for tensor in (self.scales, self.bias))
 
     def fits(self, x: Tensor) -> bool:
-        """All but float64, which asks for more digits than there are."""
-        return x.dtype != torch.float64
+        """All but float64, which asks for more digits than there are, and scales that are being trained in float32."""
+        return x.dtype != torch.float64 and self.scales.dtype == torch.float16
 
     def arguments(self) -> tuple[Any, ...]:
         """See `casp.kernels.Kernel`."""

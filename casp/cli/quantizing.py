@@ -8,11 +8,13 @@ from typing import Any
 
 from casp.cli.flags import calibration_of, compute_of
 from casp.cli.options import Calibration, Compute
+from casp.errors import UserError
 from casp.moments.find import ON_THE_WAY, add_moments_argument, add_token_weights_argument
 from casp.numbers import real, whole
 from casp.tuning import Training
 
 MOST_EPOCHS, MOST_RATE = 10_000, 1.0  # a rate of 1 moves every number by its own size in a step
+BLOCK_RATE, END_TO_END_RATE = 1e-3, 3e-4
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,12 @@ class FineTuning:
     def wanted(self) -> bool:
         """Whether anything is to be tuned."""
         return self.block is not None or self.end_to_end is not None
+
+    @property
+    def words(self) -> list[str]:
+        """What an output's name says of it: "ft" in the block, "e2e" end to end."""
+        parts = {"ft": self.block, "e2e": self.end_to_end}
+        return [name for name, training in parts.items() if training is not None]
 
     def record(self) -> dict[str, Any]:
         """All of it, JSON-able; nothing where nothing is tuned."""
@@ -65,6 +73,11 @@ class Quantizing:
     def has_budget(self) -> bool:
         """Whether more bytes than the format's are asked for."""
         return self.bits_budget is not None or self.target_bytes_of is not None
+
+    def check_export(self) -> None:
+        """UserError where matrices may end in several formats, of which a plain checkpoint of others holds one."""
+        if self.has_budget or self.plan is not None:
+            raise UserError("--export writes one format for all layers; leave it, or the byte budget or plan, out.")
 
 
 def add_quantizing_arguments(parser: argparse.ArgumentParser, on_the_way: str = ON_THE_WAY) -> None:
@@ -109,8 +122,18 @@ def add_quantizing_arguments(parser: argparse.ArgumentParser, on_the_way: str = 
     add_token_weights_argument(parser, on_the_way)
 
 
-def add_tuning_arguments(parser: argparse.ArgumentParser, block_rate: float, end_to_end_rate: float) -> None:
-    """Flags of a stage whose backend can be fine-tuned; the rates are the defaults."""
+def add_damping_argument(parser: argparse.ArgumentParser) -> None:
+    """--damping, of every backend that factors a Hessian."""
+    parser.add_argument(
+        "--damping",
+        type=real(0, 1),
+        default=0.01,
+        help="added to the Hessian's diagonal, as a share of its mean (default: %(default)s)",
+    )
+
+
+def add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of a stage whose backend can be fine-tuned."""
     parser.add_argument(
         "--ft-epochs",
         type=whole(0, MOST_EPOCHS),
@@ -127,13 +150,13 @@ def add_tuning_arguments(parser: argparse.ArgumentParser, block_rate: float, end
     parser.add_argument(
         "--block-lr",
         type=real(0, MOST_RATE),
-        default=block_rate,
+        default=BLOCK_RATE,
         help="learning rate within the blocks, relative to each tensor's root mean square (default: %(default)s)",
     )
     parser.add_argument(
         "--e2e-lr",
         type=real(0, MOST_RATE),
-        default=end_to_end_rate,
+        default=END_TO_END_RATE,
         help="learning rate end to end, relative in the same way (default: %(default)s)",
     )
     parser.add_argument(

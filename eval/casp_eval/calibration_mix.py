@@ -13,6 +13,7 @@ import math
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from casp.demo import text
 from casp.errors import UserError
 from casp.files import write_atomically, write_json
 from casp.numbers import whole
+from casp.outputs import check_file
 from casp.reading.config import open_config
 from casp_eval import compare, report
 from casp_eval.loading import is_multimodal
@@ -44,10 +46,13 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def checkpoint(model: str, dataset: str, samples: int, work: Path) -> Path:
-    """A 2-bit QuIP# checkpoint of `model` calibrated on `samples` of `dataset`, made where it is not there yet."""
+def checkpoint(model: str, dataset: str, samples: int, machine: Sequence[str], work: Path) -> Path:
+    """A 2-bit QuIP# checkpoint of `model` calibrated on `samples` of `dataset`, made where it is not there yet.
+
+    machine: --device and --dtype with their words.
+    """
     folder = work / f"{dataset.replace('/', '_').replace(':', '-').replace(',', '-')}-{samples}"
-    data = ["--model", model, "--dataset", dataset, "--samples", str(samples)]
+    data = ["--model", model, "--dataset", dataset, "--samples", str(samples), *machine]
     stages = {
         folder / "moments": ["casp.moments", *data, "--from-original"],
         folder / "quip-sharp-2bit": [
@@ -100,15 +105,19 @@ def main(arguments: list[str] | None = None) -> None:
     candidates = []
     for candidate in args.candidates:
         dataset, _, samples = candidate.rpartition("@")
-        if not dataset or not samples.isdigit():
+        if not dataset or not samples.isdecimal() or not int(samples):
             raise UserError(f"{candidate} is not DATASET@SAMPLES: write for example demo-mixed@32")
         candidates.append((dataset, int(samples)))
     original = model_folder(args.model)
-    folders = [checkpoint(args.model, dataset, samples, args.work) for dataset, samples in candidates]
+    check_file(args.output, [{"command", "model", "split", "results"}], [original])
+    page = args.output.with_suffix(".md")
+    if page == args.output or (page.exists() and not args.output.exists()):
+        raise UserError(f"{page}, where the table would go, is --output itself or was there before; choose another.")
+    machine = ("--device", args.device, "--dtype", args.dtype)
+    folders = [checkpoint(args.model, dataset, samples, machine, args.work) for dataset, samples in candidates]
     scored = args.work / f"compared-{args.split}"
     texts = [word for name in SPLITS[args.split] for word in ("--text", name)]
-    sizes = ["--windows", str(args.windows), "--questions", str(args.questions)]
-    sizes += ["--device", args.device, "--dtype", args.dtype]
+    sizes = ["--windows", str(args.windows), "--questions", str(args.questions), *machine]
     compare.main([*map(str, [original, *folders]), "--output", str(scored), "--split", args.split, *texts, *sizes])
     first, *rows = json.loads((scored / "report.json").read_text(encoding="utf-8"))
     results = [
@@ -145,7 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"# `{args.model}`, {args.split}\n\nNats a token above the original model, 2-bit QuIP#, not fine-tuned, "
         f"{args.windows} windows of 512 tokens a text{right}.\n\n{table(results)}\n\n```bash\n{command}\n```\n"
     )
-    write_atomically(args.output.with_suffix(".md"), text_.encode())
+    write_atomically(page, text_.encode())
     print(table(results))
 
 

@@ -6,18 +6,17 @@ from casp.backend import Format
 from casp.cli import Parser, add_common_arguments, run_main
 from casp.cli.quantizing import (
     FineTuning,
+    add_damping_argument,
     add_quantizing_arguments,
     add_tuning_arguments,
     fine_tuning_of,
     quantizing_of,
 )
 from casp.cli.stage import quantize_stage
-from casp.numbers import real, whole
+from casp.numbers import whole
 from casp_quip_sharp.backend import QuipSharp
 from casp_quip_sharp.codebook import FAMILIES, codebook_of, rates
 from casp_quip_sharp.options import Search
-
-BLOCK_RATE, END_TO_END_RATE = 1e-3, 3e-4  # relative to a tensor's root mean square
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,12 +47,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="L",
         help="the trellis has 2^L states: 8, the one that kernels are made for, 10 or 12 (default: %(default)s)",
     )
-    flags.add_argument(
-        "--damping",
-        type=real(0, 1),
-        default=0.01,
-        help="added to the Hessian's diagonal, as a share of its mean (default: %(default)s)",
-    )
+    add_damping_argument(flags)
     flags.add_argument(
         "--scale-search",
         action=argparse.BooleanOptionalAction,
@@ -67,18 +61,17 @@ def parser() -> argparse.ArgumentParser:
         help="most rounds of coordinate descent after LDLQ, a count; none follows one that gained little "
         "(default: 4 with e8p, 1 with the trellis)",
     )
-    add_tuning_arguments(flags, block_rate=BLOCK_RATE, end_to_end_rate=END_TO_END_RATE)
+    add_tuning_arguments(flags)
     add_quantizing_arguments(flags)
     return flags
 
 
 def label(format: Format, tuning: FineTuning) -> str:
     """What the output is filed under: quip-sharp-trellis-2bit, -states10 where not 8, and what was fine-tuned."""
-    parts = {"ft": tuning.block, "e2e": tuning.end_to_end}
     words = ["quip-sharp", format.get("codebook", "e8p"), f"{format['bits']}bit"]
     if format.get("states", 8) != 8:
         words.append(f"states{format['states']}")
-    return "-".join([*words, *(name for name, training in parts.items() if training is not None)])
+    return "-".join([*words, *tuning.words])
 
 
 def main(argv: list[str] | None = None) -> None:

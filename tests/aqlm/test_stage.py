@@ -110,8 +110,9 @@ def test_what_a_plain_checkpoint_cannot_hold_is_refused_before_any_work(stage, t
         stage("--model", low_rank, "--output", tmp_path / "a", "--export", "aqlm")
     with pytest.raises(UserError, match="groups of 7 do not divide"):
         stage("--model", tiny_llama, "--output", tmp_path / "b", "--export", "aqlm", "--scheme", "2x4g7")
-    with pytest.raises(UserError, match="one scheme for all layers"):
-        stage("--model", tiny_llama, "--output", tmp_path / "c", "--export", "aqlm", "--bits-budget", "9")
+    for other in (("--bits-budget", "9"), ("--plan", tmp_path / "plan.json")):
+        with pytest.raises(UserError, match="one format for all layers"):
+            stage("--model", tiny_llama, "--output", tmp_path / "c", "--export", "aqlm", *other)
     assert not any(tmp_path.iterdir())
 
 

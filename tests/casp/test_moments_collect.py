@@ -219,7 +219,7 @@ def test_the_order_of_batches_in_memory_is_one(tiny_llama, flags, tmp_path, monk
     seen = []
 
     def capture(*args):
-        held[:] = captured = casp.walk.capture_inputs(*args)
+        held[:] = captured = casp.capture.capture_inputs(*args)
         return captured
 
     def run(self, visit):

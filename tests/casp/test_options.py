@@ -22,6 +22,9 @@ COMMON = {
     "sequence_length": ["40"],
     "batch_size": ["3"],
     "dataset": ["other.txt"],
+    "frames": ["3"],
+    "visual_tokens": ["64"],
+    "allow_partial": None,  # lets a run begin; the share that it compresses is part of the fingerprint
 }
 MOMENTS_AND_PLAN = {"moments": None, "plan": None}  # part of the fingerprint by their contents, see the tests of plans
 QUANTIZING = {

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,9 @@ from hypothesis import strategies as st
 import casp
 from casp import job, recipe
 from casp.api import Calibration, collect_moments, make_plan, quantize
-from casp.cli import Parser
+from casp.cli import Parser, calibration_of
 from casp.errors import UserError
+from casp.modality import Visual
 
 
 def small_parser() -> argparse.ArgumentParser:
@@ -24,6 +24,7 @@ def small_parser() -> argparse.ArgumentParser:
     flags.add_argument("--low-rank", action=argparse.BooleanOptionalAction, default=True)
     flags.add_argument("--evaluate", action="store_true")
     flags.add_argument("--format", nargs="*", default=[])
+    flags.add_argument("--weights", nargs="+", default=["none"])
     flags.add_argument("quantizing", nargs="*")
     return flags
 
@@ -39,6 +40,7 @@ WORDS = st.text(st.characters(codec="ascii", exclude_characters="\0"), min_size=
             "low_rank": st.booleans(),
             "evaluate": st.booleans(),
             "format": st.lists(WORDS.filter(lambda word: not word.startswith("-")), min_size=1),
+            "weights": st.lists(WORDS.filter(lambda word: not word.startswith("-")), min_size=1),
             "quantizing": st.lists(WORDS, min_size=1),
         },
     )
@@ -96,7 +98,15 @@ def test_flags_overrule_the_recipe(tmp_path: Path):
 
 def test_calibration_has_the_defaults_of_the_flags():
     args = job.parser().parse_args(["--backend", "gptq"])
-    assert all(getattr(args, field.name) == getattr(Calibration(), field.name) for field in fields(Calibration))
+    assert calibration_of(args) == Calibration()
+    assert all(getattr(args, name) == value for name, value in Calibration().record().items())
+    words = recipe.flags(Calibration("c4", 3, 5, 7, Visual(frames=2, tokens=9)).record(), job.parser())
+    assert calibration_of(job.parser().parse_args([*words, "--backend", "gptq"])).visual == Visual(2, 9)
+
+
+def test_a_recipe_is_no_setting_of_itself():
+    with pytest.raises(UserError, match="no setting 'recipe'"):
+        casp.compress("demo-llama", output="out", backend="gptq", recipe="file.yaml")
 
 
 def test_the_whole_job_from_python_and_again_from_its_recipe(tiny_llama: Path, texts: Path, tmp_path: Path):

@@ -6,6 +6,8 @@ import math
 import pytest
 from casp_eval.calibration_mix import excess, main, table
 
+from casp.errors import UserError
+
 
 def row(texts: dict[str, float], answers: float | None = None) -> dict:
     return {"perplexity_texts": texts, "perplexity_image_text": answers}
@@ -23,6 +25,25 @@ def test_the_table_leaves_answers_out_of_the_mean_of_texts():
     result |= {"accuracy": 0.5, "accuracy_interval": [0.4, 0.6]}
     cells = [cell.strip() for cell in table([result]).splitlines()[-1].strip("|").split("|")]
     assert cells == ["`x`", "3", "0.200", "0.600", "9.000", "0.400", "3.00", "50.0% (40–60)"]
+
+
+@pytest.mark.parametrize("candidate", ["demo-text", "demo-text@", "demo-text@0", "@4", "demo-text@²"])
+def test_what_is_no_set_with_a_number_of_samples(tmp_path, candidate):
+    with pytest.raises(UserError, match="is not DATASET@SAMPLES"):
+        main(["--model", "m", "--work", str(tmp_path / "w"), "--output", str(tmp_path / "o.json"), candidate])
+
+
+def test_a_file_of_others_is_not_replaced(tiny_llama, tmp_path):
+    output = tmp_path / "mine.json"
+    output.write_text('{"mine": 1}')
+    with pytest.raises(UserError, match="holds no figures"):
+        main(["--model", str(tiny_llama), "--work", str(tmp_path / "w"), "--output", str(output), "demo-text@4"])
+    assert output.read_text() == '{"mine": 1}'
+    (tmp_path / "page.md").write_text("mine")
+    for name in ("page.json", "page.md", "other.md"):
+        with pytest.raises(UserError, match=r"\.md"):
+            main(["--model", str(tiny_llama), "--work", "w", "--output", str(tmp_path / name), "demo-text@4"])
+    assert (tmp_path / "page.md").read_text() == "mine"
 
 
 @pytest.mark.slow

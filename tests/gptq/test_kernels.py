@@ -132,6 +132,17 @@ def test_gradients_reach_x():
     assert layer(torch.randn(0, 40)).shape == (0, 24)
 
 
+def test_scales_that_are_trained_get_their_gradient():
+    """They come in float32, and only the plain version is differentiable in them."""
+    layer, weight = random_layer(3, 24, 40, 16)
+    scales = layer.scales.float().requires_grad_()
+    x = torch.randn(5, 40, generator=torch.Generator().manual_seed(1))
+    torch.func.functional_call(layer, {"scales": scales}, (x,)).sum().backward()
+    by_column = x.double().sum(0) * weight / layer.scales.double()[torch.arange(40) // 16].T
+    wanted = torch.stack([part.sum(1) for part in by_column.split(16, dim=1)])
+    assert torch.allclose(scales.grad.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
 @needs_kernels
 @pytest.mark.parametrize(
     ("change", "message"),

@@ -121,8 +121,9 @@ def test_what_a_plain_checkpoint_cannot_hold_is_said_before_any_work(stage, tiny
         stage("--model", tiny_llama, "--output", output, "--export", "gptq", "--group-size", 64)
     with pytest.raises(UserError, match="groups of"):
         stage("--model", tiny_llama, "--output", output, "--export", "gptq", "--group-size", 48)
-    with pytest.raises(UserError, match=r"one (bit width|format)"):
-        stage("--model", tiny_llama, "--output", output, "--export", "gptq", "--bits-budget", 4)
+    for other in (("--bits-budget", 4), ("--plan", tmp_path / "plan.json")):
+        with pytest.raises(UserError, match="one format"):
+            stage("--model", tiny_llama, "--output", output, "--export", "gptq", *other)
     mixed = {"a": {"format": {"bits": 2, "group_size": 32}}, "b": {"format": {"bits": 3, "group_size": 32}}}
     with pytest.raises(UserError, match=r"one (bit width|format)"):
         common_format(mixed, {})

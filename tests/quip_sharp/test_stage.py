@@ -9,10 +9,10 @@ from casp_quip_sharp.backend import QuipSharp
 from casp_quip_sharp.linear import QuipSharpLinear
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+import casp.capture
 import casp.run
 import casp.teacher
 import casp.tuning
-import casp.walk
 from casp.budget import original_bytes
 from casp.checkpoint import resident_bytes, size
 from casp.cli.quantizing import FineTuning
@@ -185,11 +185,11 @@ def test_killed_while_fine_tuning_it_ends_with_the_same_bytes(stage, tiny_llama,
 
 
 def test_inputs_of_teacher_and_student_are_captured_once(stage, tiny_llama, tmp_path, monkeypatch):
-    captures, real = [], casp.walk.capture_inputs
+    captures, real = [], casp.capture.capture_inputs
 
-    def counting(*args):
+    def counting(*args, **settings):
         captures.append(1)
-        return real(*args)
+        return real(*args, **settings)
 
     for module in (casp.run, casp.teacher):
         monkeypatch.setattr(module, "capture_inputs", counting)
