@@ -30,6 +30,11 @@ IMAGE_TEMPLATE = (
     "{{ '\\n' + item['text'] + '\\n' }}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
+VIDEO_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' }}{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] + '\\n' }}{% else %}{{ '<' + part['type'] + '>' }}{% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
 
 
 def tiny_tokenizer():
@@ -190,6 +195,47 @@ def llava_checkpoint(folder: Path) -> Path:
 def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `llava_checkpoint` makes."""
     return llava_checkpoint(tmp_path_factory.mktemp("models") / "tiny-llava")
+
+
+@pytest.fixture(scope="session")
+def video_model(tmp_path_factory: pytest.TempPathFactory, tiny_llava: Path) -> Path:
+    """A random LLaVA-NeXT-Video for pictures and frames of 32x32."""
+    pytest.importorskip("torchvision")
+    import transformers as T
+    from transformers.models.llava_next_video.video_processing_llava_next_video import LlavaNextVideoVideoProcessor
+
+    tokenizer = T.AutoTokenizer.from_pretrained(tiny_llava)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<video>"]})
+    vision = T.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    config = T.LlavaNextVideoConfig(
+        vision_config=vision,
+        text_config=T.LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=[[32, 32]],
+    )
+    torch.manual_seed(3)
+    folder = tmp_path_factory.mktemp("models") / "tiny-llava-next-video"
+    T.LlavaNextVideoForConditionalGeneration(config).save_pretrained(folder)
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    T.LlavaNextVideoProcessor(
+        video_processor=LlavaNextVideoVideoProcessor(**size),
+        image_processor=T.LlavaNextImageProcessor(**size, image_grid_pinpoints=[[32, 32]]),
+        tokenizer=tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=VIDEO_TEMPLATE,
+    ).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,7 @@ NEEDS = {
     "plan.sh": ["--model", MISSPELT, "--backend", "gptq"],
     "casp_vs_baseline.sh": None,  # takes built-in models
     "memory.sh": None,  # makes its own models
+    "paper_tables.sh": None,  # names its models by rows
     "time.sh": None,
     "speed.sh": None,  # and its own layers
 }

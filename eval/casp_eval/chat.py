@@ -1,23 +1,25 @@
-"""Ask a checkpoint in the shell: `python -m casp_eval.chat --model DIR --image FILE`.
+"""Ask a checkpoint in the shell: `python -m casp_eval.chat --model DIR --image FILE` or `--video FILE`.
 
 Reads questions from standard input, one a line, until it ends; answers go to standard output as they are
 written. Every question is put anew, without those before it: the models made here answer one question about
-one image.
+one image or video.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 
 import torch
 from transformers import TextStreamer
 
-from casp.cli import Parser, add_device_arguments, model_folder, run_main
-from casp.data.chats import Turn
+from casp.cli import Parser, add_device_arguments, add_frames_argument, model_folder, run_main
+from casp.data.chats import Turn, Video
 from casp.numbers import whole
 from casp.reading.config import open_config
 from casp.reading.pictures import Image, open_picture
+from casp.reading.video import open_frames
 from casp_eval.loading import Checkpoint, open_checkpoint, require_images
 from casp_eval.options import MOST_NEW_TOKENS, add_model_argument
 
@@ -40,13 +42,16 @@ class _Timer(TextStreamer):
         super().on_finalized_text(text, stream_end)
 
 
-def reply(checkpoint: Checkpoint, question: str, image: Image.Image | None, max_new_tokens: int) -> float:
+def reply(checkpoint: Checkpoint, question: str, shown: Image.Image | Video | None, max_new_tokens: int) -> float:
     """Print the answer to stdout as it is written; returns tokens per second after the first token.
 
     The first token's time is that of reading the question; NaN when there is no second one.
     """
-    prompt, _ = checkpoint.prompt([Turn("user", (question,) if image is None else (image, question))])
-    inputs = checkpoint.encode([prompt], None if image is None else [[image]], "left")
+    turn = Turn("user", (question,) if shown is None else (shown, question))
+    prompt, _ = checkpoint.prompt([turn])
+    inputs = checkpoint.encode(
+        [prompt], [turn.pictures()] if turn.pictures() else None, "left", [turn.videos()] if turn.videos() else None
+    )
     timer = _Timer(checkpoint.tokenizer)
     with checkpoint.running():
         checkpoint.model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=timer)
@@ -56,10 +61,14 @@ def reply(checkpoint: Checkpoint, question: str, image: Image.Image | None, max_
 
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(
-        prog="chat.sh", description="Ask a checkpoint, about an image or not. Questions are read one a line."
+        prog="chat.sh",
+        description="Ask a checkpoint, about an image, a video or neither. Questions are read one a line.",
     )
     add_model_argument(parser)
-    parser.add_argument("--image", help="the picture to ask about (multimodal models)")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--image", help="the picture to ask about (multimodal models)")
+    shown.add_argument("--video", type=Path, help="the video to ask about, a file or a folder of frames")
+    add_frames_argument(parser)
     parser.add_argument("--question", help="ask this and end (default: read questions from standard input)")
     parser.add_argument(
         "--max-new-tokens",
@@ -69,9 +78,13 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add_device_arguments(parser)
     options = parser.parse_args(arguments)
-    image = None if options.image is None else open_picture(options.image)
+    shown: Image.Image | Video | None = None
+    if options.image is not None:
+        shown = open_picture(options.image)
+    elif options.video is not None:
+        shown = Video(open_frames(options.video, options.frames, "--video"))
     folder = model_folder(options.model)
-    if image is not None:
+    if shown is not None:
         require_images(folder, open_config(folder))
     checkpoint = open_checkpoint(options.model, options.device, options.dtype)
     if options.question is not None:
@@ -79,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         asked = _lines()
     for question in asked:
-        speed = reply(checkpoint, question, image, options.max_new_tokens)
+        speed = reply(checkpoint, question, shown, options.max_new_tokens)
         if speed == speed:
             print(f"{speed:.1f} tokens/s", file=sys.stderr)
 

@@ -59,6 +59,8 @@ def named_failures(tasks: list[str]) -> Iterator[None]:
     """Inside the block, data that cannot be had is a UserError; the harnesses fetch it in many ways, from the hub."""
     try:
         yield
+    except AssertionError as error:  # lmms-eval: what an interface or a task's settings do not allow
+        raise UserError(f"the tasks {', '.join(tasks)} cannot be run so ({in_brief(error)}); change flags.") from error
     except (OSError, ValueError) as error:
         raise UserError(
             f"the tasks {', '.join(tasks)} cannot be run ({in_brief(error)}); check the connection to the hub, or "

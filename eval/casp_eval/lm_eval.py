@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from casp.cli import Parser, add_device_arguments, model_folder, run_main
+from casp.errors import UserError
+from casp.reading.config import open_config
 from casp_eval.harness import add_harness_arguments, check_harness, check_tasks, named_failures
-from casp_eval.loading import Checkpoint, open_checkpoint
+from casp_eval.loading import Checkpoint, open_checkpoint, require_images
 from casp_eval.options import check_output, write_figure
 
 
@@ -24,20 +26,26 @@ def evaluate(
     few_shot: int | None = None,
     batch_size: int = 8,
     chat: bool = False,
+    images: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """lm-eval's own results: {task: {"METRIC,FILTER": value, ...}}.
 
     tasks: names that lm-eval knows or that a YAML under `include` defines; limit: documents per task, None for all;
     few_shot: examples before each question, None for the task's own number; chat: put every request through the
-    model's chat template. UserError for an unknown task and for one whose data cannot be had.
+    model's chat template; images: the tasks show pictures. UserError for an unknown task and where data cannot be had.
     """
     from lm_eval import simple_evaluate
+    from lm_eval.models.hf_vlms import HFMultimodalLM
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=None if include is None else str(include))
     check_tasks(tasks, manager.all_tasks, include)
-    model = HFLM(checkpoint.model, backend="causal", tokenizer=checkpoint.tokenizer, batch_size=batch_size)
+    if images:
+        # It opens the processor of the model's folder itself, and knows a Llava's nesting of pictures.
+        model = HFMultimodalLM(checkpoint.model, backend="causal", batch_size=batch_size, convert_img_format=True)
+    else:
+        model = HFLM(checkpoint.model, backend="causal", tokenizer=checkpoint.tokenizer, batch_size=batch_size)
     with named_failures(tasks):
         found = simple_evaluate(
             model,
@@ -58,10 +66,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--apply-chat-template", action="store_true", help="put every request through the chat template (default: off)"
     )
+    parser.add_argument(
+        "--images",
+        action="store_true",
+        help="the tasks show pictures: ask a multimodal model; wants --apply-chat-template (default: off)",
+    )
     add_device_arguments(parser)
     options = parser.parse_args(arguments)
     check_output(options.output, options.model, options.include_path)
-    model_folder(options.model)
+    folder = model_folder(options.model)
+    if options.images:
+        if not options.apply_chat_template:
+            raise UserError("--images needs --apply-chat-template, which places the pictures; give both.")
+        require_images(folder, open_config(folder))
     check_harness(options.tasks, options.include_path, "lm_eval", "lm-eval")
     results = evaluate(
         open_checkpoint(options.model, options.device, options.dtype),
@@ -71,6 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.num_fewshot,
         options.batch_size,
         options.apply_chat_template,
+        options.images,
     )
     write_figure({"model": options.model, "results": results}, options.output)
 

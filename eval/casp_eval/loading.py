@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     GenerationConfig,
+    LogitsProcessorList,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging
@@ -79,6 +80,23 @@ class Checkpoint:
         """Around what runs the model: what its config, weights and processor make impossible is a UserError."""
         remedy = "its config, processor and weights do not belong together, make or download it again"
         return told_as(f"{self.folder} cannot be run", remedy)
+
+    @torch.inference_mode()
+    def generated(self, inputs: dict[str, Tensor], **settings: Any) -> list[str]:
+        """What the model writes after each row of `inputs` (of `encode`, padded left), without special tokens.
+
+        settings: of transformers' `generate`. UserError where a logit is NaN or infinite: the most likely token would
+        be token 0, often a special one, and the answer would be empty as if the model had nothing to say.
+        """
+        with self.running():
+            output = self.model.generate(**inputs, logits_processor=LogitsProcessorList([self._finite]), **settings)
+        return self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def _finite(self, _: Tensor, scores: Tensor) -> Tensor:
+        """A logits processor that changes nothing; tokens that others rule out are at minus infinity."""
+        if (scores.isnan() | scores.isposinf()).any():
+            raise UserError(f"{self.folder} gives NaN or infinity as logits: try --dtype float32 or make it again")
+        return scores
 
     def encode(
         self,

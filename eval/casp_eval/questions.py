@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from casp.cli import Parser, add_device_arguments, add_frames_argument, model_folder, run_main
@@ -85,18 +86,33 @@ def answer_loss(
 
 
 @torch.inference_mode()
+def answer_logits(checkpoint: Checkpoint, item: Chat) -> tuple[Tensor, Tensor]:
+    """Logits float32 (tokens, vocabulary) from which the tokens of an opened chat's answer follow, and these tokens."""
+    before, answer = checkpoint.prompt(item.asked(), item.answer())
+    inputs = checkpoint.encode([before + answer], _pictures([item]), "right", _videos([item]))
+    length = answer_length(checkpoint.tokenizer, before, answer)
+    with checkpoint.running():
+        logits = checkpoint.model(**inputs).logits
+    return logits[0, -length - 1 : -1].float(), inputs["input_ids"][0, -length:]
+
+
+def ask(checkpoint: Checkpoint, batch: list[Chat], **settings: Any) -> list[str]:
+    """What the model says to each chat of a batch, without special tokens; media are opened and of the same kinds.
+
+    settings: of transformers' `generate`. Every evaluation that asks questions asks them here.
+    """
+    prompts = [checkpoint.prompt(item.asked())[0] for item in batch]
+    inputs = checkpoint.encode(prompts, _pictures(batch), "left", _videos(batch))
+    return checkpoint.generated(inputs, **settings)
+
+
 def answers(
     checkpoint: Checkpoint, items: list[Chat], batch_size: int, max_new_tokens: int, progress: str | None = None
 ) -> list[str]:
     """Greedy answers, one an item, decoded without special tokens."""
     given: list[str] = []
     for batch in tqdm(_batches(items, batch_size), desc=progress, disable=progress is None, leave=False):
-        prompts = [checkpoint.prompt(item.asked())[0] for item in batch]
-        inputs = checkpoint.encode(prompts, _pictures(batch), "left", _videos(batch))
-        with checkpoint.running():
-            output = checkpoint.model.generate(**inputs, max_new_tokens=max_new_tokens)
-        new = output[:, inputs["input_ids"].shape[1] :]
-        given += checkpoint.tokenizer.batch_decode(new, skip_special_tokens=True)
+        given += ask(checkpoint, batch, max_new_tokens=max_new_tokens)
     return given
 
 

@@ -90,46 +90,6 @@ def text_model(folder: Path) -> Path:
     return folder / "text"
 
 
-TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] + ': ' }}{% for part in message['content'] %}"
-    "{% if part['type'] == 'text' %}{{ part['text'] + '\\n' }}{% else %}{{ '<' + part['type'] + '>' }}{% endif %}"
-    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-)
-
-
-@pytest.fixture
-def video_model(tmp_path, tiny_llava) -> Path:
-    """Config and processor of a LLaVA-NeXT-Video for pictures of 32x32."""
-    pytest.importorskip("torchvision")
-    import transformers as T
-    from transformers.models.llava_next_video.video_processing_llava_next_video import LlavaNextVideoVideoProcessor
-
-    tokenizer = T.AutoTokenizer.from_pretrained(tiny_llava)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<video>"]})
-    vision = T.CLIPVisionConfig(
-        hidden_size=32, intermediate_size=48, num_attention_heads=2, image_size=32, patch_size=8
-    )
-    config = T.LlavaNextVideoConfig(
-        vision_config=vision,
-        text_config=T.LlamaConfig(vocab_size=len(tokenizer)),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
-        image_grid_pinpoints=[[32, 32]],
-    )
-    config.save_pretrained(tmp_path / "model")
-    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    T.LlavaNextVideoProcessor(
-        video_processor=LlavaNextVideoVideoProcessor(**size),
-        image_processor=T.LlavaNextImageProcessor(**size, image_grid_pinpoints=[[32, 32]]),
-        tokenizer=tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=TEMPLATE,
-    ).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
 def test_kinds_of_samples_are_mixed(video_model, tmp_path):
     grey_frames(tmp_path / "clip", 9)
     Image.new("RGB", (64, 48), (9, 200, 0)).save(tmp_path / "a.png")

@@ -1,8 +1,16 @@
 """Chat in the shell, as a user would run it."""
 
+import json
+
 import pytest
 from casp_eval.chat import main
 from casp_eval.loading import open_checkpoint
+from casp_eval.questions import answers
+from PIL import Image
+
+from casp.data.sources import evaluation_chats
+
+SHORT = ["--max-new-tokens", "4", "--device", "cpu", "--dtype", "float32"]
 
 
 def test_answers_lines_until_the_end(run_script, tiny_llava, pictures):
@@ -13,10 +21,6 @@ def test_answers_lines_until_the_end(run_script, tiny_llava, pictures):
     )
     assert done.returncode == 0, done.stderr
     checkpoint = open_checkpoint(str(tiny_llava), "cpu", "float32")
-    from casp_eval.questions import answers
-
-    from casp.data.sources import evaluation_chats
-
     item = evaluation_chats(str(pictures), 0, 0)[0]
     expected = answers(checkpoint, [item], 1, 5)[0].lstrip()
     assert done.stdout == f"{expected}\n" * 2
@@ -33,6 +37,23 @@ def test_one_question_of_a_text_model(tiny_llama, capfd):
 def test_a_multimodal_model_without_an_image(tiny_llava, capsys):
     main(["--model", str(tiny_llava), "--question", "Hello", "--max-new-tokens", "4"])
     assert capsys.readouterr().out.strip()
+
+
+def test_a_video_is_asked_about_as_questions_sh_asks(video_model, tmp_path, capsys):
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    for number in range(6):
+        Image.new("RGB", (64, 48), (number * 40,) * 3).save(clip / f"{number}.png")
+    main(["--model", str(video_model), "--video", str(clip), "--frames", "4", "--question", "What?", *SHORT])
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"video": "clip", "question": "What?", "answer": "grey"}))
+    checkpoint = open_checkpoint(str(video_model), "cpu", "float32")
+    expected = answers(checkpoint, evaluation_chats(str(file), 0, 0, 4), 1, 4)[0]
+    assert capsys.readouterr().out.strip() == expected.strip()
+
+
+def test_a_video_that_does_not_open(refused, tiny_llava, tmp_path):
+    assert "missing.mp4" in refused(main, "--model", tiny_llava, "--video", tmp_path / "missing.mp4")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no picture at all", b"\x89PNG\r\n\x1a\n\x00\x00"])

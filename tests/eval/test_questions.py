@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from casp.data.chats import Chat
 from casp.data.sources import evaluation_chats
+from casp.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,13 @@ def llava(tiny_llava):
 )
 def test_wilson_agrees_with_published_intervals(right, asked, low, high):
     assert wilson(right, asked) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
+
+
+def test_an_answer_that_is_empty_because_logits_are_nan_is_an_error(tiny_llava, items):
+    checkpoint = open_checkpoint(str(tiny_llava), "cpu", "float32")
+    checkpoint.model.get_output_embeddings().weight.data[5] = float("nan")
+    with pytest.raises(UserError, match="gives NaN or infinity as logits"):
+        answers(checkpoint, items, 2, 3)
 
 
 @pytest.mark.parametrize("asked", [1, 7, 300])

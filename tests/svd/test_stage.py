@@ -194,7 +194,7 @@ def test_a_compressed_checkpoint_is_refused(tiny_llama, tmp_path, calibration):
         main(flags(once, tmp_path / "twice", calibration))
 
 
-def test_fused_projections_are_refused(tmp_path, calibration, tiny_llama):
+def test_fused_projections_are_factored_part_by_part(tmp_path, calibration, tiny_llama):
     from transformers import Phi3Config, Phi3ForCausalLM
 
     source = tmp_path / "phi"
@@ -213,9 +213,13 @@ def test_fused_projections_are_refused(tmp_path, calibration, tiny_llama):
     Phi3ForCausalLM(config).save_pretrained(source)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (source / name).write_bytes((tiny_llama / name).read_bytes())
-    with pytest.raises(UserError, match="fused"):
-        main(flags(source, tmp_path / "out", calibration))
-    assert not (tmp_path / "out").exists()
+    main(flags(source, tmp_path / "out", calibration))
+    fused = load_file(source / "model.safetensors")["model.layers.0.self_attn.qkv_proj.weight"]
+    parts = Decoder(tmp_path / "out").load_block(0, torch.device("cpu"), torch.float32).self_attn.qkv_proj
+    for low_rank in (parts.q, parts.k):
+        assert isinstance(low_rank, LowRankLinear)
+        assert low_rank.down.out_features == rank_for(0.25, 64, 64)
+    assert torch.equal(parts.v.weight, fused[128:])  # 64 rows each of queries, keys and values
 
 
 @pytest.mark.parametrize(("script", "model"), [("svd_llama.sh", "tiny_llama"), ("svd_llava.sh", "tiny_llava")])
