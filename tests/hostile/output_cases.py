@@ -34,6 +34,7 @@ PLACES = {
 }
 REPORTS = ("compare", "speed")  # which add theirs to a folder and leave the rest
 ADDING = ("a folder of others", "the present folder", "empty")
+UNTRIED = ("no writable place", "below a file of others")  # by a command that only announces
 NOT_OF_SPEED = (*ADDING, "the root")  # where it would be measured for nothing
 SWITCHES = ("--models", "--backends", "--bits", "--seeds", "--samples", "--questions", "--epochs", "--work")
 TYPED = {"nothing": b"", "no text": b"\xff\xfe\n", "zeros": bytes(5000), "a long line": b"a" * 10**6}
@@ -70,8 +71,7 @@ def output_cases(make: Callable[..., Any], tables: Any) -> Iterator[Any]:
                 continue  # it reads no model
             if command == "obey" and place.startswith("{model}/") and ".." not in place:
                 continue  # there the plan lies, beside which anything may be written
-            # What a command that only announces would not find writable, its stages tell.
-            fine = (command in REPORTS and label in ADDING) or (command == "compress" and label == "no writable place")
+            fine = label in (ADDING if command in REPORTS else UNTRIED if command == "compress" else ())
             name = f"{command} into {label}"
             yield make("outputs", name, command, base, foreign, ("--output", place), refuse=not fine)
     for command in ("gptq", "obey", "plan"):
