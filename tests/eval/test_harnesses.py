@@ -216,7 +216,7 @@ def test_the_plug_in_scores_answers(tiny_llava, pictures):
     items = evaluation_chats(str(pictures), 0, 0)
     model = plug_in(open_checkpoint(str(tiny_llava), "cpu", "float32"), items)
     scores = model.loglikelihood(list(requests_of(items, "loglikelihood")))
-    for item, (loss, greedy) in zip(items, scores, strict=True):
+    for item, (loss, greedy) in zip(items, (score.text for score in scores), strict=True):
         assert loss == pytest.approx(answer_loss(model.checkpoint, [item], 1)[0], rel=1e-5)
         assert not greedy
 
