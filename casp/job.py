@@ -35,11 +35,11 @@ from casp.cli.quantizing import MOST_EPOCHS
 from casp.data import sources
 from casp.digest import content_hash
 from casp.errors import UserError
-from casp.files import write_json
+from casp.files import make_folder, write_json
 from casp.folder import check_places
 from casp.models import Decoder
 from casp.numbers import whole
-from casp.outputs import check_file
+from casp.outputs import check_file, check_folder
 from casp.plan.budget import other_bytes
 from casp.plan.file import SHAPE, read_plan
 from casp.plan.flags import Goal, Prices, add_budget_arguments, add_pricing_arguments, goal_of, prices_of
@@ -267,14 +267,18 @@ def todo(args: argparse.Namespace) -> list[Step]:
     output = args.output or default_output(job.prices.model, name)
     if output.name in ("", ".."):  # said by dots alone
         output = Path(os.path.abspath(output))
+    check_folder(output)  # the root, which has nothing beside it, least of all a plan and a recipe
     check(job, decoder.folder, output)
     recipe = recipe_file(output)
     check_file(recipe, [{"recipe", "steps"}], [decoder.folder])
     found = steps(job, decoder, output, budget)
     announce(found, decoder, budget, job.prices)
     if not args.dry_run:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(recipe, {"recipe": VERSION, "steps": [{COMMAND: NAME, **args.given}]})
+        try:
+            make_folder(output.parent)
+            write_json(recipe, {"recipe": VERSION, "steps": [{COMMAND: NAME, **args.given}]})
+        except OSError as error:
+            raise UserError(f"{recipe} cannot be written ({error.strerror}); choose another --output.") from error
     return found
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from casp.demo import cache_folder, kept_in_cache
 from casp.errors import UserError
+from casp.files import make_folder
 from casp.reading.documents import read_json
 
 RUN_FILE = "casp_run.json"
@@ -80,6 +81,15 @@ def check_folder(output: Path, inputs: Iterable[Path] = (), flag: str = "--outpu
 def _refuse_root(folder: Path, flag: str) -> None:
     if not _real(folder, flag).name:
         raise UserError(f"{flag} {folder} is the root of the file system; name a folder below it.")
+
+
+def make_output(folder: Path, flag: str = "--output") -> None:
+    """Folder `folder`, and those above it, for what a command writes; UserError where it cannot be made."""
+    try:
+        make_folder(folder)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{flag} {_short(folder)!r} cannot be made ({reason}); choose another {flag}.") from error
 
 
 def check_file(path: Path, shapes: Iterable[Collection[str]], inputs: Iterable[Path] = ()) -> None:

@@ -123,11 +123,15 @@ def _steps(found: Mapping[str, Any], file: Path) -> list[dict[str, Any]]:
     return steps
 
 
+def earlier_steps(source: Path) -> list[dict[str, Any]]:
+    """The steps that the checkpoint in `source` came about by, as far as it says; UserError for a damaged recipe."""
+    file = source / RECIPE_FILE
+    return _steps(read_json(file, "the recipe", most=MOST_BYTES), file) if is_there(file) else []
+
+
 def carried(source: Path, step: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint made from the one in `source` by `step` carries: the steps of that one, and this."""
-    file = source / RECIPE_FILE
-    earlier = _steps(read_json(file, "the recipe", most=MOST_BYTES), file) if is_there(file) else []
-    return {"recipe": VERSION, "steps": [*earlier, dict(step)]}
+    return {"recipe": VERSION, "steps": [*earlier_steps(source), dict(step)]}
 
 
 def read_recipe_step(file: Path) -> dict[str, Any]:

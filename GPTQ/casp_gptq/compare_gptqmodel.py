@@ -28,7 +28,7 @@ from casp.files import write_json
 from casp.models import Decoder
 from casp.moments.forward import block_moments
 from casp.numbers import count
-from casp.outputs import check_file
+from casp.outputs import check_file, make_output
 from casp.quantize import Method, quantize_blocks, weighted_error
 from casp.run import RunFolder
 from casp.walk import walk
@@ -172,6 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     check_file(args.output, [{"matrix_by_matrix", "settings", "versions"}], [source])
     if importlib.util.find_spec("gptqmodel") is None:
         raise UserError("gptqmodel is not installed; install the extra: pip install -r requirements-gptqmodel.txt.")
+    make_output(args.output.parent)
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     with tempfile.TemporaryDirectory() as scratch:
         folder = cut_model(source, args.blocks, Path(scratch) / "model")
@@ -186,7 +187,6 @@ def main(argv: list[str] | None = None) -> None:
     result["settings"] = {key: getattr(args, key) for key in keys}
     result["machine"] = {"processor": platform.machine(), "threads": torch.get_num_threads()}
     result["versions"] = {"torch": torch.__version__, "gptqmodel": gptqmodel.__version__}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.output, result)
     print(json.dumps({**result, "matrix_by_matrix": result["matrix_by_matrix"]["summary"]}, indent=2))
     print(f"wrote {args.output}")

@@ -32,7 +32,7 @@ from casp.moments.find import add_moments_argument, find_moments
 from casp.moments.store import REMEDY, BlockMoments
 from casp.notes import warnings_of
 from casp.numbers import real
-from casp.recipe import COMMAND
+from casp.recipe import COMMAND, earlier_steps
 from casp.run import RunFolder
 from casp.seed import matrix_generator
 from casp.walk import Visit
@@ -179,6 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     calibration, compute = calibration_of(args), compute_of(args)
     decoder = Decoder.open(model_folder(args.model))
     decoder.require_share(args.allow_partial)
+    earlier_steps(decoder.folder)  # what is wrong with a recipe is told now, not when all is done
     factored = attention_blocks(decoder)
     share = factored_share(decoder, factored)
     print(

@@ -29,7 +29,7 @@ from casp.plan.file import Plan as RankPlan
 from casp.plan.file import read_plan
 from casp.quantize import Method, measure_block_influence, quantize_blocks
 from casp.reading.documents import parse_json, read_json
-from casp.recipe import COMMAND, read_recipe_step
+from casp.recipe import COMMAND, earlier_steps, read_recipe_step
 from casp.report import read_report
 from casp.run import RunFolder
 from casp.seed import matrix_generator
@@ -180,6 +180,8 @@ def quantize_stage(
     if decoder.holds(QuantizedLinear):
         raise UserError(f"{decoder.folder} is already quantized; give the original model or the output of stage svd.")
     share = decoder.require_share(asked.allow_partial)
+    earlier_steps(decoder.folder)  # what is wrong with a recipe is told now, not when all is done
+    step = recipe_step(asked, backend)
     if check is not None:
         check(decoder, ladder[0])
     low_rank = decoder.holds(LowRankLinear)
@@ -234,7 +236,6 @@ def quantize_stage(
     teacher = Teacher(Decoder.open(original), batches, compute.device, compute.dtype) if tuning.wanted else None
     method = Method(backend, plan, search.record(), compute.seed, asked.true_sequential, tuning.block, weighting, ranks)
     quantize_blocks(decoder, run, batches, method, compute.device, compute.dtype, moments, teacher)
-    step = recipe_step(asked, backend)
     if tuning.end_to_end is None:
         run.finish(step=step)
     else:

@@ -30,7 +30,7 @@ from casp.job import package_of, tunes
 from casp.models import Decoder
 from casp.numbers import real, whole
 from casp.numbers import seed as any_seed
-from casp.outputs import check_folder, check_report, refuse_inputs
+from casp.outputs import check_folder, check_report, make_output, refuse_inputs
 from casp.plan.file import shapes
 from casp.plan.options import chosen_formats
 from casp.reading.documents import read_json
@@ -295,10 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
     check_report(args.output, ("report.json", "report.md"), [], "report.json", COLUMNS)
     refuse_inputs(args.work, [], "--work")
     for folder, flag in ((rows_folder, "--output"), (args.work, "--work")):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{flag} {str(folder)[:120]!r} cannot be made ({error}); choose another folder.") from error
+        make_output(folder, flag)
     grid = Grid(
         *(tuple(values) for values in (args.models, args.backends, args.bits, args.seeds)), args.ablation, args.tuned
     )

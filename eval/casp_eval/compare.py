@@ -27,7 +27,7 @@ from casp.data.chats import Chat, chats_fingerprint
 from casp.digest import file_digest
 from casp.errors import UserError
 from casp.files import write_atomically, write_json
-from casp.outputs import check_report
+from casp.outputs import check_report, make_output
 from casp.reading.config import open_config, quantization_of
 from casp.reading.documents import read_json
 from casp.report import read_report
@@ -274,10 +274,7 @@ def main(arguments: list[str] | None = None) -> None:
     if any(is_multimodal(evaluation.config) for evaluation in evaluations):
         items = sources.evaluation_chats(questions_name, options.questions, options.seed)
     fingerprint = chats_fingerprint(items)
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{options.output} cannot be made ({error.strerror}): choose another --output") from error
+    make_output(options.output)
     rows = [evaluation.row(texts, items, fingerprint) for evaluation in evaluations]
     settings = {
         "texts": ", ".join(texts),

@@ -25,7 +25,7 @@ from casp.demo.models import build
 from casp.files import write_json
 from casp.models import Decoder
 from casp.numbers import count
-from casp.outputs import check_file
+from casp.outputs import check_file, make_output
 from casp.reading.config import open_config
 from casp.reading.pretrained import open_tokenizer
 
@@ -155,6 +155,7 @@ def main() -> None:
     """Measure both models and the libraries alone."""
     args = parser().parse_args()
     check_file(args.output, [{"libraries_bytes", "checkpoint_ratio", "peak_ratio"}])
+    make_output(args.output.parent)
     small = build("demo-llama")
     configs = {"demo-llama's shape": open_config(small), "ten times": open_config(small)}
     configs["ten times"].update(TEN_TIMES)
@@ -168,7 +169,6 @@ def main() -> None:
     result["peak_ratio"] = large_one["peak_bytes"] / small_one["peak_bytes"]
     result["tokens a sample"] = measure_lengths(open_config(small), small, args.samples)
     result["command"] = f"bash eval/scripts/memory.sh --samples {args.samples} --sequence-length {args.sequence_length}"
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.output, result)
 
 

@@ -21,11 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from casp.cli import Parser, pick_device, run_main
-from casp.errors import UserError
 from casp.files import write_json
 from casp.kernels import implementations, operators, run
 from casp.numbers import whole
-from casp.outputs import check_file
+from casp.outputs import check_file, make_output
 from casp_eval import ggml
 from casp_eval.generation_speed import measure_generation
 from casp_eval.random_layers import FAMILIES, GPTQ, bits_of, random_layer
@@ -255,10 +254,7 @@ def main() -> None:
     check_file(args.output / "speed.json", [{"device", "implementation", "rows"}])
     device = pick_device(args.device)
     library = None if args.ggml is None else ggml.Library(args.ggml)
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {args.output} cannot be made ({error.strerror}); choose another folder.") from error
+    make_output(args.output)
     sample = random_layer("e8p", 2, 8, 8, device)
     kernel = sample.codebook.product(sample._buffers, 8, sample.columns, torch.float32)
     vector = torch.zeros(1, 8, device=device)

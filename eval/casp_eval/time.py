@@ -21,7 +21,7 @@ from casp.cli import Parser, run_main
 from casp.demo.models import build
 from casp.files import write_json
 from casp.numbers import count
-from casp.outputs import check_file
+from casp.outputs import check_file, make_output
 from casp.reading.config import open_config
 from casp.reading.documents import read_json
 from casp_eval.memory import random_model
@@ -121,9 +121,9 @@ def main() -> None:
     """Measure the stages."""
     args = parser().parse_args()
     check_file(args.output, [{"threads", "stages"}])
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    make_output(args.output.parent)
     if args.scratch is not None:
-        args.scratch.mkdir(parents=True, exist_ok=True)
+        make_output(args.scratch, "--scratch")
         measure(args, args.scratch)
         return
     with tempfile.TemporaryDirectory(prefix="casp-time-") as scratch:

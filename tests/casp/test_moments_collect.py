@@ -1,14 +1,17 @@
 """The moments' stage against backpropagation through the whole model in float64, damages, resume, the reader."""
 
+import hashlib
 import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import casp.moments.collect
 from casp.errors import UserError
+from casp.files import write_shard
 from casp.folder import WorkFolder
 from casp.models import Decoder
 from casp.moments.__main__ import main, wanted_weightings
@@ -307,3 +310,37 @@ def test_refusals(tiny_llama, tiny_qwen2, tmp_path):
     (moments.folder / "casp_run.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="does not say which moments"):
         Moments(moments.folder)
+
+
+def zeroed(file, **changes):
+    """Zeros for every moment in `file`, with a record that says so and has `changes` besides."""
+    with safe_open(file, "pt") as stored:
+        header = json.loads(stored.metadata()["block"])["header"] | changes
+        tensors = {name: torch.zeros_like(stored.get_tensor(name)) for name in stored.keys()}  # noqa: SIM118
+    header["sha256"] = {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
+    sha256 = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+    write_shard(file, tensors, {"block": json.dumps({"header": header, "sha256": sha256})})
+
+
+def test_zeros_are_no_moments_of_what_a_loss_depends_on(tiny_llama, tmp_path):
+    """Even where the record fits them; without a gradient (an expert that no token reached) they are right."""
+    moments = collected(tiny_llama, tmp_path / "out", ["none", "gradient"])
+    path, folder = "self_attn.v_proj", moments.folder
+    reads = {
+        inputs_file(1): [lambda: moments.read(1)[path].hessian("none")],
+        gradients_file(1): [
+            lambda: moments.read(1)[path].hessian("gradient"),
+            lambda: moments.read(1)[path].hessian("none+gradient"),
+            lambda: moments.read(1)[path].gradient_moment,
+        ],
+    }
+    for name, readers in reads.items():
+        good = (folder / name).read_bytes()
+        zeroed(folder / name)
+        for read in readers:
+            with pytest.raises(UserError, match=rf"{name}: the moment \S+ is zero or not finite"):
+                read()
+        (folder / name).write_bytes(good)
+    zeroed(folder / gradients_file(1), energy=dict.fromkeys(moments.read(1), 0.0))
+    assert not moments.read(1)[path].hessian("gradient").any()
+    assert not moments.read(1)[path].gradient_moment.any()

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,23 @@ def test_the_stages_one_by_one(tiny_llama: Path, texts: Path, tmp_path: Path):
     assert (step["command"], step["backend"], step["plan"]) == ("quantize", "gptq", str(plan))
     with pytest.raises(UserError, match="no backend called"):
         quantize(tiny_llama, output=tmp_path / "x", backend="gptk")
+
+
+def test_a_damaged_recipe_is_told_before_any_work(tiny_llama: Path, tmp_path: Path):
+    from casp_gptq.__main__ import main as gptq
+    from casp_svd.__main__ import main as svd
+
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text('{"recipe": 9}')
+    with pytest.raises(UserError, match="no recipe that this casp knows"):
+        gptq(["--model", str(tiny_llama), "--carry", str(damaged), "--output", str(tmp_path / "out")])
+    source = tmp_path / "source"
+    shutil.copytree(tiny_llama, source)
+    shutil.copy(damaged, source / recipe.RECIPE_FILE)
+    for stage in (gptq, svd):
+        with pytest.raises(UserError, match="no recipe that this casp knows"):
+            stage(["--model", str(source), "--output", str(tmp_path / "out")])
+    assert {path.name for path in tmp_path.iterdir()} == {"damaged.json", "source"}
 
 
 def test_a_chain_of_stages_is_told_whole(tiny_llama: Path, texts: Path, tmp_path: Path):

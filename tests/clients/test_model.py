@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch
+from casp_gptq.linear import GPTQLinear
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Phi3Config
 from transformers.trainer_utils import validate_quantization_for_training
 
 from casp import kernels
+from casp.clients.accelerate import prepare
 from casp.linear import LowRankLinear, QuantizedLinear
 
 IDS = torch.arange(4, 36).reshape(2, 16)
@@ -71,6 +73,27 @@ def test_accelerate_loads_into_an_empty_model(compressed: Path):
     model = load_checkpoint_and_dispatch(model, compressed, device_map="auto")
     assert [type(module) for module in model.modules()] == [type(module) for module in expected.modules()]
     torch.testing.assert_close(model(IDS).logits, expected(IDS).logits, rtol=0, atol=0)
+
+
+def test_accelerate_takes_apart_what_the_model_fuses():
+    """Once, though accelerate's two functions call each other."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 32, "pad_token_id": 0}
+    config = Phi3Config(num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, **sizes)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    fused = "model.layers.0.self_attn.qkv_proj"
+    compression = {
+        "quant_method": "casp",
+        "version": 2,
+        "backend": "gptq",
+        "original_weights": 64 * 64,
+        "modules": {f"{fused}.q": {"format": {"bits": 4, "group_size": 32}}},
+        "splits": {fused: {"parts": {"q": 64, "k": 32, "v": 32}, "groups": 1}},
+    }
+    for _ in range(2):
+        prepare(model, compression)
+        parts = {name: type(part) for name, part in model.get_submodule(fused).named_children()}
+        assert parts == {"q": GPTQLinear, "k": nn.Linear, "v": nn.Linear}
 
 
 def test_saved_in_part_dense(gptq: Path, tmp_path: Path):

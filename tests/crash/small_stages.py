@@ -3,12 +3,9 @@
 import importlib.util
 import os
 import shutil
-import subprocess
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from types import SimpleNamespace
-from unittest import mock
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -94,16 +91,12 @@ def plan(model: Path, text: Path, root: Path) -> None:
 
 def compress(model: Path, text: Path, root: Path) -> None:
     """All stages of the whole job, in this process one after the other instead of each in its own."""
-    from casp import compress as door
-
-    def run(command: list[str]) -> subprocess.CompletedProcess:
-        importlib.import_module(f"{command[2]}.__main__").main(command[3:])
-        return subprocess.CompletedProcess(command, 0)
+    from casp import job
 
     budget = ["--backend", "gptq", "--format", "group_size=32", "--bits", "4"]
     places = ["--moments", str(root / "moments"), "--costs", str(root / "costs")]
-    with mock.patch.object(door, "subprocess", SimpleNamespace(run=run)):
-        door.main(_flags(model, text, root, *budget, *places, "--", "--clip-search", "0", "--sweeps", "0"))
+    flags = _flags(model, text, root, *budget, *places, "--", "--clip-search", "0", "--sweeps", "0")
+    job.run(job.parser().parse_args(flags))
 
 
 STAGES: dict[str, Stage] = {

@@ -19,6 +19,7 @@ PLACES = {
     "below a file": "{model}/config.json/out",
     "a folder of others": "{model}/../foreign",
     "a file of others": "{model}/../foreign/figures.json",
+    "below a file of others": "{model}/../foreign/notes.txt/out",
     "a link": "{model}/../link",
     "a link in a circle": "{model}/../circle",
     "a pipe": "{model}/../pipe",

@@ -202,6 +202,8 @@ def test_compress_announces_and_does_the_whole_job(tiny_llava, tmp_path, capfd):
         (["--output", "{dir}/foreign"], "holds other files"),
         (["--output", "{dir}/planned"], "holds no figures"),
         (["--output", "/"], "root of the file system"),
+        (["--output", "/proc/out"], "/proc/out-recipe.json cannot be written"),
+        (["--output", "{dir}/foreign/notes.txt/out"], "cannot be written"),
         (["--output", "{dir}/out", "--moments", "{model}/moments"], "lies inside"),
         (["--output", "{dir}/out", "--", "--no-such-flag"], "--no-such-flag"),
         (["--output", "{dir}/out", "--", "--sweeps", "nan"], "--sweeps"),
