@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
@@ -79,10 +79,11 @@ class CaspModel(lmms):
         bar.close()
         return [answers[index] for index in range(len(requests))]
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Mean loss in nats of each given answer's tokens, and whether greedy decoding would have given it.
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
+        """(mean loss in nats of each given answer's tokens, whether greedy decoding would have given it).
 
-        The loss, not its negative: lmms-eval's multiple choice takes the smallest.
+        The loss, not its negative: lmms-eval's multiple choice takes the smallest. The pairs come in its wrapper:
+        lmms-eval 0.7.3 makes a bare pair that does not begin with a text into one (`unwrap_generation_output`).
         """
         scores = []
         for request in tqdm(requests, desc="answers scored"):
@@ -92,7 +93,7 @@ class CaspModel(lmms):
             chat = self._about(doc_to_visual(document), question, doc_id, task, str(answer).strip())
             logits, wanted = answer_logits(self.checkpoint, chat.opened(self.frames))
             loss = torch.nn.functional.cross_entropy(logits, wanted).item()
-            scores.append((loss, torch.equal(logits.argmax(-1), wanted)))
+            scores.append(GenerationResult((loss, torch.equal(logits.argmax(-1), wanted))))
         return scores
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:

@@ -12,7 +12,7 @@ from casp_eval import harness, lm_eval, lmms_eval, tasks
 from casp_eval.loading import open_checkpoint
 from casp_eval.questions import accuracy, answer_loss, answers
 
-from casp.data.chats import Video
+from casp.data.chats import Chat, Video
 from casp.data.sources import evaluation_chats
 from casp.errors import UserError
 
@@ -216,14 +216,21 @@ def test_the_plug_in_scores_answers(tiny_llava, pictures):
     items = evaluation_chats(str(pictures), 0, 0)
     model = plug_in(open_checkpoint(str(tiny_llava), "cpu", "float32"), items)
     scores = model.loglikelihood(list(requests_of(items, "loglikelihood")))
-    for item, (loss, greedy) in zip(items, scores, strict=True):
+    for item, (loss, greedy) in zip(items, (score.text for score in scores), strict=True):
         assert loss == pytest.approx(answer_loss(model.checkpoint, [item], 1)[0], rel=1e-5)
         assert not greedy
 
 
 @needs_lmms_eval
-def test_multiple_choice_takes_the_likeliest_answer(demo_llama, capitals):
-    checkpoint = open_checkpoint(str(demo_llama), "cpu", "float32")
+def test_multiple_choice_takes_the_likeliest_answer(tiny_llama, capitals):
+    """All right where the key says what has the least loss; with the other sign, all wrong."""
+    checkpoint = open_checkpoint(str(tiny_llama), "cpu", "float32")
+    rows = [json.loads(line) for line in (capitals / "rows.jsonl").read_text().splitlines()]
+    for row in rows:
+        asked = f"The capital of {row['country']} is"
+        losses = [answer_loss(checkpoint, [Chat.about([], asked, one, "")], 1)[0] for one in row["choices"]]
+        row["answer"] = losses.index(min(losses))
+    (capitals / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert lmms_eval.evaluate(checkpoint, ["casp_capitals"], capitals)["casp_capitals"]["acc,none"] == 1.0
     with pytest.raises(UserError, match="generation only"):
         lmms_eval.evaluate(checkpoint, ["casp_capitals"], capitals, chat=True)
