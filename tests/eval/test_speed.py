@@ -97,4 +97,4 @@ def test_an_output_that_cannot_be_made(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as ended:
         speed.run_main(speed.main)
     assert ended.value.code == 2
-    assert "choose another folder" in capsys.readouterr().err
+    assert "choose another --output" in capsys.readouterr().err
