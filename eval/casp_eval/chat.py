@@ -16,6 +16,7 @@ from transformers import TextStreamer
 
 from casp.cli import Parser, add_device_arguments, add_frames_argument, model_folder, run_main
 from casp.data.chats import Turn, Video
+from casp.errors import UserError
 from casp.numbers import whole
 from casp.reading.config import open_config
 from casp.reading.pictures import Image, open_picture
@@ -59,6 +60,9 @@ def reply(checkpoint: Checkpoint, question: str, shown: Image.Image | Video | No
     return tokens / (timer.times[-1] - timer.times[1]) if tokens > 0 else float("nan")
 
 
+MOST_CHARACTERS = 20_000  # of a question: more than any built-in model reads, an answer within seconds of computing
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(
         prog="chat.sh",
@@ -92,6 +96,8 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         asked = _lines()
     for question in asked:
+        if len(question) > MOST_CHARACTERS:
+            raise UserError(f"a question is longer than {MOST_CHARACTERS} characters; ask a shorter one.")
         speed = reply(checkpoint, question, shown, options.max_new_tokens)
         if speed == speed:
             print(f"{speed:.1f} tokens/s", file=sys.stderr)
@@ -102,7 +108,12 @@ def _lines():
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline(MOST_CHARACTERS + 2)
+        except UnicodeDecodeError as error:
+            raise UserError(
+                "what standard input holds is no text in UTF-8; give questions as text, one a line."
+            ) from error
         if not line:
             return
         if line.strip():

@@ -1,5 +1,6 @@
 """Chat in the shell, as a user would run it."""
 
+import io
 import json
 
 import pytest
@@ -74,3 +75,16 @@ def test_an_unknown_model_through_the_shell(run_script):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("typed", "said"), [("a" * 10**5 + "\n", "longer than 20000 characters")])
+def test_a_question_that_no_model_reads(run_script, tiny_llama, typed, said):
+    done = run_script("chat.sh", "--model", tiny_llama, stdin=typed)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_is_no_text(refused, tiny_llama, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), "utf-8"))
+    assert "no text in UTF-8" in refused(main, "--model", tiny_llama)
