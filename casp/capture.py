@@ -1,5 +1,6 @@
 """Running a model once with its blocks passed over, to record what each block is called with."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from casp.errors import UserError, told_as
 from casp.inputs import BatchInputs, PassedOver, first_output, moved, require_finite
 from casp.modality import visual_tokens
 from casp.models import Decoder
+
+_LOG = logging.getLogger("casp")
 
 MOST_MAP = 1 << 28  # bytes of attention maps from which the model's own attention is asked for in a form without them
 TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -62,6 +65,12 @@ def capture_inputs(
     compare the replay of blocks with the model's own forward on the first batch (`check_replay`). UserError for a model
     whose blocks cannot be run one by one.
     """
+    if not decoder.shows_attention:
+        _LOG.warning(
+            "model type %r computes its attention itself: it cannot be watched, so all tokens count alike where they "
+            "should count by the attention they get, and no attention density is measured",
+            decoder.config.model_type,
+        )
     decoder.load_rest(device, dtype)
     recorded: list[BatchInputs] = []
     only_adds = False  # not told before the first batch with something added: text alone may come before pictures

@@ -75,6 +75,14 @@ def _sign(model: nn.Module) -> str:
     return next((path for path in compressed if not path.startswith(split)), compressed[0]) + ".weight"
 
 
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    """Stands for `save_pretrained` of a dense model in parts: its files would be read as random weights."""
+    raise UserError(
+        "this model's fused projections or experts are in parts, which stock transformers cannot read back; keep the "
+        "compressed checkpoint, or merge what was learned into the original model."
+    )
+
+
 @register_quantizer(QUANT_METHOD)
 class CaspQuantizer(HfQuantizer):
     """Builds the compressed modules before transformers reads the tensors into them."""
@@ -114,7 +122,10 @@ class CaspQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Dense linears in the place of all compressed modules, in `dtype` (default: the model's)."""
-        return to_dense(model, dtype or model.dtype)
+        dense = to_dense(model, dtype or model.dtype)
+        if any(isinstance(module, SplitLinear | Experts) for module in dense.modules()):
+            dense.save_pretrained = _refuse_to_save
+        return dense
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save_pretrained` writes: the modules as they are, and a sign that stock transformers refuses.

@@ -23,6 +23,7 @@ MISSPELT = "/nowhere/lama"
 NEEDS = {
     "calibration_mix.sh": ["--model", MISSPELT, "--work", "out", "--output", "out.json", "demo-mixed@1"],
     "compare.sh": [MISSPELT, "--output", "out"],
+    "divergence.sh": ["--model", MISSPELT, "--original", MISSPELT],
     "lm_eval.sh": ["--model", MISSPELT, "--tasks", "any"],
     "lmms_eval.sh": ["--model", MISSPELT, "--tasks", "any"],
     "compress.sh": ["--model", MISSPELT, "--backend", "gptq"],

@@ -6,6 +6,7 @@ they become; `quantizing` and `stage` are what the backends' stages have in comm
 
 from casp.cli.door import Parser, run_main, tell
 from casp.cli.flags import (
+    add_calibration_arguments,
     add_common_arguments,
     add_device_arguments,
     add_frames_argument,
@@ -23,6 +24,7 @@ __all__ = [
     "Compute",
     "Parser",
     "Search",
+    "add_calibration_arguments",
     "add_common_arguments",
     "add_device_arguments",
     "add_frames_argument",

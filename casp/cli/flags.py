@@ -32,40 +32,44 @@ def add_common_arguments(parser: argparse.ArgumentParser, default_model: str, ca
         "--seed", type=seed, default=0, help="seed of everything random, an integer (default: %(default)s)"
     )
     if calibration:
-        parser.add_argument(
-            "--samples",
-            type=count,
-            default=128,
-            help="calibration samples, a count (default: %(default)s)",
-        )
-        parser.add_argument(
-            "--sequence-length",
-            type=count,
-            default=512,
-            help="tokens per text sample (default: %(default)s)",
-        )
-        parser.add_argument(
-            "--batch-size",
-            type=count,
-            default=8,
-            help="samples run at once, a count (default: %(default)s)",
-        )
-        add_frames_argument(parser)
-        parser.add_argument(
-            "--visual-tokens",
-            type=count,
-            default=Visual.tokens,
-            help="the most tokens of pictures and video in a sample; larger ones are scaled down (default: "
-            "%(default)s)",
-        )
-        parser.add_argument(
-            "--dataset",
-            default="demo",
-            help="calibration data: rp, c4, wikitext2, ptb (hub), a .txt file, a .jsonl file of texts and of pictures "
-            "or a video, question and answer or messages, a built-in set (demo = demo-images for a model of images and "
-            "text, demo-speeches for one of text; demo-registers, demo-mixed, ...: see the README), or several by "
-            "shares, as in demo-images:4,demo-registers:1 (default: %(default)s)",
-        )
+        add_calibration_arguments(parser)
+
+
+def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
+    """What data is looked at, as `calibration_of` reads it."""
+    parser.add_argument(
+        "--samples",
+        type=count,
+        default=128,
+        help="calibration samples, a count (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sequence-length",
+        type=count,
+        default=512,
+        help="tokens per text sample (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=count,
+        default=8,
+        help="samples run at once, a count (default: %(default)s)",
+    )
+    add_frames_argument(parser)
+    parser.add_argument(
+        "--visual-tokens",
+        type=count,
+        default=Visual.tokens,
+        help="the most tokens of pictures and video in a sample; larger ones are scaled down (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dataset",
+        default="demo",
+        help="calibration data: rp, c4, wikitext2, ptb (hub), a .txt file, a .jsonl file of texts and of pictures "
+        "or a video, question and answer or messages, a built-in set (demo = demo-images for a model of images and "
+        "text, demo-speeches for one of text; demo-registers, demo-mixed, ...: see the README), or several by "
+        "shares, as in demo-images:4,demo-registers:1 (default: %(default)s)",
+    )
 
 
 def add_frames_argument(parser: argparse.ArgumentParser) -> None:

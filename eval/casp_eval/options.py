@@ -81,7 +81,11 @@ def check_output(output: Path | None, *given: str | Path | None) -> None:
     """UserError, before anything is measured, where --output is an input (`given`) or not a file of such figures."""
     if output is not None:
         inputs = [Path(name) for name in given if name and Path(name).exists()]
-        check_file(output, [{"model", "dataset", "perplexity"}, {"model", "results"}], inputs)
+        check_file(
+            output,
+            [{"model", "dataset", "perplexity"}, {"model", "results"}, {"model", "original", "divergence"}],
+            inputs,
+        )
 
 
 def write_figure(figure: dict[str, Any], output: Path | None) -> None:

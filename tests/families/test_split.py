@@ -12,6 +12,7 @@ from zoo import FAMILIES
 
 import casp.attention
 from casp.capture import capture_inputs
+from casp.checkpoint import CaspConfig, CaspQuantizer
 from casp.errors import UserError
 from casp.models import Decoder
 from casp.moments.pool import top_up
@@ -161,3 +162,23 @@ def test_text_alone_never_reaches_cross_attention(tmp_path):
     batch = FAMILIES["llama"].batch()
     with pytest.raises(UserError, match="never reaches block 1, which reads pictures"):
         capture_inputs(Decoder(tmp_path), [batch], CPU, torch.float32)
+
+
+def test_a_dense_model_in_parts_is_not_saved(tmp_path):
+    """Its files would have names that stock transformers fills with random numbers."""
+    FAMILIES["phi3"].save(tmp_path / "phi3")
+    model = T.AutoModelForCausalLM.from_pretrained(tmp_path / "phi3")
+    splits = Decoder(tmp_path / "phi3").splits
+    apply_splits(model, splits)
+    dense = CaspQuantizer(CaspConfig({}, 1, splits=splits))._dequantize(model)
+    with pytest.raises(UserError, match="in parts"):
+        dense.save_pretrained(tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
+
+
+@pytest.mark.parametrize(("name", "warned"), [("falcon", True), ("llama", False)])
+def test_tokens_that_cannot_count_by_their_attention_are_told(name, warned, tmp_path, caplog):
+    family = FAMILIES[name]
+    family.save(tmp_path)
+    capture_inputs(Decoder(tmp_path), [family.batch()], CPU, torch.float32, check=False)
+    assert ("all tokens count alike" in caplog.text) == warned
