@@ -88,7 +88,7 @@ def reaches(setting: Setting) -> bool:
 @dataclass(frozen=True)
 class Grid:
     """Which rows are asked for: of these models, backends, budgets (bits a weight) and seeds; the first budget and seed
-    serve for the ablation, the first seed for the tuned.
+    serve for the ablation, the first seed for the tuned. codebooks: those of the backends that have some; none: all.
     """
 
     models: tuple[str, ...]
@@ -97,6 +97,12 @@ class Grid:
     seeds: tuple[int, ...]
     ablation: bool
     tuned: bool
+    codebooks: tuple[str, ...] = ()
+
+    def kinds(self) -> list[tuple[str, str | None]]:
+        """Backend and codebook of the quantizers that are asked for."""
+        every = [(backend, codebook) for backend in self.backends for codebook in codebooks(backend)]
+        return [(backend, one) for backend, one in every if one is None or not self.codebooks or one in self.codebooks]
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ class Making:
 
 def settings(grid: Grid) -> Iterator[Setting]:
     """All rows, the most telling first: pairs of CASP and baseline by budget, then the ablation, then the tuned."""
-    kinds = [(backend, codebook) for backend in grid.backends for codebook in codebooks(backend)]
+    kinds = grid.kinds()
     for seed in grid.seeds:
         for model in grid.models:
             for backend, codebook in kinds:
@@ -241,6 +247,29 @@ def kept_row(file: Path) -> dict[str, Any]:
     return found
 
 
+def check_alike(file: Path, making: Making, scoring: Scoring, questions: int) -> None:
+    """UserError where the rows beside `file` were measured otherwise: rows of one table share data and questions."""
+    wanted = {
+        "samples": making.samples,
+        "calibration_batch_size": making.batch_size,
+        "epochs": making.epochs,
+        "windows": scoring.windows,
+        "sequence_length": scoring.sequence_length,
+        "questions": questions,
+        "dtype": scoring.dtype,
+    }
+    if not file.exists():
+        write_json(file, wanted)
+        return
+    found = read_json(file, "what the rows share", remedy="choose another --output")
+    other = next((name for name, value in wanted.items() if found.get(name) != value), None)
+    if other is not None:
+        raise UserError(
+            f"the rows in {file.parent} were measured with {other} {str(found.get(other))[:40]}, not {wanted[other]}; "
+            f"give --{other.replace('_', '-')} the same or choose another --output."
+        )
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="casp_vs_baseline.sh",
@@ -255,6 +284,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--backends", nargs="+", choices=backend_names(), default=backend_names(), help="quantizers (default: all)"
+    )
+    known = sorted({one for backend in backend_names() for one in codebooks(backend) if one is not None})
+    parser.add_argument(
+        "--codebooks", nargs="+", choices=known, default=[], help="of the backends that have some (default: all)"
     )
     parser.add_argument(
         "--bits",
@@ -297,10 +330,15 @@ def main(arguments: list[str] | None = None) -> None:
     for folder, flag in ((rows_folder, "--output"), (args.work, "--work")):
         make_output(folder, flag)
     grid = Grid(
-        *(tuple(values) for values in (args.models, args.backends, args.bits, args.seeds)), args.ablation, args.tuned
+        *(tuple(values) for values in (args.models, args.backends, args.bits, args.seeds)),
+        args.ablation,
+        args.tuned,
+        tuple(args.codebooks),
     )
-    workshop = Workshop(args.work, Making(args.device, args.samples, args.calibration_batch_size, args.epochs))
+    making = Making(args.device, args.samples, args.calibration_batch_size, args.epochs)
+    workshop = Workshop(args.work, making)
     scoring = Scoring(args.device, args.dtype, args.windows, args.sequence_length, args.batch_size, LONGEST_ANSWER)
+    check_alike(rows_folder / "shared.json", making, scoring, args.questions)
     examiner = Examiner(args.output, scoring, args.questions)
     rows = []
     for setting in dict.fromkeys(settings(grid)):

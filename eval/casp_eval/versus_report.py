@@ -21,6 +21,7 @@ MEASURES = {
     "accuracy": "exact match",
     "accuracy_unseen": "exact match, unseen vendor",
 }
+LEAST_SPAN = 0.5  # bits a weight that an axis shows at least: budgets of one kind differ by thousandths
 _GROUP = ("model", "backend", "codebook", "tuned", "bits", "allocation")
 
 
@@ -101,7 +102,9 @@ def draw(rows: Sequence[Row], model: str, file: Path) -> None:
                 capsize=3,
                 label=" ".join(filter(None, parts)),
             )
-        axis.set_yscale("log")
+        left, right = axis.get_xlim()
+        axis.set_xlim(min(left, right - LEAST_SPAN), max(right, left + LEAST_SPAN))
+        axis.set_ylim(bottom=0)
         axis.set_xlabel("bits per original weight")
         axis.set_ylabel("text, nats a token above the original")
         axis.legend()
@@ -115,9 +118,11 @@ def write_report(folder: Path, rows: Sequence[Row]) -> None:
     shares = saved(rows)
     words = ["# CASP against its baselines at equal bytes", "", table(rows), ""]
     if shares:
+        mean, half = interval(shares)
+        spread = f" ± {half:.1%} (95%)" if half else ", one pair without an interval" if len(shares) == 1 else ""
         words.append(
-            f"Excess log-perplexity on text that CASP takes away, over {len(shares)} pairs: mean "
-            f"{np.mean(shares):.1%}, least {min(shares):.1%}."
+            f"Excess log-perplexity on text that CASP takes away, over {len(shares)} pairs: mean {mean:.1%}{spread}, "
+            f"least {min(shares):.1%}."
         )
     for model in dict.fromkeys(row["model"] for row in rows):
         draw(rows, model, folder / f"{model}.png")

@@ -1,9 +1,11 @@
 """What the comparison of CASP with its baselines keeps, reuses and removes."""
 
 import json
+from dataclasses import replace
 
 import pytest
-from casp_eval.casp_vs_baseline import COLUMNS, Making, Setting, Workshop, kept_row, main
+from casp_eval.casp_vs_baseline import COLUMNS, Grid, Making, Setting, Workshop, check_alike, kept_row, main, settings
+from casp_eval.options import Scoring
 
 from casp.errors import UserError
 
@@ -34,3 +36,22 @@ def test_the_report_goes_into_no_model_and_over_no_other_files(tmp_path, tiny_ll
         with pytest.raises(UserError, match=words):
             main(["--output", str(output), "--work", str(tmp_path / "work")])
     assert (tmp_path / "report.md").read_text() == "# Thesis"
+
+
+def test_rows_that_were_measured_otherwise_do_not_share_a_table(tmp_path):
+    making, scoring = Making("cpu", 0, 2, 2), Scoring("cpu", "auto", 64, 512, 8, 4)
+    check_alike(tmp_path / "shared.json", making, scoring, 600)
+    check_alike(tmp_path / "shared.json", replace(making, device="cuda"), replace(scoring, batch_size=2), 600)
+    for wrong, words in (
+        ((replace(making, samples=8), scoring, 600), "samples 0, not 8"),
+        ((making, replace(scoring, windows=16), 600), "windows 64, not 16"),
+        ((making, scoring, 120), "questions 600, not 120"),
+    ):
+        with pytest.raises(UserError, match=words):
+            check_alike(tmp_path / "shared.json", *wrong)
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [((), {"e8p", "trellis", None}), (("trellis",), {"trellis", None})])
+def test_codebooks_narrow_the_rows(chosen, expected):
+    grid = Grid(("demo-llama",), ("gptq", "quip-sharp"), (2.5,), (0,), True, True, chosen)
+    assert {setting.codebook for setting in settings(grid)} == expected
