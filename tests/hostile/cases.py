@@ -755,7 +755,7 @@ def data_cases() -> Iterator[Case]:
                 os.mkfifo(folder / "fifo")
 
             flags = ("--dataset", "{model}/hostile.jsonl")
-            fine = ("question=text", "answer=text", "question blank", "content of a message=text")
+            fine = ("question=text", "answer=text", "question blank", "no image", "content of a message=text")
             refuse = label not in fine
             if label.startswith("answer="):  # a whole number is an answer
                 refuse = label not in (
