@@ -89,6 +89,7 @@ def reaches(setting: Setting) -> bool:
 class Grid:
     """Which rows are asked for: of these models, backends, budgets (bits a weight) and seeds; the first budget and seed
     serve for the ablation, the first seed for the tuned. codebooks: those of the backends that have some; none: all.
+    UserError on a codebook that no backend of the grid offers.
     """
 
     models: tuple[str, ...]
@@ -98,6 +99,15 @@ class Grid:
     ablation: bool
     tuned: bool
     codebooks: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.codebooks:
+            offered = {one for backend in self.backends for one in codebooks(backend) if one is not None}
+            if strange := sorted(set(self.codebooks) - offered):
+                raise UserError(
+                    f"--codebooks: {', '.join(map(repr, strange))} is a codebook of none of the backends "
+                    f"{', '.join(self.backends)}; they offer {', '.join(sorted(offered)) or 'none'}."
+                )
 
     def kinds(self) -> list[tuple[str, str | None]]:
         """Backend and codebook of the quantizers that are asked for."""
@@ -285,9 +295,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--backends", nargs="+", choices=backend_names(), default=backend_names(), help="quantizers (default: all)"
     )
-    known = sorted({one for backend in backend_names() for one in codebooks(backend) if one is not None})
     parser.add_argument(
-        "--codebooks", nargs="+", choices=known, default=[], help="of the backends that have some (default: all)"
+        "--codebooks", nargs="+", default=[], metavar="NAME", help="of the backends that have some (default: all)"
     )
     parser.add_argument(
         "--bits",
@@ -327,14 +336,14 @@ def main(arguments: list[str] | None = None) -> None:
     rows_folder = args.output / "rows"
     check_report(args.output, ("report.json", "report.md"), [], "report.json", COLUMNS)
     refuse_inputs(args.work, [], "--work")
-    for folder, flag in ((rows_folder, "--output"), (args.work, "--work")):
-        make_output(folder, flag)
     grid = Grid(
         *(tuple(values) for values in (args.models, args.backends, args.bits, args.seeds)),
         args.ablation,
         args.tuned,
         tuple(args.codebooks),
     )
+    for folder, flag in ((rows_folder, "--output"), (args.work, "--work")):
+        make_output(folder, flag)
     making = Making(args.device, args.samples, args.calibration_batch_size, args.epochs)
     workshop = Workshop(args.work, making)
     scoring = Scoring(args.device, args.dtype, args.windows, args.sequence_length, args.batch_size, LONGEST_ANSWER)

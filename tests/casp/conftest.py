@@ -9,9 +9,9 @@ import pytest
 TOY = Path(__file__).with_name("toy_package.py")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def toy_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A site folder with the toy third-party backend, on sys.path for the session."""
+    """A site folder with the toy third-party backend, on sys.path for these tests."""
     spec = importlib.util.spec_from_file_location("toy_package", TOY)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

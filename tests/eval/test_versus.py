@@ -55,3 +55,18 @@ def test_rows_that_were_measured_otherwise_do_not_share_a_table(tmp_path):
 def test_codebooks_narrow_the_rows(chosen, expected):
     grid = Grid(("demo-llama",), ("gptq", "quip-sharp"), (2.5,), (0,), True, True, chosen)
     assert {setting.codebook for setting in settings(grid)} == expected
+
+
+def test_a_codebook_that_no_backend_offers_is_told():
+    with pytest.raises(UserError, match=r"'grid'.*e8p, trellis"):
+        Grid(("demo-llama",), ("gptq", "quip-sharp"), (2.5,), (0,), True, True, ("trellis", "grid"))
+
+
+def test_a_backend_that_does_not_import_hinders_only_who_asks_for_it(monkeypatch, capsys):
+    monkeypatch.setattr("casp_eval.casp_vs_baseline.backend_names", lambda: ["absent"])
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert "absent" in capsys.readouterr().out
+    with pytest.raises(UserError, match="'absent'"):
+        Grid(("demo-llama",), ("absent",), (2.5,), (0,), True, True).kinds()
