@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 FIELDS = {"image": ("image_token_id", "image_token_index"), "video": ("video_token_id", "video_token_index")}
 """Modality -> the names under which a config of transformers says which token id stands for one of its features."""
@@ -16,6 +17,11 @@ class Visual:
 
     frames: int = 8
     tokens: int = 4096
+
+
+def is_multimodal(config: Any) -> bool:
+    """Whether transformers loads this configuration as an image-text-to-text model."""
+    return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def token_ids(config: Any) -> dict[str, frozenset[int]]:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
 from casp import attention
 from casp.errors import UserError, told_as
 from casp.linear import LowRankLinear, QuantizedLinear
+from casp.modality import is_multimodal
 from casp.reading.compression import check_compression
 from casp.reading.config import open_config, quantization_of
 from casp.reading.header import Entry
@@ -48,7 +48,7 @@ LEAST_SHARE = 0.9
 
 def _factory(config: Any) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
     """The class of transformers that makes the model of `config`; UserError for one without a text decoder."""
-    if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+    if is_multimodal(config):
         return AutoModelForImageTextToText
     if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return AutoModelForCausalLM
@@ -201,7 +201,7 @@ class Decoder:
     @property
     def is_multimodal(self) -> bool:
         """Whether the model takes images."""
-        return self.text_config is not self.config
+        return is_multimodal(self.config)
 
     @property
     def hidden_size(self) -> int:

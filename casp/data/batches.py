@@ -21,7 +21,7 @@ from casp.data import mixture
 from casp.data.chats import Chat, Part, Video, messages
 from casp.data.sources import draw
 from casp.errors import UserError, told_as
-from casp.modality import Visual, visual_tokens
+from casp.modality import Visual, is_multimodal, visual_tokens
 from casp.reading.config import open_config
 from casp.reading.pretrained import check_ids, open_processor, open_tokenizer
 
@@ -49,7 +49,7 @@ def calibration_batches(
             raise UserError(f"{name} must be at least 1, not {value}")
     folder = Path(folder)
     config = open_config(folder)
-    multimodal = getattr(config, "vision_config", None) is not None
+    multimodal = is_multimodal(config)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and sequence_length > positions:
         raise UserError(
@@ -138,7 +138,7 @@ def _chat_batches(
     chats: list[Chat], folder: Path, config: Any, batch_size: int, visual: Visual, rng: random.Random
 ) -> list[dict[str, Tensor]]:
     """Chats of like length together, so that little is padding; the batches in random order."""
-    multimodal = getattr(config, "vision_config", None) is not None
+    multimodal = is_multimodal(config)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     renderer = open_processor(folder) if multimodal else open_tokenizer(folder)
     tokenizer = renderer.tokenizer if multimodal else renderer

@@ -14,12 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from casp.backend import Backend, Format, Matrix, rounded
 from casp.lowrank import WHITENING_DAMPING, decompose, rank_for
-from casp.plan.factors import FactorCosts, Factored, Sample
+from casp.plan.factors import FactorCosts, Factored, Sample, sample_of
 from casp.plan.options import LOW_RANK_ROLES, Option, chosen_formats, layouts
 from casp.seed import matrix_generator
 
@@ -52,8 +51,8 @@ class Pricing:
     """How options are priced.
 
     settings: the backend's knobs of the search, its own for a draft where None; weighting: of the tokens in the moment
-    that matrices are rounded and whitened under; damping: of the whitening; rows: most rows of a full-rank matrix that
-    are quantized to price it; low_rank: roles that may become low-rank; tuned: formats that fine-tuning can move;
+    that matrices are rounded and whitened under; damping: of the whitening; rows: most rows of a matrix or a factor
+    that are quantized to price it; low_rank: roles that may become low-rank; tuned: formats that fine-tuning can move;
     wanted: words of the backend that choose its formats.
     """
 
@@ -144,23 +143,6 @@ def smoothed_hessian(moments: LinearMoments, weighting: str) -> Tensor:
     return hessian * (by_gradient.trace() / trace) if trace > 0 else hessian
 
 
-def row_cost(error: Tensor, hessian: Tensor, energy: float) -> float:
-    """`E|g|^2 tr(D H D^T) / (2 rows)` of D (rows, in), rows of one kind: any sample of them predicts the whole."""
-    return 0.5 * energy * ((error @ hessian) * error).sum().item() / len(error)
-
-
-def sample_of(weight: Tensor, rows: int, hessian: Tensor, energy: float, name: str) -> Sample:
-    """At most `rows` evenly spaced rows of `weight` (out, in), which tell what rounding all of it costs.
-
-    Errors grow with the weights: what rows that are larger than others on average cost is taken down by their ratio.
-    """
-    picked = torch.linspace(0, len(weight) - 1, min(rows, len(weight)), dtype=torch.float64).round().long()
-    sample, size = weight[picked].float(), weight.float().square().mean().item()
-    own = sample.square().mean().item()
-    share = energy * (size / own if own else 1.0)
-    return Sample(name, sample, tuple(weight.shape), lambda dense: row_cost(sample - dense, hessian, share))
-
-
 def price(pricing: Pricing, weight: Tensor, moments: LinearMoments, role: str, name: str) -> tuple[Option, ...]:
     """All options of the linear `weight` (out, in) with their predicted costs."""
     hessian = smoothed_hessian(moments, pricing.weighting)
@@ -170,7 +152,7 @@ def price(pricing: Pricing, weight: Tensor, moments: LinearMoments, role: str, n
     if low_rank:
         gradients = moments.gradient_moment * per_loss
         found = decompose(weight, hessian, gradients, pricing.damping, name)
-        factored = Factored(weight, hessian, gradients, name)
+        factored = Factored(weight, hessian, gradients, pricing.rows, name)
         ranks = {rank_for(ratio, *weight.shape) for ratio in ANCHORS} - {None}
         anchors = [factored.anchor(found.factors(rank)[1]) for rank in sorted(ranks)]
         downs = [anchor.sample_of_down() for anchor in anchors]

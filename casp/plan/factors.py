@@ -23,46 +23,55 @@ class Sample:
     cost: Callable[[Tensor], float]
 
 
-def two_sided_cost(error: Tensor, hessian: Tensor, gradient_moment: Tensor) -> float:
-    """`1/2 tr(G D H D^T)` of D (out, in), H (in, in), G (out, out)."""
-    return 0.5 * ((gradient_moment @ error) * (error @ hessian)).sum().item()
+def row_cost(error: Tensor, hessian: Tensor, energy: float) -> float:
+    """`E|g|^2 tr(D H D^T) / (2 rows)` of D (rows, in), rows of one kind: any sample of them predicts the whole."""
+    return 0.5 * energy * ((error @ hessian) * error).sum().item() / len(error)
+
+
+def sample_of(weight: Tensor, rows: int, hessian: Tensor, energy: float, name: str) -> Sample:
+    """At most `rows` evenly spaced rows of `weight` (out, in), which tell what rounding all of it costs.
+
+    Errors grow with the weights: what rows that are larger than others on average cost is taken down by their ratio.
+    """
+    picked = torch.linspace(0, len(weight) - 1, min(rows, len(weight)), dtype=torch.float64).round().long()
+    sample, size = weight[picked].float(), weight.float().square().mean().item()
+    own = sample.square().mean().item()
+    share = energy * (size / own if own else 1.0)
+    return Sample(name, sample, tuple(weight.shape), lambda dense: row_cost(sample - dense, hessian, share))
 
 
 class Factored:
     """The costs of errors in the factors of `weight` W (out, in), each while the other is exact.
 
-    `down` is followed by the refit U of `up` to it, as in `casp.lowrank.round_factors`; the costs of both add up, since
-    their errors are independent and small. As `(W - U down) H down^T = 0`, `tr(G (W - U down) H (W - U down)^T)` is
-    `tr(G W H W^T) - tr(G U down H W^T)`, and an error E of U adds `tr(G E down H down^T E^T)`: no product of whole
-    matrices is needed for either.
+    An error E of `down` is followed by the refit of `up` (`casp.lowrank.round_factors`), which makes good what of E
+    lies in the span that the rows of `down` have under H: to first order `1/2 tr(U^T G U E H' E^T)` is left, with
+    `H' = H - H down^T (down H down^T)^-1 down H`. An error E of `up` U costs `1/2 tr(G E down H down^T E^T)`. The
+    rotation makes the rows of E alike, so a sample of them tells both; as both are small and independent, they add up.
     """
 
-    def __init__(self, weight: Tensor, hessian: Tensor, gradient_moment: Tensor, name: str) -> None:
-        self.name = name
+    def __init__(self, weight: Tensor, hessian: Tensor, gradient_moment: Tensor, rows: int, name: str) -> None:
+        self.name, self.rows = name, rows
         self.hessian, self.gradients = hessian.to(torch.float64), gradient_moment.to(torch.float64)
         self._seen = weight.to(torch.float64) @ self.hessian
 
-    def refit(self, down: Tensor) -> tuple[Tensor, Tensor, float]:
-        """For `down` (rank, in) the best up (out, rank), `down H down^T`, and the part of the energy they explain."""
-        down = down.to(torch.float64)
-        crossed, inner = self._seen @ down.T, down @ self.hessian @ down.T
-        up = best_up(crossed, inner, self.name)
-        return up, inner, ((self.gradients @ up) * crossed).sum().item()
-
     def anchor(self, down: Tensor) -> "Anchor":
-        """The factors at the rank of `down`, as exact as they can be."""
-        return Anchor(self, down, *self.refit(down))
+        """The rank of `down` (rank, in) float64, with the best up for it."""
+        met = down @ self.hessian
+        inner = met @ down.T
+        up = best_up(self._seen @ down.T, inner, self.name)
+        missed = self.hessian - met.T @ best_up(met.T, inner, self.name).T
+        return Anchor(self, down, up, inner, missed)
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """A rank at which factors are really rounded. inner: `down H down^T`; explained: see `Factored.refit`; float64."""
+    """A rank at which factors are really rounded. inner: `down H down^T`; missed: H' of `Factored`; float64."""
 
     of: Factored
     down: Tensor
     up: Tensor
     inner: Tensor
-    explained: float
+    missed: Tensor
 
     @property
     def rank(self) -> int:
@@ -70,22 +79,14 @@ class Anchor:
         return len(self.down)
 
     def sample_of_down(self) -> Sample:
-        """`down`, whose cost is what no `up` can make good."""
-        return Sample(
-            f"{self.of.name}.down",
-            self.down,
-            tuple(self.down.shape),
-            lambda dense: 0.5 * (self.explained - self.of.refit(dense)[2]),
-        )
+        """Rows of `down`, to be rounded under H, whose errors count where `up` cannot make them good."""
+        energy = ((self.of.gradients @ self.up) * self.up).sum().item()
+        return sample_of(self.down, self.of.rows, self.missed.float(), energy, f"{self.of.name}.down")
 
     def sample_of_up(self) -> Sample:
-        """`up`, to be rounded under `inner`."""
-        return Sample(
-            f"{self.of.name}.up",
-            self.up,
-            tuple(self.up.shape),
-            lambda dense: two_sided_cost(self.up - dense.to(torch.float64), self.inner, self.of.gradients),
-        )
+        """Rows of `up`, to be rounded under `inner`."""
+        energy = self.of.gradients.trace().item()
+        return sample_of(self.up, self.of.rows, self.inner.float(), energy, f"{self.of.name}.up")
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from casp.demo import NAMES
 from casp.errors import UserError
 from casp.files import write_json
 from casp.job import package_of, tunes
+from casp.modality import is_multimodal
 from casp.models import Decoder
 from casp.numbers import real, whole
 from casp.numbers import seed as any_seed
@@ -35,7 +36,6 @@ from casp.plan.file import shapes
 from casp.plan.options import chosen_formats
 from casp.reading.documents import read_json
 from casp_eval.compare import Evaluation, Figures, Subject
-from casp_eval.loading import is_multimodal
 from casp_eval.options import Scoring, add_batch_argument, add_text_arguments
 from casp_eval.versus_report import MEASURES, write_report
 

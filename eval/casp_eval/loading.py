@@ -16,13 +16,13 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging
 
 import casp  # noqa: F401  (registers the quantization method "casp" with transformers)
 from casp.cli import compute_named, model_folder
 from casp.data.chats import Turn, messages
 from casp.errors import UserError, in_brief, told_as
+from casp.modality import is_multimodal
 from casp.models import check_weights
 from casp.reading.config import open_config, quantization_of
 from casp.reading.pretrained import check_ids, open_processor, open_tokenizer
@@ -133,11 +133,6 @@ class Checkpoint:
             for name, value in batch.items()
             if isinstance(value, Tensor)
         }
-
-
-def is_multimodal(config: Any) -> bool:
-    """Whether transformers loads this configuration as an image-text-to-text model."""
-    return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def require_images(folder: Path, config: Any) -> None:

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from casp.backend import load_backend
 from casp.lowrank import decompose, rank_for, round_factors
 from casp.plan import costs
-from casp.plan.costs import Pricing, key, price, row_cost, smoothed_hessian
-from casp.plan.factors import FactorCosts, two_sided_cost
+from casp.plan.costs import Pricing, key, price, smoothed_hessian
+from casp.plan.factors import FactorCosts, row_cost
 from casp.plan.options import KEEP_RATIOS, layouts, option_bytes, ranks
 from casp.seed import matrix_generator
 
@@ -23,6 +23,11 @@ class Known:
 
     def hessian(self, weighting):
         return self.hessians[weighting]
+
+
+def two_sided_cost(error, hessian, gradient_moment):
+    """`1/2 tr(G D H D^T)` of all of D (out, in), H (in, in), G (out, out)."""
+    return 0.5 * ((gradient_moment @ error) * (error @ hessian)).sum().item()
 
 
 @settings(max_examples=30, deadline=None)
