@@ -1,6 +1,6 @@
 """Tables of hostile outputs and switches: where a result must not go, and what no run can be asked for.
 
-`tests/hostile/cases.py` says what a case is; this is its part about places that are written and about the commands
+`case.py` says what a case is; this is the part about places that are written and about the commands
 that run other commands.
 """
 
@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from case import NUMBERS, Case
 
 FOLDERS = ("svd", "gptq", "quip", "aqlm", "moments", "obey", "compress", "compare", "speed", "versus")
 FILES = ("plan", "perplexity", "questions")
@@ -62,8 +64,8 @@ def foreign(folder: Path) -> None:
     os.mkfifo(folder.parent / "pipe")
 
 
-def output_cases(make: Callable[..., Any], tables: Any) -> Iterator[Any]:
-    """Outputs that are inputs, that others made, or that nothing can be written to; make: `cases.Case`."""
+def output_cases() -> Iterator[Case]:
+    """Outputs that are inputs, that others made, or that nothing can be written to."""
     for command in (*FOLDERS, *FILES):
         base = {"obey": "plan", "questions": "llava"}.get(command, "llama")
         for label, place in PLACES.items():
@@ -73,15 +75,15 @@ def output_cases(make: Callable[..., Any], tables: Any) -> Iterator[Any]:
                 continue  # there the plan lies, beside which anything may be written
             fine = label in (ADDING if command in REPORTS else UNTRIED if command == "compress" else ())
             name = f"{command} into {label}"
-            yield make("outputs", name, command, base, foreign, ("--output", place), refuse=not fine)
+            yield Case("outputs", name, command, base, foreign, ("--output", place), refuse=not fine)
     for command in ("gptq", "obey", "plan"):
         for flag in ("--moments", "--costs") if command == "plan" else ("--moments",):
             base = "plan" if command == "obey" else "llama"
             flags = (flag, "{moments}", "--output", "{moments}/out.json")
-            yield make("outputs", f"{command} into its {flag}", command, base, foreign, flags)
+            yield Case("outputs", f"{command} into its {flag}", command, base, foreign, flags)
     for command in ("gptq", "svd", "moments", "plan", "compress"):
         for name in ("out",) if command == "plan" else ("out.partial", "out"):  # a plan is a file
-            yield make("outputs", f"{command} beside a foreign {name}", command, "llama", beside(name))
+            yield Case("outputs", f"{command} beside a foreign {name}", command, "llama", beside(name))
 
 
 def beside(name: str) -> Callable[[Path], None]:
@@ -96,21 +98,21 @@ def beside(name: str) -> Callable[[Path], None]:
     return damage
 
 
-def switch_cases(make: Callable[..., Any], tables: Any) -> Iterator[Any]:
+def switch_cases() -> Iterator[Case]:
     """What the commands that run others, and those that converse, are asked for."""
 
-    def switch(command: str, flags: tuple[str, ...], refuse: bool = True, **more: Any) -> Any:
+    def switch(command: str, flags: tuple[str, ...], refuse: bool = True, **more: Any) -> Case:
         name = f"{command} {' '.join(flags)[:50]!r}"
-        return make("switches", name, command, "llama", foreign, flags, refuse, **more)
+        return Case("switches", name, command, "llama", foreign, flags, refuse, **more)
 
     for flag in SWITCHES:
-        for value in (*tables.NUMBERS, "../x", "x" * 300, "a\0b"):
+        for value in (*NUMBERS, "../x", "x" * 300, "a\0b"):
             # What is right about that flag is refused for the model.
             yield switch("versus", (f"{flag}={value}", *(() if flag == "--models" else ("--models", "nowhere"))))
-    for value in tables.NUMBERS:
+    for value in NUMBERS:
         yield switch("chat", (f"--max-new-tokens={value}",), value not in ("1_0",))
     for label, typed in TYPED.items():
-        yield make("switches", f"chat is told {label}", "chat", "llama", foreign, (), False, typed)
+        yield Case("switches", f"chat is told {label}", "chat", "llama", foreign, (), False, typed)
     for value in ASKED:
         yield switch("chat", ("--question", value), False)
     for flags in OF_SPEED:
