@@ -96,6 +96,13 @@ def data_cases() -> Iterator[Case]:
         "fifo",
     ):
         rows[f"image {image[:20]!r}"] = json.dumps(good | {"image": image}).encode()
+    for place in ("nowhere", "/dev/zero", "..", "x" * 300, "a\0b", "hostile.jsonl", "fifo", "0.png/x"):
+        shown = {"question": "What?", "answer": "a cat", "video": place}
+        rows[f"video {place[:20]!r}"] = json.dumps(shown).encode()
+    for label in BAD_VALUES:
+        rows[f"video={label}"] = json.dumps({"question": "?", "answer": "a", "video": BAD_VALUES[label]}).encode()
+        rows[f"images={label}"] = json.dumps({"question": "?", "answer": "a", "images": BAD_VALUES[label]}).encode()
+    rows["many pictures"] = json.dumps({"question": "?", "answer": "a", "images": ["0.png"] * 10_000}).encode()
     for label, row in rows.items():
         for command in ("pictures", "questions"):
 
@@ -105,7 +112,14 @@ def data_cases() -> Iterator[Case]:
                 os.mkfifo(folder / "fifo")
 
             flags = ("--dataset", "{model}/hostile.jsonl")
-            fine = ("question=text", "answer=text", "question blank", "no image", "content of a message=text")
+            fine = (
+                "question=text",
+                "answer=text",
+                "question blank",
+                "no image",
+                "content of a message=text",
+                "images=list",
+            )
             refuse = label not in fine
             if label.startswith("answer="):  # a whole number is an answer
                 refuse = label not in (
@@ -116,6 +130,14 @@ def data_cases() -> Iterator[Case]:
                     "answer=beyond int64",
                 )
             yield Case("data", f"row: {label}", command, "llava", damage, flags, refuse)
+    for command in ("pictures", "questions"):
+        shown = {"question": "What?", "answer": "a cat", "images": ["0.png"] * 100}
+
+        def damage(folder: Path, row: dict = shown) -> None:
+            (folder / "0.png").write_bytes(png(7_000, 7_000))
+            (folder / "hostile.jsonl").write_text("\n".join([json.dumps(row)] * 4))
+
+        yield Case("data", "100 large pictures", command, "llava", damage, ("--dataset", "{model}/hostile.jsonl"))
     for width, height in (
         (0, 0),
         (12_000, 12_000),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from case import NUMBERS, Case
+from case import NUMBERS, OTHER_JSON, Case, written
 
 FOLDERS = ("svd", "gptq", "quip", "aqlm", "moments", "obey", "compress", "compare", "speed", "versus")
 FILES = ("plan", "perplexity", "questions")
@@ -51,7 +51,41 @@ OF_SPEED = (
     ("--ggml", "{model}/../pipe"),
     ("--device", "thesis"),
 )
-OF_COMPRESS = (("--", "--no-such-flag"), ("--", "--bits", "nan"), ("--", "--output", "{model}"), ("--ft-epochs", "1"))
+OF_COMPRESS = (
+    ("--", "--no-such-flag"),
+    ("--", "--bits", "nan"),
+    ("--", "--output", "{model}"),
+    ("--ft-epochs", "1"),
+    ("--costs", "{model}"),
+    ("--costs", "{model}/../foreign"),
+    ("--costs", "{dir}/out"),
+    ("--moments", "{model}"),
+    ("--moments", "{model}/../foreign"),
+    ("--format", "thesis"),
+    ("--format", "codebook=x"),
+    ("--format", "group_size=0"),
+    ("--token-weights", "thesis"),
+    ("--token-weights", "none+none"),
+    ("--token-weights", "gradient-norm"),
+)
+TENFOLD = "\n".join(["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9))])
+RECIPES = {
+    "lists of lists": TENFOLD.encode(),
+    "lists of lists for a flag": ("format:\n- " + TENFOLD.replace("\n", "\n- ")).encode(),
+    "a list of itself": b"format: &a [*a]",
+    "deep": b"format: " + b"[" * 30_000 + b"]" * 30_000,
+    "long hexadecimal number": b"bits: 0x" + b"F" * 20_000,
+    "long number": b"bits: " + b"9" * 20_000,
+    "an object of Python's": b"bits: !!python/object/apply:os.system ['touch executed']",
+    "a date": b"bits: 2024-01-01",
+    "nan": b"bits: .nan",
+    "a model elsewhere": b"model: /nowhere",
+    "an output": b"output: /tmp",
+    "zeros": bytes(1000),
+    "not UTF-8": b"bits: \xff",
+    "large": b"#" * 10**6,
+}
+"""Recipes in YAML that are none, or ask for what a recipe cannot ask for."""
 
 
 def foreign(folder: Path) -> None:
@@ -119,3 +153,11 @@ def switch_cases() -> Iterator[Case]:
         yield switch("speed", flags)
     for flags in OF_COMPRESS:
         yield switch("compress", flags)
+    for label, data in RECIPES.items():
+        damage, flags = written("recipe.yaml", data), ("--recipe", "{model}/recipe.yaml")
+        fine = label in ("a model elsewhere", "an output")  # flags overrule it
+        yield Case("switches", f"compress, recipe: {label}", "compress", "llama", damage, flags, not fine)
+    for label, data in OTHER_JSON.items():
+        damage, flags = written("recipe.json", data), ("--recipe", "{model}/recipe.json")
+        fine = label == "object"
+        yield Case("switches", f"compress, recipe: JSON, {label}", "compress", "llama", damage, flags, not fine)
