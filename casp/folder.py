@@ -52,16 +52,16 @@ def work_place(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
-def check_places(output: Path, inputs: Iterable[Path]) -> None:
+def check_places(output: Path, inputs: Iterable[Path], flag: str = "--output") -> None:
     """UserError, before any work, where a run towards `output` would touch `inputs` or what no run of ours made."""
-    _check_paths(output, inputs)
+    _check_paths(output, inputs, flag)
     if work_place(output).exists():
         _refuse_foreign(work_place(output))
 
 
-def _check_paths(output: Path, inputs: Iterable[Path]) -> None:
-    check_folder(output, inputs)
-    refuse_inputs(work_place(output), inputs)
+def _check_paths(output: Path, inputs: Iterable[Path], flag: str = "--output") -> None:
+    check_folder(output, inputs, flag)
+    refuse_inputs(work_place(output), inputs, flag)
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -38,11 +38,22 @@ from casp.errors import UserError
 from casp.files import make_folder, write_json
 from casp.folder import check_places
 from casp.models import Decoder
+from casp.moments.store import Moments
+from casp.moments.weights import USUAL, weighting_parts
 from casp.numbers import whole
-from casp.outputs import check_file, check_folder
+from casp.outputs import check_file, check_folder, refuse_inputs
 from casp.plan.budget import other_bytes
-from casp.plan.file import SHAPE, read_plan
-from casp.plan.flags import Goal, Prices, add_budget_arguments, add_pricing_arguments, goal_of, prices_of
+from casp.plan.file import SHAPE, read_plan, shapes
+from casp.plan.flags import (
+    Goal,
+    Prices,
+    add_budget_arguments,
+    add_pricing_arguments,
+    goal_of,
+    prices_of,
+    wanted_entries,
+)
+from casp.plan.options import chosen_formats
 from casp.recipe import COMMAND, VERSION, with_recipe
 
 NAME, QUANTIZE = "compress", "quantize"
@@ -198,6 +209,8 @@ def steps(job: Job, decoder: Decoder, output: Path, budget: int) -> list[Step]:
     of_plan += ["--tuned"] if job.ft_epochs or prices.tuned else []
     of_plan += ["--allocation", job.goal.allocation, "--low-rank" if job.goal.low_rank else "--no-low-rank"]
     command = [*python, "casp.moments", *run, *data, "--from-original", "--output", str(moments)]
+    unusual = set(weighting_parts(prices.token_weights)) - set(USUAL)
+    command += ["--token-weights", *USUAL, *sorted(unusual)] if unusual else []
     found = [Step("moments", command, moments, moment_seconds)]
     if job.plan is None:
         size = ["--size", f"{budget}B"]
@@ -209,27 +222,47 @@ def steps(job: Job, decoder: Decoder, output: Path, budget: int) -> list[Step]:
     command += ["--ft-epochs", str(job.ft_epochs)] if tunes(package) else []
     found.append(Step(QUANTIZE, [*command, *job.quantizing], output, rounding + 12 * job.ft_epochs * walk))
     if job.evaluate:
-        report = output.with_name(output.name + "-report")
+        report = report_folder(output)
         command = [*python, EVALUATION, prices.model, str(output), *job.machine]
         command += ["--output", str(report), "--update-cards"]
         found.append(Step("evaluate", command, report / "report.json", 4 * TOKENS_EVALUATED * weights / rate))
     return found
 
 
-def check(job: Job, folder: Path, output: Path) -> None:
-    """UserError, before the first stage runs for hours, where a later one would not write where it is told to."""
-    moments = job.prices.moments_folder()
-    inputs = [folder, *job.calibration.files(), *([job.plan] if job.plan else [])]
-    check_places(moments, inputs)
+def check(job: Job, decoder: Decoder, output: Path) -> None:
+    """UserError, before the first stage runs for hours, where a later one would not read or write what it shall."""
+    moments, costs = job.prices.moments_folder(), job.prices.costs_folder()
+    inputs = [decoder.folder, *job.calibration.files(), *([job.plan] if job.plan else [])]
+    check_places(moments, inputs, "--moments")
     check_places(output, [*inputs, moments])
+    if moments.exists() and any(moments.iterdir()):
+        Moments(moments).check(content_hash(decoder.folder), decoder, job.prices.token_weights)
     plan = job.plan_file(output)
     if job.plan is None:
-        check_file(plan, [SHAPE], [*inputs, moments])
+        check_formats(job.prices, decoder)
+        check_places(costs, [*inputs, moments], "--costs")
+        refuse_inputs(output, [costs])
+        check_file(plan, [SHAPE], [*inputs, moments, costs])
+    if job.evaluate:
+        importlib.import_module(EVALUATION).check_place(report_folder(output), [*inputs, output])
     places = {"output": output, "model": job.prices.model, "moments": moments, "plan": plan}
     given = [f"--{name}={place}" for name, place in places.items()]
     wanted = parser_of(package_of(job.prices.backend)).parse_args([*given, *job.quantizing])
     if any(getattr(wanted, name) != place for name, place in places.items()):
         raise UserError("--output, --model, --moments and --plan are for all stages; give them before the --.")
+
+
+def check_formats(prices: Prices, decoder: Decoder) -> None:
+    """UserError where --format is not in the backend's words, or leaves a linear without a format."""
+    backend, wanted = load_backend(prices.backend), wanted_entries(prices.format)
+    for path, shape in shapes(decoder).items():
+        if not chosen_formats(backend, *shape, prices.tuned, wanted):
+            raise UserError(f"--format {' '.join(prices.format)} leaves no format for {path}; ask for less.")
+
+
+def report_folder(output: Path) -> Path:
+    """Where --evaluate writes its report, beside OUTPUT."""
+    return output.with_name(output.name + "-report")
 
 
 def duration(seconds: float) -> str:
@@ -268,7 +301,7 @@ def todo(args: argparse.Namespace) -> list[Step]:
     if output.name in ("", ".."):  # said by dots alone
         output = Path(os.path.abspath(output))
     check_folder(output)  # the root, which has nothing beside it, least of all a plan and a recipe
-    check(job, decoder.folder, output)
+    check(job, decoder, output)
     recipe = recipe_file(output)
     check_file(recipe, [{"recipe", "steps"}], [decoder.folder])
     found = steps(job, decoder, output, budget)

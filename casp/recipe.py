@@ -21,6 +21,8 @@ VERSION = 1
 COMMAND = "command"
 _NO_SETTINGS = {"help", "recipe", "carry", "output", "dry_run"}
 MOST_BYTES = 1 << 16
+MOST_DEPTH = 16
+MOST_BITS = 1024  # of a whole number: Python refuses to spell out the longest
 
 
 def flags(settings: Mapping[str, Any], parser: argparse.ArgumentParser) -> list[str]:
@@ -35,7 +37,7 @@ def flags(settings: Mapping[str, Any], parser: argparse.ArgumentParser) -> list[
     last: list[str] = []
     for name, value in settings.items():
         if name in rest and isinstance(value, list | tuple):
-            last = ["--", *map(str, value)]
+            last = ["--", *_words(name, value)]
             continue
         action = actions.get(str(name).replace("-", "_"))
         if action is None or action.dest in ("help", "recipe"):
@@ -52,12 +54,25 @@ def flags(settings: Mapping[str, Any], parser: argparse.ArgumentParser) -> list[
             elif isinstance(action, argparse.BooleanOptionalAction):
                 found.append(action.option_strings[1])
         elif isinstance(value, list | tuple) and action.nargs in ("*", "+"):
-            found += [flag, *map(str, value)]
-        elif isinstance(value, str | int | float | Path) and action.nargs != 0:
-            found.append(f"{flag}={value}")
+            found += [flag, *_words(name, value)]
+        elif action.nargs != 0:
+            found.append(f"{flag}={_word(name, value)}")
         else:
-            raise UserError(f"{name} cannot be {str(value)[:40]}; see --help for what it takes.")
+            raise UserError(f"{name} cannot be {_word(name, value)[:40]}; it is a switch, true or false.")
     return found + last
+
+
+def _words(name: str, values: Sequence[Any]) -> list[str]:
+    return [_word(name, value) for value in values]
+
+
+def _word(name: str, value: Any) -> str:
+    # Nothing that nests is spelled out: a few lines of YAML whose lists name each other fill any memory as text.
+    if not isinstance(value, str | int | float | Path) or isinstance(value, bool):
+        raise UserError(f"{name} cannot be a {type(value).__name__} here; see --help for what it takes.")
+    if isinstance(value, int) and value.bit_length() > MOST_BITS:
+        raise UserError(f"{name} cannot be a number of {value.bit_length()} bits; see --help for what it takes.")
+    return str(value)
 
 
 def given(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
@@ -93,13 +108,31 @@ def with_recipe(words: Sequence[str], parser: argparse.ArgumentParser, command: 
     return [*found[:end], *words, *([] if "--" in words else found[end:])]
 
 
+class _Plain(yaml.SafeLoader):
+    """YAML without references and deep nesting: the one fills any memory from a few lines, the other takes minutes."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("a reference")
+        self.depth += 1
+        if self.depth > MOST_DEPTH:
+            raise yaml.YAMLError("nested too deeply")
+        found = super().compose_node(parent, index)
+        self.depth -= 1
+        return found
+
+
 def read_recipe(file: Path, command: str) -> dict[str, Any]:
     """The settings for `command` in a recipe file; UserError for any other file."""
     if file.suffix in (".yaml", ".yml"):
         try:
-            found = yaml.safe_load(read_bytes(file, "the recipe", MOST_BYTES))
+            found = yaml.load(read_bytes(file, "the recipe", MOST_BYTES), _Plain)
         except (yaml.YAMLError, RecursionError, ValueError) as error:
-            raise UserError(f"the recipe {file} is no YAML; write one setting a line, as `bits: 2.1`.") from error
+            raise UserError(
+                f"the recipe {file} is no YAML of plain settings; write one a line, as `bits: 2.1`."
+            ) from error
     else:
         found = read_json(file, "the recipe", remedy="write it again", most=MOST_BYTES)
     if not isinstance(found, dict):

@@ -86,7 +86,10 @@ def main(argv: list[str] | None = None) -> None:
         Decoder.open(model_folder(args.model)),
         Moments(args.moments),
     )
-    check_file(args.output, [{"scheme", "matrices"}])
+    check_file(args.output, [{"scheme", "matrices"}], [decoder.folder, args.moments])
+    picture = args.output.with_suffix(".png")
+    if picture == args.output or (picture.exists() and not args.output.exists()):
+        raise UserError(f"{picture}, where the figure would go, is --output itself or was there; choose another one.")
     torch.set_grad_enabled(False)
     warm = torch.randn(32, 4 * scheme.group, generator=torch.Generator().manual_seed(0))
     quantize_additive(warm, warm.T @ warm, scheme, torch.Generator().manual_seed(0), max_rounds=1)  # compiles the loops
@@ -97,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         record = {"scheme": str(scheme), "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d")}
         record["matrices"] = results
         write_json(args.output, record)
-        draw(record, args.output.with_suffix(".png"))
+        draw(record, picture)
         last = results[-1]
         print(
             f"{matrix}: ours {last['ours'][-1][1]:.5f} after {last['ours'][-1][0]:.1f} s, "

@@ -25,11 +25,12 @@ from PIL import Image
 
 from casp.errors import UserError
 from casp.modality import Visual
-from casp.reading.pictures import open_picture
+from casp.reading.pictures import MOST_TOGETHER, open_picture
 from casp.reading.texts import read_rows, string_of
 from casp.reading.video import open_frames
 
 ROLES = ("system", "user", "assistant")
+MOST_SHOWN = 256  # pictures and videos of a chat: a processor needs tens of seconds for thousands
 OTHER_MEDIA = ("audio", "audios")
 
 
@@ -109,13 +110,20 @@ class Chat:
         return self.turns[-1].text()
 
     def opened(self, frames: int = Visual.frames) -> Chat:
-        """The same chat with its pictures and `frames` of each video decoded; UserError for one that does not open."""
+        """The same chat with its pictures and `frames` of each video decoded; UserError for one that does not open.
+
+        Together they have at most MOST_TOGETHER pixels.
+        """
+        left = MOST_TOGETHER
 
         def opened(part: Part) -> Part:
+            nonlocal left
             if isinstance(part, Path):
-                return open_picture(part, self.source)
-            if isinstance(part, Video) and isinstance(part.frames, Path):
-                return Video(open_frames(part.frames, frames, self.source))
+                part = open_picture(part, self.source, left)
+                left -= part.width * part.height
+            elif isinstance(part, Video) and isinstance(part.frames, Path):
+                part = Video(open_frames(part.frames, frames, self.source, left))
+                left -= sum(frame.width * frame.height for frame in part.frames)
             return part
 
         return self.mapped(opened)
@@ -153,6 +161,13 @@ def read_samples(path: Path) -> tuple[list[str], list[Chat]]:
     """The texts and the chats of a .jsonl file, each in their order; every row is checked, no picture opened."""
     texts: list[str] = []
     chats: list[Chat] = []
+
+    def taken(chat: Chat) -> None:
+        shown = len(chat.pictures()) + len(chat.videos())
+        if shown > MOST_SHOWN:
+            raise UserError(f"{chat.source} shows {shown} pictures and videos, at most {MOST_SHOWN}: remove some")
+        chats.append(chat)
+
     for number, row in read_rows(path):
         source = f"line {number} of {path}"
         if any(medium in row for medium in OTHER_MEDIA):
@@ -161,10 +176,10 @@ def read_samples(path: Path) -> tuple[list[str], list[Chat]]:
         if "text" in row:
             texts.append(string_of(row, "text", source))
         elif "messages" in row:
-            chats.append(Chat(_turns(row["messages"], path.parent, source), source, kind))
+            taken(Chat(_turns(row["messages"], path.parent, source), source, kind))
         elif "question" in row and "answer" in row:
             question, answer = string_of(row, "question", source), string_of(row, "answer", source, number_too=True)
-            chats.append(Chat.about(_named_media(row, path.parent, source), question, answer, source, kind))
+            taken(Chat.about(_named_media(row, path.parent, source), question, answer, source, kind))
         else:
             raise UserError(
                 f"{source} has none of {{'text'}}, {{'question', 'answer'}} and {{'messages'}}: correct or remove it"

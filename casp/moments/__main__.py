@@ -20,7 +20,7 @@ from casp.linear import LowRankLinear, QuantizedLinear
 from casp.models import Decoder
 from casp.moments.collect import collect
 from casp.moments.find import stage_name
-from casp.moments.weights import EXPLAINED, by_gradient, weighting_parts
+from casp.moments.weights import EXPLAINED, USUAL, by_gradient, weighting_parts
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,10 +35,10 @@ def parser() -> argparse.ArgumentParser:
         "--token-weights",
         nargs="+",
         metavar="WEIGHTS",
-        default=["none", "attention", "gradient"],
+        default=list(USUAL),
         help="how tokens count in the moments of the inputs, one set of moments for each: "
         + "; ".join(f"{name} = {words}" for name, words in EXPLAINED.items())
-        + " (default: none attention gradient)",
+        + f" (default: {' '.join(USUAL)})",
     )
     flags.add_argument(
         "--gradients",

@@ -20,6 +20,9 @@ EXPLAINED = {
 }
 """The ways of weighing a token, by name."""
 
+USUAL = ("none", "attention", "gradient")
+"""What is collected where nothing else is asked for."""
+
 _MOST_ATTENTION = 4.0  # the first token of a text draws a hundred times its share and says nothing
 _MOST_SQUARE = 40.0
 _MOST_ENERGY = 4.0

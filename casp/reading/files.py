@@ -30,8 +30,13 @@ def require_file(path: Path, what: str) -> int:
 
 def require_folder(path: Path, what: str) -> None:
     """UserError unless `path` is a folder."""
-    if not stat.S_ISDIR(_status(path, what).st_mode):
+    if not is_folder(path, what):
         raise UserError(f"{what} {path} is a file; give a folder.")
+
+
+def is_folder(path: Path, what: str) -> bool:
+    """Whether `path` is a folder; UserError where nothing is there or its name is none."""
+    return stat.S_ISDIR(_status(path, what).st_mode)
 
 
 def is_there(path: Path) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import shlex
 import subprocess
 import sys
@@ -105,8 +106,8 @@ def main(arguments: list[str] | None = None) -> None:
     candidates = []
     for candidate in args.candidates:
         dataset, _, samples = candidate.rpartition("@")
-        if not dataset or not samples.isdecimal() or not int(samples):
-            raise UserError(f"{candidate} is not DATASET@SAMPLES: write for example demo-mixed@32")
+        if not dataset or not re.fullmatch("[1-9][0-9]{0,6}", samples):
+            raise UserError(f"{candidate[:80]} is not DATASET@SAMPLES: write for example demo-mixed@32")
         candidates.append((dataset, int(samples)))
     original = model_folder(args.model)
     check_file(args.output, [{"command", "model", "split", "results"}], [original])

@@ -249,34 +249,41 @@ def row(setting: Setting, folder: Path, examiner: Examiner) -> dict[str, Any]:
     }
 
 
-def kept_row(file: Path) -> dict[str, Any]:
-    """A row that was measured before; UserError where `file` holds none."""
+def kept_row(file: Path, setting: Setting) -> dict[str, Any]:
+    """The row of `setting` that was measured before; UserError where `file` holds none, or one of another setting."""
     found = read_json(file, "the row", remedy="remove it to measure it again")
-    if not found.keys() >= COLUMNS:
-        raise UserError(f"{file} holds no row of this report; remove it to measure it again.")
+    measured = [found.get(name) for name in ("bpw", *MEASURES)]
+    known = [value for value in measured if value is not None]  # a text model answers no questions
+    numbers = all(type(value) in (int, float) and math.isfinite(value) for value in known)
+    alike = all(found.get(name) == value for name, value in asdict(setting).items())
+    if not found.keys() >= COLUMNS or measured[0] is None or not numbers or not alike:
+        raise UserError(f"{file} holds no row of {setting.name()}; remove it to measure it again.")
     return found
 
 
-def check_alike(file: Path, making: Making, scoring: Scoring, questions: int) -> None:
-    """UserError where the rows beside `file` were measured otherwise: rows of one table share data and questions."""
-    wanted = {
-        "samples": making.samples,
-        "calibration_batch_size": making.batch_size,
-        "epochs": making.epochs,
-        "windows": scoring.windows,
-        "sequence_length": scoring.sequence_length,
-        "questions": questions,
-        "dtype": scoring.dtype,
-    }
+def of_work(making: Making) -> dict[str, Any]:
+    """What the files of a workshop share, by flag."""
+    batch_size, epochs = making.batch_size, making.epochs
+    return {"samples": making.samples, "calibration_batch_size": batch_size, "epochs": epochs}
+
+
+def of_rows(making: Making, scoring: Scoring, questions: int) -> dict[str, Any]:
+    """What the rows of one table share, by flag: data and questions."""
+    how = {"windows": scoring.windows, "sequence_length": scoring.sequence_length, "dtype": scoring.dtype}
+    return {**of_work(making), **how, "questions": questions}
+
+
+def check_alike(file: Path, wanted: dict[str, Any], flag: str) -> None:
+    """UserError where what lies beside `file`, in the folder of `flag`, was made with another setting than `wanted`."""
     if not file.exists():
         write_json(file, wanted)
         return
-    found = read_json(file, "what the rows share", remedy="choose another --output")
+    found = read_json(file, "what the files beside it share", remedy=f"choose another {flag}")
     other = next((name for name, value in wanted.items() if found.get(name) != value), None)
     if other is not None:
         raise UserError(
-            f"the rows in {file.parent} were measured with {other} {str(found.get(other))[:40]}, not {wanted[other]}; "
-            f"give --{other.replace('_', '-')} the same or choose another --output."
+            f"what lies in {file.parent} was made with {other} {str(found.get(other))[:40]}, not {wanted[other]}; "
+            f"give --{other.replace('_', '-')} the same or choose another {flag}."
         )
 
 
@@ -347,7 +354,8 @@ def main(arguments: list[str] | None = None) -> None:
     making = Making(args.device, args.samples, args.calibration_batch_size, args.epochs)
     workshop = Workshop(args.work, making)
     scoring = Scoring(args.device, args.dtype, args.windows, args.sequence_length, args.batch_size, LONGEST_ANSWER)
-    check_alike(rows_folder / "shared.json", making, scoring, args.questions)
+    check_alike(rows_folder / "shared.json", of_rows(making, scoring, args.questions), "--output")
+    check_alike(args.work / "shared.json", of_work(making), "--work")
     examiner = Examiner(args.output, scoring, args.questions)
     rows = []
     for setting in dict.fromkeys(settings(grid)):
@@ -361,7 +369,7 @@ def main(arguments: list[str] | None = None) -> None:
             write_json(file, row(setting, folder, examiner))
             if not args.keep:
                 shutil.rmtree(folder)
-        rows.append(kept_row(file))
+        rows.append(kept_row(file, setting))
         write_report(args.output, rows)
     print((args.output / "report.md").read_text())
 

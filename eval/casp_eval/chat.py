@@ -22,7 +22,7 @@ from casp.reading.config import open_config
 from casp.reading.pictures import Image, open_picture
 from casp.reading.video import open_frames
 from casp_eval.loading import Checkpoint, open_checkpoint, require_images
-from casp_eval.options import MOST_NEW_TOKENS, add_model_argument
+from casp_eval.options import MOST_CHARACTERS, MOST_NEW_TOKENS, add_model_argument
 
 
 class _Timer(TextStreamer):
@@ -54,13 +54,9 @@ def reply(checkpoint: Checkpoint, question: str, shown: Image.Image | Video | No
         [prompt], [turn.pictures()] if turn.pictures() else None, "left", [turn.videos()] if turn.videos() else None
     )
     timer = _Timer(checkpoint.tokenizer)
-    with checkpoint.running():
-        checkpoint.model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=timer)
+    checkpoint.generate(inputs, max_new_tokens=max_new_tokens, streamer=timer)
     tokens = len(timer.times) - 2
     return tokens / (timer.times[-1] - timer.times[1]) if tokens > 0 else float("nan")
-
-
-MOST_CHARACTERS = 20_000  # of a question: more than any built-in model reads, an answer within seconds of computing
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -252,13 +252,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_place(output: Path, inputs: Iterable[Path]) -> None:
+    """UserError where the report would be written into `inputs`, into a model, or over what is no report."""
+    check_report(output, REPORT_FILES, inputs, "report.json", {"model", "method", "bpw"})
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_intermixed_args(arguments)
     subjects = [Subject.parse(text) for text in options.checkpoints]
     named = [*(options.text or []), options.questions_file]
     files = [Path(name) for name in named if name and Path(name).is_file()]
     inputs = [*(subject.folder for subject in subjects), *files]
-    check_report(options.output, REPORT_FILES, inputs, "report.json", {"model", "method", "bpw"})
+    check_place(options.output, inputs)
     names = options.text or ([options.split] if options.split == "validation" else ["test", UNCALIBRATED])
     texts = {name: sources.evaluation_text(name) for name in names}
     questions_name = options.questions_file or options.split

@@ -9,6 +9,7 @@ import base64
 import binascii
 import io
 import json
+import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,9 +24,10 @@ from casp.cli import Parser, add_device_arguments, run_main
 from casp.data.chats import Turn
 from casp.errors import UserError
 from casp.numbers import whole
+from casp.reading.documents import parse_json
 from casp.reading.pictures import read_picture
 from casp_eval.loading import Checkpoint, open_checkpoint
-from casp_eval.options import MOST_NEW_TOKENS, add_model_argument
+from casp_eval.options import MOST_CHARACTERS, MOST_NEW_TOKENS, add_model_argument
 
 PAGE = Path(__file__).with_name("page.html")
 MOST_BYTES = 64 << 20  # of a request: a picture in base64
@@ -61,16 +63,18 @@ class Answers:
         question = asked.get("question") if isinstance(asked, dict) else None
         if not isinstance(question, str) or not question.strip():
             raise UserError("there is no question; write one.")
+        if len(question) > MOST_CHARACTERS:
+            raise UserError(f"the question is longer than {MOST_CHARACTERS} characters; ask a shorter one.")
         picture = picture_of(str(asked["picture"])) if asked.get("picture") else None
         if picture is not None and not self.checkpoint.is_multimodal:
             raise UserError(f"{self.name} takes no pictures; ask without one.")
         checkpoint = self.checkpoint
-        with self.lock, checkpoint.running():
+        with self.lock:
             began = time.perf_counter()
             prompt, _ = checkpoint.prompt([Turn("user", (question,) if picture is None else (picture, question))])
             inputs = checkpoint.encode([prompt], None if picture is None else [[picture]], "left")
             length = inputs["input_ids"].shape[1]
-            made = checkpoint.model.generate(**inputs, max_new_tokens=self.max_new_tokens)[0, length:]
+            made = checkpoint.generate(inputs, max_new_tokens=self.max_new_tokens)[0, length:]
             answer = checkpoint.tokenizer.decode(made, skip_special_tokens=True).strip()
         return {"answer": answer, "tokens": len(made), "seconds": time.perf_counter() - began}
 
@@ -92,7 +96,10 @@ def server(answers: Answers, port: int) -> ThreadingHTTPServer:
         def _is_local(self) -> bool:
             # A page of another site that is open in the same browser shall not ask here.
             origin = self.headers.get("Origin")
-            return origin is None or urlsplit(origin).hostname in LOCAL
+            try:
+                return origin is None or urlsplit(origin).hostname in LOCAL
+            except ValueError:
+                return False
 
         def do_GET(self) -> None:
             if self.path == "/":
@@ -106,11 +113,12 @@ def server(answers: Answers, port: int) -> ThreadingHTTPServer:
             length = self.headers.get("Content-Length", "")
             if self.path != "/ask" or not self._is_local():
                 return self._json(404, {"error": "there is no such page."})
-            if not length.isdigit() or int(length) > MOST_BYTES:
+            if not re.fullmatch("[0-9]{1,12}", length) or int(length) > MOST_BYTES:
                 return self._json(413, {"error": "the picture is too large; scale it down."})
             try:
-                self._json(200, answers.ask(json.loads(self.rfile.read(int(length)))))
-            except (UserError, ValueError, RecursionError) as error:
+                sent = self.rfile.read(int(length))
+                self._json(200, answers.ask(parse_json(sent, "the request", "load the page again", object)))
+            except UserError as error:
                 self._json(400, {"error": str(error)})
 
         def log_message(self, *words: Any) -> None:

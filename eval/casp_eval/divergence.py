@@ -30,6 +30,15 @@ def positions(batch: dict[str, Tensor], config: Any) -> Tensor:
     return next_tokens(ids, text) != NO_LABEL
 
 
+def require_same_tokens(original: Checkpoint, other: Checkpoint) -> None:
+    """UserError where the two do not give the same ids to the same words: a divergence would compare other tokens."""
+    sizes = [one.config.get_text_config().vocab_size for one in (original, other)]
+    if sizes[0] != sizes[1] or original.tokenizer.get_vocab() != other.tokenizer.get_vocab():
+        raise UserError(
+            f"{other.folder} has other tokens than {original.folder}; give what it was made from as --original."
+        )
+
+
 @torch.inference_mode()
 def divergence(original: Checkpoint, other: Checkpoint, batches: list[dict[str, Tensor]]) -> tuple[float, int]:
     """Mean KL(original || other) in nats over `positions`, and how many they are. UserError where it is not finite."""
@@ -69,6 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     check_output(options.output, options.model, options.original, *calibration_of(options).files())
     calibration, compute = calibration_of(options), (options.device, options.dtype)
     original, other = open_checkpoint(options.original, *compute), open_checkpoint(options.model, *compute)
+    require_same_tokens(original, other)
     found, count = divergence(original, other, calibration.batches(original.folder, options.seed))
     figure = {"model": options.model, "original": options.original, "seed": options.seed, **calibration.record()}
     write_figure({**figure, "divergence": found, "positions": count}, options.output)

@@ -82,14 +82,18 @@ class Checkpoint:
         return told_as(f"{self.folder} cannot be run", remedy)
 
     @torch.inference_mode()
-    def generated(self, inputs: dict[str, Tensor], **settings: Any) -> list[str]:
-        """What the model writes after each row of `inputs` (of `encode`, padded left), without special tokens.
+    def generate(self, inputs: dict[str, Tensor], **settings: Any) -> Tensor:
+        """Token ids, (rows, tokens), of `inputs` (of `encode`, padded left) with what the model writes after each row.
 
         settings: of transformers' `generate`. UserError where a logit is NaN or infinite: the most likely token would
         be token 0, often a special one, and the answer would be empty as if the model had nothing to say.
         """
         with self.running():
-            output = self.model.generate(**inputs, logits_processor=LogitsProcessorList([self._finite]), **settings)
+            return self.model.generate(**inputs, logits_processor=LogitsProcessorList([self._finite]), **settings)
+
+    def generated(self, inputs: dict[str, Tensor], **settings: Any) -> list[str]:
+        """What the model writes after each row of `inputs`, see `generate`, as text without special tokens."""
+        output = self.generate(inputs, **settings)
         return self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def _finite(self, _: Tensor, scores: Tensor) -> Tensor:

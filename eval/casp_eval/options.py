@@ -15,6 +15,7 @@ from casp.numbers import seed, whole
 from casp.outputs import check_file
 
 MOST_NEW_TOKENS = 1 << 16
+MOST_CHARACTERS = 20_000  # of a question: more than any built-in model reads, an answer within seconds of computing
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:

@@ -8,28 +8,32 @@ what the paper ranks by, the influence of the block: `s_l N_l 2^(-2 b_l)`.
 from __future__ import annotations
 
 import argparse
+import math
 import random
 from pathlib import Path
 
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm import tqdm
 
 from casp.backend import Backend, Matrix, load_backend, rounded
 from casp.capture import capture_inputs
 from casp.cli import Parser, add_common_arguments, calibration_of, compute_of, model_folder, run_main
+from casp.digest import content_hash
+from casp.errors import UserError
 from casp.factors import quantized_factors
-from casp.files import write_json
 from casp.head import head_logits
 from casp.inputs import BatchInputs, first_output, moved
 from casp.models import Decoder
 from casp.moments.store import LinearMoments, Moments
-from casp.numbers import count
+from casp.numbers import whole
+from casp.outputs import check_file, read_record
 from casp.plan.allocate import frontier
 from casp.plan.measure import read_costs
 from casp.plan.options import LinearOptions, Option
 from casp.seed import matrix_generator
+from casp_eval.correlation import spearman
+from casp_eval.options import write_figure
 
 
 class Original:
@@ -76,6 +80,10 @@ class Original:
             changed, kept = self._logs(n, hidden), self.logs[n]
             total += (kept.exp() * (kept - changed)).sum().item()
             count += len(kept)
+        if not count:
+            raise UserError("the data has no text that text follows; choose another --dataset.")
+        if not math.isfinite(total):
+            raise UserError(f"block {index}, changed, makes the model predict NaN or infinity; try --dtype float32.")
         return total / count
 
 
@@ -107,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--moments", type=Path, required=True, metavar="DIR", help="output of the moments' stage")
     flags.add_argument("--costs", type=Path, required=True, metavar="DIR", help="folder of the priced options")
     flags.add_argument("--token-weights", default="attention+gradient", help="as in the prices (default: %(default)s)")
-    flags.add_argument("--draws", type=count, default=60, help="matrices measured, a count (default: 60)")
+    flags.add_argument("--draws", type=whole(2), default=60, help="matrices measured, a count (default: 60)")
     return flags
 
 
@@ -120,10 +128,18 @@ def main(arguments: list[str] | None = None) -> None:
     """Draw, change, measure, put back."""
     args = parser().parse_args(arguments)
     decoder = Decoder.open(model_folder(args.model))
+    if args.output is not None:
+        inputs = [decoder.folder, args.moments, args.costs, *calibration_of(args).files()]
+        check_file(args.output, [{"model", "backend", "spearman", "rows"}], inputs)
     compute = compute_of(args).of(decoder.dtype)
     batches = calibration_of(args).batches(decoder.folder, compute.seed)
-    linears, moments = read_costs(args.costs, len(decoder.blocks)), Moments(args.moments)
+    moments = Moments(args.moments)
     backend = load_backend(args.backend)
+    content, record = content_hash(decoder.folder), read_record(args.costs)
+    moments.check(content, decoder, args.token_weights)
+    if record is None or record["kind"] != "costs" or record["fingerprint"].get("model") != content:
+        raise UserError(f"{args.costs} holds no prices of {args.model}; give the --costs of plan.sh for this model.")
+    linears = read_costs(args.costs, len(decoder.blocks))
     original = Original(decoder, batches, compute.device, compute.dtype)
     drawn = random.Random(compute.seed)
     roles = sorted({linear.role for linear in linears})
@@ -151,13 +167,14 @@ def main(arguments: list[str] | None = None) -> None:
         )
         module.weight.data = before
     by_cost, by_influence = (
-        float(spearmanr([row[key] for row in rows], [row["measured"] for row in rows]).statistic)
+        spearman([row[key] for row in rows], [row["measured"] for row in rows])["spearman"]
         for key in ("predicted", "influence")
     )
     report = {"model": args.model, "backend": args.backend, "spearman": by_cost, "spearman_influence": by_influence}
-    print(f"Spearman of predicted and measured damage {by_cost:.3f}; of the block's influence {by_influence:.3f}")
+    told = ("undefined" if value is None else f"{value:.3f}" for value in (by_cost, by_influence))
+    print("Spearman of predicted and measured damage {}; of the block's influence {}".format(*told))
     if args.output is not None:
-        write_json(args.output, {**report, "rows": rows})
+        write_figure({**report, "rows": rows}, args.output)
 
 
 if __name__ == "__main__":

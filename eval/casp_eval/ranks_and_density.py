@@ -9,27 +9,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import spearmanr
-
 from casp.backend import backend_names, load_backend
 from casp.cli import Parser, model_folder, run_main
 from casp.digest import content_hash
 from casp.models import Decoder
 from casp.moments.store import Moments
 from casp.plan.file import read_plan, shapes
+from casp_eval.correlation import spearman
 from casp_eval.options import add_model_argument, add_output_argument, check_output, write_figure
 
 
 def correlations(measures: dict[str, list[float | None]], ranks: dict[str, list[int]]) -> dict[str, dict[str, Any]]:
     """Measure -> role -> {"spearman", "p"}, both lists one value a block; a measure that has a None is left out."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, values in measures.items():
-        if None not in values:
-            tests = {role: spearmanr(values, chosen) for role, chosen in ranks.items()}
-            found[name] = {
-                role: {"spearman": float(one.statistic), "p": float(one.pvalue)} for role, one in tests.items()
-            }
-    return found
+    return {
+        name: {role: spearman(values, chosen) for role, chosen in ranks.items()}
+        for name, values in measures.items()
+        if None not in values
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -40,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--moments", type=Path, required=True, metavar="DIR", help="the moments that it was made from")
     add_output_argument(parser)
     options = parser.parse_args(arguments)
-    check_output(options.output, options.plan, options.moments)
+    check_output(options.output, options.model, options.plan, options.moments)
     decoder, moments = Decoder.open(model_folder(options.model)), Moments(options.moments)
     moments.check(content_hash(decoder.folder), decoder, "none")
     plan = read_plan(options.plan, decoder, content_hash(decoder.folder), load_backend(options.backend))

@@ -61,12 +61,18 @@ def test_settings_and_flags_say_the_same(settings: dict):
         ({"bits": True}, "bits is true"),
         ({"evaluate": "yes"}, "evaluate cannot be yes"),
         ({"bits": {"a": 1}}, "bits cannot be"),
+        ({"bits": 1 << 20_000}, "bits cannot be a number of 20001 bits"),
+        ({"format": [["x"]]}, "format cannot be a list"),
+        ({"quantizing": [{}]}, "quantizing cannot be a dict"),
         ({"help": True}, "'help'"),
     ],
 )
 def test_settings_that_are_none(settings: dict, named: str):
     with pytest.raises(UserError, match=named):
         recipe.flags(settings, small_parser())
+
+
+BOMB = "bits:\n- &a0 [x, x]\n" + "".join(f"- &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9))
 
 
 @pytest.mark.parametrize(
@@ -79,6 +85,10 @@ def test_settings_that_are_none(settings: dict, named: str):
         ("r.json", '{"recipe": 1, "steps": [{"command": "svd"}]}', "no step of `casp compress`"),
         ("r.json", '{"command": "svd"}', "is for `casp svd`"),
         ("r.json", "[" * 100_000, "recipe"),
+        ("r.yaml", "format: " + "[" * 32_000, "no YAML of plain settings"),
+        ("r.yaml", "format: &a [*a]", "no YAML of plain settings"),
+        # ten times as much text a line
+        ("r.yaml", BOMB, "no YAML of plain settings"),
     ],
 )
 def test_files_that_are_none(tmp_path: Path, name: str, text: str, named: str):

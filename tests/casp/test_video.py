@@ -1,6 +1,7 @@
 """Videos: frames from files and folders, and as samples of a video model."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from casp.data import calibration_batches
-from casp.data.chats import read_samples
+from casp.data import calibration_batches, chats
+from casp.data.chats import Chat, Video, read_samples
 from casp.errors import UserError
 from casp.modality import Visual
 from casp.reading.video import evenly_spaced, open_frames
@@ -43,6 +44,36 @@ def test_a_folder_of_frames(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no frames"):
         open_frames(tmp_path / "empty", 4, "here")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000, "a\0b", "nowhere", "notes.txt/clip", "fifo"])
+def test_what_is_neither_a_file_nor_a_folder_is_told(tmp_path, name):
+    (tmp_path / "notes.txt").write_text("no video")
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UserError, match="line 3: the video"):
+        open_frames(tmp_path / name, 4, "line 3")
+
+
+def test_what_a_chat_shows_is_bounded_as_a_whole(tmp_path, monkeypatch):
+    """Each picture may be of a size that is read, and all together fill the memory."""
+    monkeypatch.setattr(chats, "MOST_TOGETHER", 5 * 64 * 48)
+    clip = Video(grey_frames(tmp_path / "clip", 6))
+    picture = tmp_path / "clip" / "000.png"
+    assert Chat.about([clip, picture], "What?", "grey", "line 3").opened(4).videos()
+    for shown, frames in (([clip], 6), ([clip, picture, picture], 4), ([picture] * 6, 1)):
+        with pytest.raises(UserError, match=r"line 3: the image .* with what is shown beside it"):
+            Chat.about(shown, "What?", "grey", "line 3").opened(frames)
+    file = Video(write_clip(tmp_path / "a.mp4", 8))
+    assert len(Chat.about([file], "What?", "grey", "line 3").opened(5).videos()[0].frames) == 5
+    with pytest.raises(UserError, match="6 frames of 64x48 pixels, makes more than"):
+        Chat.about([file], "What?", "grey", "line 3").opened(6)
+
+
+def test_more_pictures_than_any_model_reads_are_refused_unopened(tmp_path):
+    row = {"images": ["nowhere.png"] * 257, "question": "What?", "answer": "grey"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match="shows 257 pictures and videos, at most 256"):
+        read_samples(tmp_path / "rows.jsonl")
 
 
 def write_clip(file: Path, count: int) -> Path:

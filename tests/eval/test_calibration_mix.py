@@ -27,7 +27,9 @@ def test_the_table_leaves_answers_out_of_the_mean_of_texts():
     assert cells == ["`x`", "3", "0.200", "0.600", "9.000", "0.400", "3.00", "50.0% (40–60)"]
 
 
-@pytest.mark.parametrize("candidate", ["demo-text", "demo-text@", "demo-text@0", "@4", "demo-text@²"])
+@pytest.mark.parametrize(
+    "candidate", ["demo-text", "demo-text@", "demo-text@0", "@4", "demo-text@²", "demo-text@" + "9" * 5000]
+)
 def test_what_is_no_set_with_a_number_of_samples(tmp_path, candidate):
     with pytest.raises(UserError, match="is not DATASET@SAMPLES"):
         main(["--model", "m", "--work", str(tmp_path / "w"), "--output", str(tmp_path / "o.json"), candidate])

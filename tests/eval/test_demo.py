@@ -75,6 +75,10 @@ def test_the_page_says_what_it_shows(page: Any):
         ({"question": "a", "picture": "file:///etc/passwd"}, "no image file"),
         ({"question": "a", "picture": "data:image/png;base64,AAAA"}, "does not open"),
         ({"question": "a", "picture": "data:image/png;base64,A"}, "did not arrive whole"),
+        ({"question": "a " * 20_000}, "longer than"),
+        (b"[" + b"[]," * 6_000_000 + b"[]]", "more than"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"question": ' + b"9" * 10_000 + b"}", "not valid JSON"),
     ],
 )
 def test_what_cannot_be_asked(page: Any, body: Any, named: str):
@@ -88,6 +92,9 @@ def test_pages_of_others_cannot_ask(page: Any):
     assert request(page, "/ask", asked, Origin="http://example.org")[0] == 404
     assert request(page, "/ask", asked, Origin=f"http://127.0.0.1:{page.server_port}")[0] == 200
     assert request(page, "/ask", b"", **{"Content-Length": str(1 << 40)})[0] == 413
+    assert request(page, "/ask", b"", **{"Content-Length": "9" * 5000})[0] == 413
+    assert request(page, "/ask", b"", **{"Content-Length": "\xb2"})[0] == 413
+    assert request(page, "/ask", asked, Origin="http://[")[0] == 404
     assert request(page, "/../secret")[0] == 404
 
 

@@ -94,6 +94,18 @@ def test_of_a_model_from_itself(tiny_llama, tmp_path):
     assert figure["divergence"] == pytest.approx(0, abs=1e-7)
 
 
+def test_a_model_of_other_tokens_is_no_original(refused, tiny_llama, tmp_path):
+    """Of the same shape, and with as many tokens: nothing else would tell that the ids stand for other words."""
+    other = shutil.copytree(tiny_llama, tmp_path / "other")
+    file = other / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, last = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[last] = vocabulary[last], vocabulary[first]
+    file.write_text(json.dumps(tokenizer))
+    assert "has other tokens than" in refused(main, "--model", other, "--original", tiny_llama, "--samples", 2)
+
+
 def test_ranks_that_follow_a_measure():
     found = correlations(
         {"rises": [0.1, 0.2, 0.4], "falls": [3.0, 2.0, 1.0], "unknown": [None, 1.0, 2.0]},

@@ -1,10 +1,22 @@
 """What the comparison of CASP with its baselines keeps, reuses and removes."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
-from casp_eval.casp_vs_baseline import COLUMNS, Grid, Making, Setting, Workshop, check_alike, kept_row, main, settings
+from casp_eval.casp_vs_baseline import (
+    COLUMNS,
+    Grid,
+    Making,
+    Setting,
+    Workshop,
+    check_alike,
+    kept_row,
+    main,
+    of_rows,
+    of_work,
+    settings,
+)
 from casp_eval.options import Scoring
 
 from casp.errors import UserError
@@ -22,12 +34,31 @@ def test_a_folder_of_others_is_neither_measured_nor_removed(tmp_path):
     assert (folder / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "", json.dumps(dict.fromkeys(COLUMNS - {"bpw"}))])
+ROW = {**dict.fromkeys(COLUMNS), **asdict(SETTING), "bpw": 2.49, "excess_text": 0.5}
+
+
+def test_a_row_is_read_again(tmp_path):
+    file = tmp_path / "row.json"
+    file.write_text(json.dumps(ROW))
+    assert kept_row(file, SETTING) == ROW
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{}", "[]", ""),
+        json.dumps(dict.fromkeys(COLUMNS - {"bpw"})),
+        *(json.dumps(ROW | {key: value}) for key in ("bpw", "accuracy") for value in ("x", [], True, float("nan"))),
+        json.dumps(ROW | {"bpw": None}),
+        json.dumps(ROW | {"seed": 1}),
+        json.dumps(ROW | {"backend": "aqlm"}),
+    ],
+)
 def test_what_is_no_row_is_told(tmp_path, text):
     file = tmp_path / "row.json"
     file.write_text(text)
     with pytest.raises(UserError, match="measure it again"):
-        kept_row(file)
+        kept_row(file, SETTING)
 
 
 def test_the_report_goes_into_no_model_and_over_no_other_files(tmp_path, tiny_llama):
@@ -40,15 +71,25 @@ def test_the_report_goes_into_no_model_and_over_no_other_files(tmp_path, tiny_ll
 
 def test_rows_that_were_measured_otherwise_do_not_share_a_table(tmp_path):
     making, scoring = Making("cpu", 0, 2, 2), Scoring("cpu", "auto", 64, 512, 8, 4)
-    check_alike(tmp_path / "shared.json", making, scoring, 600)
-    check_alike(tmp_path / "shared.json", replace(making, device="cuda"), replace(scoring, batch_size=2), 600)
+    file = tmp_path / "shared.json"
+    check_alike(file, of_rows(making, scoring, 600), "--output")
+    check_alike(file, of_rows(replace(making, device="cuda"), replace(scoring, batch_size=2), 600), "--output")
     for wrong, words in (
         ((replace(making, samples=8), scoring, 600), "samples 0, not 8"),
         ((making, replace(scoring, windows=16), 600), "windows 64, not 16"),
         ((making, scoring, 120), "questions 600, not 120"),
     ):
         with pytest.raises(UserError, match=words):
-            check_alike(tmp_path / "shared.json", *wrong)
+            check_alike(file, of_rows(*wrong), "--output")
+
+
+def test_moments_of_other_samples_are_not_used_again(tmp_path):
+    """--work outlives --output, and its files are known by model, seed and setting alone."""
+    file = tmp_path / "shared.json"
+    check_alike(file, of_work(Making("cpu", 0, 2, 2)), "--work")
+    for other, words in ((Making("cpu", 8, 2, 2), "samples 0, not 8"), (Making("cpu", 0, 2, 3), "epochs 2, not 3")):
+        with pytest.raises(UserError, match=f"{words}.*another --work"):
+            check_alike(file, of_work(other), "--work")
 
 
 @pytest.mark.parametrize(("chosen", "expected"), [((), {"e8p", "trellis", None}), (("trellis",), {"trellis", None})])

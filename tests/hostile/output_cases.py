@@ -1,6 +1,6 @@
 """Tables of hostile outputs and switches: where a result must not go, and what no run can be asked for.
 
-`tests/hostile/cases.py` says what a case is; this is its part about places that are written and about the commands
+`case.py` says what a case is; this is the part about places that are written and about the commands
 that run other commands.
 """
 
@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from case import NUMBERS, OTHER_JSON, Case, written
 
 FOLDERS = ("svd", "gptq", "quip", "aqlm", "moments", "obey", "compress", "compare", "speed", "versus")
 FILES = ("plan", "perplexity", "questions")
@@ -49,7 +51,41 @@ OF_SPEED = (
     ("--ggml", "{model}/../pipe"),
     ("--device", "thesis"),
 )
-OF_COMPRESS = (("--", "--no-such-flag"), ("--", "--bits", "nan"), ("--", "--output", "{model}"), ("--ft-epochs", "1"))
+OF_COMPRESS = (
+    ("--", "--no-such-flag"),
+    ("--", "--bits", "nan"),
+    ("--", "--output", "{model}"),
+    ("--ft-epochs", "1"),
+    ("--costs", "{model}"),
+    ("--costs", "{model}/../foreign"),
+    ("--costs", "{dir}/out"),
+    ("--moments", "{model}"),
+    ("--moments", "{model}/../foreign"),
+    ("--format", "thesis"),
+    ("--format", "codebook=x"),
+    ("--format", "group_size=0"),
+    ("--token-weights", "thesis"),
+    ("--token-weights", "none+none"),
+    ("--token-weights", "gradient-norm"),
+)
+TENFOLD = "\n".join(["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9))])
+RECIPES = {
+    "lists of lists": TENFOLD.encode(),
+    "lists of lists for a flag": ("format:\n- " + TENFOLD.replace("\n", "\n- ")).encode(),
+    "a list of itself": b"format: &a [*a]",
+    "deep": b"format: " + b"[" * 30_000 + b"]" * 30_000,
+    "long hexadecimal number": b"bits: 0x" + b"F" * 20_000,
+    "long number": b"bits: " + b"9" * 20_000,
+    "an object of Python's": b"bits: !!python/object/apply:os.system ['touch executed']",
+    "a date": b"bits: 2024-01-01",
+    "nan": b"bits: .nan",
+    "a model elsewhere": b"model: /nowhere",
+    "an output": b"output: /tmp",
+    "zeros": bytes(1000),
+    "not UTF-8": b"bits: \xff",
+    "large": b"#" * 10**6,
+}
+"""Recipes in YAML that are none, or ask for what a recipe cannot ask for."""
 
 
 def foreign(folder: Path) -> None:
@@ -62,8 +98,8 @@ def foreign(folder: Path) -> None:
     os.mkfifo(folder.parent / "pipe")
 
 
-def output_cases(make: Callable[..., Any], tables: Any) -> Iterator[Any]:
-    """Outputs that are inputs, that others made, or that nothing can be written to; make: `cases.Case`."""
+def output_cases() -> Iterator[Case]:
+    """Outputs that are inputs, that others made, or that nothing can be written to."""
     for command in (*FOLDERS, *FILES):
         base = {"obey": "plan", "questions": "llava"}.get(command, "llama")
         for label, place in PLACES.items():
@@ -73,15 +109,15 @@ def output_cases(make: Callable[..., Any], tables: Any) -> Iterator[Any]:
                 continue  # there the plan lies, beside which anything may be written
             fine = label in (ADDING if command in REPORTS else UNTRIED if command == "compress" else ())
             name = f"{command} into {label}"
-            yield make("outputs", name, command, base, foreign, ("--output", place), refuse=not fine)
+            yield Case("outputs", name, command, base, foreign, ("--output", place), refuse=not fine)
     for command in ("gptq", "obey", "plan"):
         for flag in ("--moments", "--costs") if command == "plan" else ("--moments",):
             base = "plan" if command == "obey" else "llama"
             flags = (flag, "{moments}", "--output", "{moments}/out.json")
-            yield make("outputs", f"{command} into its {flag}", command, base, foreign, flags)
+            yield Case("outputs", f"{command} into its {flag}", command, base, foreign, flags)
     for command in ("gptq", "svd", "moments", "plan", "compress"):
         for name in ("out",) if command == "plan" else ("out.partial", "out"):  # a plan is a file
-            yield make("outputs", f"{command} beside a foreign {name}", command, "llama", beside(name))
+            yield Case("outputs", f"{command} beside a foreign {name}", command, "llama", beside(name))
 
 
 def beside(name: str) -> Callable[[Path], None]:
@@ -96,24 +132,32 @@ def beside(name: str) -> Callable[[Path], None]:
     return damage
 
 
-def switch_cases(make: Callable[..., Any], tables: Any) -> Iterator[Any]:
+def switch_cases() -> Iterator[Case]:
     """What the commands that run others, and those that converse, are asked for."""
 
-    def switch(command: str, flags: tuple[str, ...], refuse: bool = True, **more: Any) -> Any:
+    def switch(command: str, flags: tuple[str, ...], refuse: bool = True, **more: Any) -> Case:
         name = f"{command} {' '.join(flags)[:50]!r}"
-        return make("switches", name, command, "llama", foreign, flags, refuse, **more)
+        return Case("switches", name, command, "llama", foreign, flags, refuse, **more)
 
     for flag in SWITCHES:
-        for value in (*tables.NUMBERS, "../x", "x" * 300, "a\0b"):
+        for value in (*NUMBERS, "../x", "x" * 300, "a\0b"):
             # What is right about that flag is refused for the model.
             yield switch("versus", (f"{flag}={value}", *(() if flag == "--models" else ("--models", "nowhere"))))
-    for value in tables.NUMBERS:
+    for value in NUMBERS:
         yield switch("chat", (f"--max-new-tokens={value}",), value not in ("1_0",))
     for label, typed in TYPED.items():
-        yield make("switches", f"chat is told {label}", "chat", "llama", foreign, (), False, typed)
+        yield Case("switches", f"chat is told {label}", "chat", "llama", foreign, (), False, typed)
     for value in ASKED:
         yield switch("chat", ("--question", value), False)
     for flags in OF_SPEED:
         yield switch("speed", flags)
     for flags in OF_COMPRESS:
         yield switch("compress", flags)
+    for label, data in RECIPES.items():
+        damage, flags = written("recipe.yaml", data), ("--recipe", "{model}/recipe.yaml")
+        fine = label in ("a model elsewhere", "an output")  # flags overrule it
+        yield Case("switches", f"compress, recipe: {label}", "compress", "llama", damage, flags, not fine)
+    for label, data in OTHER_JSON.items():
+        damage, flags = written("recipe.json", data), ("--recipe", "{model}/recipe.json")
+        fine = label == "object"
+        yield Case("switches", f"compress, recipe: JSON, {label}", "compress", "llama", damage, flags, not fine)

@@ -22,6 +22,8 @@ from casp.cli import Parser, run_main
 from casp.errors import UserError
 from casp.files import write_atomically
 from casp.kernels import operators
+from casp.outputs import refuse_inputs
+from casp.reading.documents import read_json
 from casp_quip_sharp.trellis.layout import STRIP
 from casp_quip_sharp.trellis.tables import FILE, UNIT, Table, entry_numbers
 from casp_quip_sharp.trellis.walks import walk_states
@@ -180,6 +182,11 @@ def main(argv: list[str] | None = None) -> None:
         states, bits = int(states), int(bits)
         print(json.dumps(asdict(make(states, bits, args.seed, EFFORTS[states]))))
         return
+    refuse_inputs(args.output, [])
+    if args.output.exists():
+        tables = read_json(args.output, "the file of tables", list, remedy="choose another --output")
+        if not all(isinstance(one, dict) and {"states", "masks", "entries"} <= one.keys() for one in tables):
+            raise UserError(f"{args.output} exists and holds no tables of this script; choose another --output.")
     lines = [json.dumps(asdict(make(states, bits, args.seed, EFFORTS[states]))) for states, bits in MADE]
     write_atomically(args.output, ("[\n" + ",\n".join(lines) + "\n]\n").encode())
 

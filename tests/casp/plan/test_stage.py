@@ -10,6 +10,7 @@ from casp_quip_sharp.__main__ import main as quip_sharp
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import casp
+from casp import job
 from casp.checkpoint import size
 from casp.errors import UserError
 from casp.job import main as compress
@@ -205,6 +206,16 @@ def test_compress_announces_and_does_the_whole_job(tiny_llava, tmp_path, capfd):
         (["--output", "/proc/out"], "/proc/out-recipe.json cannot be written"),
         (["--output", "{dir}/foreign/notes.txt/out"], "cannot be written"),
         (["--output", "{dir}/out", "--moments", "{model}/moments"], "lies inside"),
+        (["--output", "{dir}/out", "--moments", "{dir}/foreign"], "holds other files"),
+        (["--output", "{dir}/out", "--costs", "{model}/costs"], "lies inside"),
+        (["--output", "{dir}/out", "--costs", "{dir}/foreign"], "choose another --costs"),
+        (["--output", "{dir}/out", "--costs", "{dir}/out"], "is an input of this run"),
+        (["--output", "{dir}/out", "--moments", "{dir}/m", "--costs", "{dir}/m"], "is an input of this run"),
+        (["--output", "{dir}/out", "--format", "thesis"], "is no pair"),
+        (["--output", "{dir}/out", "--format", "codebook=x"], "not understood by backend 'gptq'"),
+        (["--output", "{dir}/out", "--format", "group_size=0"], "groups of 0 columns"),
+        (["--output", "{dir}/out", "--token-weights", "thesis"], "'thesis' is not one"),
+        (["--output", "{dir}/reported", "--evaluate"], "is no report of this script"),
         (["--output", "{dir}/out", "--", "--no-such-flag"], "--no-such-flag"),
         (["--output", "{dir}/out", "--", "--sweeps", "nan"], "--sweeps"),
         (["--output", "{dir}/out", "--", "--output", "{dir}/other"], "before the --"),
@@ -217,12 +228,32 @@ def test_compress_refuses_before_the_first_stage_what_the_last_one_would(
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/notes.txt").write_text("mine")
     (tmp_path / "planned-plan.json").write_text('{"mine": 1}')
+    (tmp_path / "reported-report").mkdir()
+    (tmp_path / "reported-report/report.md").write_text("mine")
     given = [flag.replace("{model}", str(tiny_llama)).replace("{dir}", str(tmp_path)) for flag in flags]
     moments = [] if "--moments" in given else ["--moments", str(tmp_path / "moments")]
     with pytest.raises((UserError, SystemExit)) as refused:
         compress(["--model", str(tiny_llama), "--backend", "gptq", "--bits", "3.5", *moments, *given])
     assert words in f"{refused.value} {capfd.readouterr().err}"
     assert not (tmp_path / "out").exists()
+
+
+def test_compress_looks_at_moments_that_are_there(tiny_llama, tiny_qwen2, texts, moments, tmp_path):
+    flags = ["--backend", "gptq", "--bits", "3.5", "--moments", str(moments), "--output", str(tmp_path / "out")]
+    flags = [*flags, *data_flags(texts), "--dry-run"]
+    compress(["--model", str(tiny_llama), *flags])
+    with pytest.raises(UserError, match="another model"):
+        compress(["--model", str(tiny_qwen2), *flags])
+    with pytest.raises(UserError, match="without token weights 'gradient-norm'"):
+        compress(["--model", str(tiny_llama), *flags, "--token-weights", "gradient-norm"])
+
+
+def test_compress_collects_the_token_weights_that_it_asks_for(tiny_llama, tmp_path):
+    flags = ["--model", str(tiny_llama), "--backend", "gptq", "--dry-run", "--output", str(tmp_path / "out")]
+    flags += ["--moments", str(tmp_path / "moments"), "--token-weights", "none+gradient-norm"]
+    command = job.todo(job.parser().parse_args(flags))[0].command
+    wanted = command[command.index("--token-weights") + 1 :]
+    assert wanted == ["none", "attention", "gradient", "gradient-norm"]
 
 
 def test_compress_evaluates_if_asked(tiny_llama, texts, moments, planned, tmp_path, capfd):
