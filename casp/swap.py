@@ -45,25 +45,27 @@ def swap_modules(model: nn.Module, compression: Mapping[str, Any]) -> None:
     modules = compression["modules"]
     backend = load_backend(compression["backend"]) if any("format" in entry for entry in modules.values()) else None
     # A low-rank layer must stand before its factors can be replaced.
-    for path, entry in sorted(modules.items(), key=lambda item: "format" in item[1]):
-        parent, leaf = find_module(model, path)
-        old = parent.get_submodule(leaf)
-        if isinstance(old, LowRankLinear) and entry == {"rank": old.rank}:
-            continue
-        if not isinstance(old, nn.Linear):
-            raise UserError(f"{path} is a {type(old).__name__}, not a linear; the checkpoint's config is damaged.")
-        if entry.get("rank", 1) > min(old.in_features, old.out_features):
-            raise UserError(
-                f"quantization_config gives {path} the rank {entry['rank']}, more than its size allows; the "
-                "checkpoint's config is damaged: make or download it again."
-            )
-        bias, like = old.bias is not None, {"dtype": old.weight.dtype, "device": old.weight.device}
-        if "rank" in entry:
-            new = LowRankLinear(old.in_features, old.out_features, entry["rank"], bias, **like)
-        else:
-            with told_as(f"{path} has a format that {backend.name} does not know", "make the checkpoint again"):
-                new = backend.linear(old.out_features, old.in_features, bias, entry["format"], **like)
-        setattr(parent, leaf, new)
+    # transformers swaps where new tensors are on the meta device; a layer's constants must hold their values.
+    with torch.device("cpu"):
+        for path, entry in sorted(modules.items(), key=lambda item: "format" in item[1]):
+            parent, leaf = find_module(model, path)
+            old = parent.get_submodule(leaf)
+            if isinstance(old, LowRankLinear) and entry == {"rank": old.rank}:
+                continue
+            if not isinstance(old, nn.Linear):
+                raise UserError(f"{path} is a {type(old).__name__}, not a linear; the checkpoint's config is damaged.")
+            if entry.get("rank", 1) > min(old.in_features, old.out_features):
+                raise UserError(
+                    f"quantization_config gives {path} the rank {entry['rank']}, more than its size allows; the "
+                    "checkpoint's config is damaged: make or download it again."
+                )
+            bias, like = old.bias is not None, {"dtype": old.weight.dtype, "device": old.weight.device}
+            if "rank" in entry:
+                new = LowRankLinear(old.in_features, old.out_features, entry["rank"], bias, **like)
+            else:
+                with told_as(f"{path} has a format that {backend.name} does not know", "make the checkpoint again"):
+                    new = backend.linear(old.out_features, old.in_features, bias, entry["format"], **like)
+            setattr(parent, leaf, new)
 
 
 def describe_modules(model: nn.Module) -> dict[str, dict[str, Any]]:

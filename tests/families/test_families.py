@@ -48,6 +48,8 @@ def require_equal(folder: Path, batch: dict[str, torch.Tensor]) -> None:
     decoder.load_rest(CPU, torch.float32)
     for index in range(len(decoder.blocks)):
         decoder.load_block(index, CPU, torch.float32)
+    if not decoder.shows_attention:  # one attention for both: packed products round their inputs to 14 bits or so,
+        model.set_attn_implementation("eager")  # which makes of the last bit of two attentions one of those
     with torch.no_grad():
         found, expected = model(**batch).logits, decoder.model(**batch, use_cache=False).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

@@ -4,10 +4,11 @@ import pytest
 import torch
 from casp_quip_sharp.backend import QuipSharp
 from casp_quip_sharp.linear import QuipSharpLinear
+from casp_quip_sharp.trellis import tables
 
 from casp.backend import load_backend
 from casp.errors import UserError
-from casp.swap import module_bytes
+from casp.swap import module_bytes, swap_modules
 
 SHAPES = [(48, 64), (96, 37), (37, 96), (7, 12), (1, 8)]
 
@@ -70,6 +71,18 @@ def test_half_precision_keeps_the_scale(correlated, dtype):
     y = module(x.to(dtype))
     assert y.dtype == dtype
     assert torch.allclose(y.float(), x @ dense.T, atol=0.03 * (x @ dense.T).abs().max().item())
+
+
+@pytest.mark.parametrize("codebook", [{}, TRELLIS, {**TRELLIS, "states": 12}], ids=str)
+def test_a_layer_swapped_in_on_the_meta_device_has_its_constants(codebook):
+    """A checkpoint is opened where new tensors are on the meta device; nothing was computed before."""
+    tables._kernel_tensors.cache_clear()
+    model = torch.nn.Sequential(torch.nn.Linear(64, 48, device="meta"))
+    with torch.device("meta"):
+        swap_modules(model, {"backend": "quip-sharp", "modules": {"0": {"format": {"bits": 2, **codebook}}}})
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    held = model[0]._constants
+    assert not any(isinstance(one, torch.Tensor) and one.is_meta for one in held.coding)
 
 
 def test_a_codebook_that_does_not_exist():
