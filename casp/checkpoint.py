@@ -10,6 +10,7 @@ what the disk holds. `save_pretrained` writes the same format again.
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from casp.models import Decoder, decoder_blocks
 from casp.reading.compression import WEIGHTS_KEY, check_compression
 from casp.reading.header import read_header
 from casp.shards import Shards
-from casp.split import Experts, SplitLinear, apply_splits
+from casp.split import Experts, SplitLinear, apply_splits, joined
 from casp.swap import describe_modules, in_model, swap_modules, to_dense
 
 QUANT_METHOD = "casp"
@@ -75,12 +76,13 @@ def _sign(model: nn.Module) -> str:
     return next((path for path in compressed if not path.startswith(split)), compressed[0]) + ".weight"
 
 
-def _refuse_to_save(*_: Any, **__: Any) -> None:
-    """Stands for `save_pretrained` of a dense model in parts: its files would be read as random weights."""
-    raise UserError(
-        "this model's fused projections or experts are in parts, which stock transformers cannot read back; keep the "
-        "compressed checkpoint, or merge what was learned into the original model."
-    )
+def _save_joined(model: PreTrainedModel, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> Any:
+    """`save_pretrained` of a dense model in parts: its files hold the fused tensors that stock transformers reads.
+
+    While it saves, memory holds these beside the parts. The model stays in parts, since adapters know those by name.
+    """
+    state = joined(model, model.state_dict() if state_dict is None else state_dict)
+    return type(model).save_pretrained(model, *args, state_dict=state, **kwargs)
 
 
 @register_quantizer(QUANT_METHOD)
@@ -124,7 +126,7 @@ class CaspQuantizer(HfQuantizer):
         """Dense linears in the place of all compressed modules, in `dtype` (default: the model's)."""
         dense = to_dense(model, dtype or model.dtype)
         if any(isinstance(module, SplitLinear | Experts) for module in dense.modules()):
-            dense.save_pretrained = _refuse_to_save
+            dense.save_pretrained = MethodType(_save_joined, dense)
         return dense
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -239,6 +239,29 @@ def _fused_rows(module: nn.Linear, path: str, parts: Mapping[str, int], groups: 
     return found
 
 
+def joined(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state`, tensors by their names in `model`, with the dense parts of what was taken apart put together again.
+
+    The names and shapes are then those of the model as transformers has it. Parts that `state` lacks stay as they are.
+    """
+    found = dict(state)
+    for path, module in model.named_modules():
+        if isinstance(module, Experts):
+            for name, part in _tensors(module._fused).items():
+                parts = [f"{path}.each.{number}.{part}" for number in range(len(module.each))]
+                if all(one in found for one in parts):
+                    turned = module._fused.is_transposed and part.endswith("weight")
+                    tensors = [found.pop(one) for one in parts]
+                    found[f"{path}.{name}"] = torch.stack([t.T if turned else t for t in tensors])
+        elif isinstance(module, SplitLinear):
+            for name in ("weight", "bias"):
+                parts = [f"{path}.{part}.{name}" for part in module.rows]
+                if all(one in found for one in parts):
+                    tensors = [found.pop(one).unflatten(0, (module.groups, -1)) for one in parts]
+                    found[f"{path}.{name}"] = torch.cat(tensors, dim=1).flatten(0, 1)
+    return found
+
+
 def expert_of(block: nn.Module, path: str) -> Expert | None:
     """The expert that the module at `path` of `block` is part of."""
     module = block

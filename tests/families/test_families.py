@@ -24,6 +24,7 @@ from casp.capture import capture_inputs
 from casp.errors import UserError
 from casp.models import Decoder, _factory
 from casp.reading.config import open_config
+from casp.split import Experts, SplitLinear
 
 CPU = torch.device("cpu")
 VISUAL = [3, 4, 5, 6]  # a token of these, generated at random, would ask for a picture
@@ -66,6 +67,18 @@ def require_equal(folder: Path, batch: dict[str, torch.Tensor]) -> None:
     assert torch.equal(model.generate(**batch, **options), model.generate(**batch, **options, use_cache=False))
 
 
+def require_dense(folder: Path, batch: dict[str, torch.Tensor], place: Path) -> None:
+    """What `dequantize` makes of a compressed model is saved as transformers' own model of its kind."""
+    dense = loaded(folder).dequantize()
+    dense.save_pretrained(place)
+    again, told = _factory(open_config(place)).from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+    assert not any(told.values()), told
+    assert not any(isinstance(one, Experts | SplitLinear) for one in again.modules())
+    with torch.no_grad():
+        found, expected = again.eval()(**batch).logits, dense(**batch).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("name", parameters(FAMILIES))
 def test_every_stage(name, tmp_path, monkeypatch):
     family: Family = FAMILIES[name]
@@ -97,7 +110,9 @@ def test_every_stage(name, tmp_path, monkeypatch):
     moments = run(moments_stage, model, "moments", "--from-original")
     found["moments"] = "yes"
     known = ["--moments", moments, "--token-weights", "attention+gradient"]
-    require_equal(run(gptq, model, "gptq", "--bits", 4, "--group-size", 16, "--from-original", *known), batch)
+    packed = run(gptq, model, "gptq", "--bits", 4, "--group-size", 16, "--from-original", *known)
+    require_equal(packed, batch)
+    require_dense(packed, batch, tmp_path / "dense")
     found["gptq"] = "yes"
     require_equal(run(quip_sharp, start, "quip", "--bits", 2, "--ft-epochs", 1, "--from-original"), batch)
     found["quip-sharp"] = "yes"

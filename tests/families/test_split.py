@@ -1,5 +1,6 @@
 """What a model fuses, taken apart: the parts are what they are called, and together they do what the whole did."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -164,16 +165,28 @@ def test_text_alone_never_reaches_cross_attention(tmp_path):
         capture_inputs(Decoder(tmp_path), [batch], CPU, torch.float32)
 
 
-def test_a_dense_model_in_parts_is_not_saved(tmp_path):
-    """Its files would have names that stock transformers fills with random numbers."""
-    FAMILIES["phi3"].save(tmp_path / "phi3")
-    model = T.AutoModelForCausalLM.from_pretrained(tmp_path / "phi3")
-    splits = Decoder(tmp_path / "phi3").splits
-    apply_splits(model, splits)
-    dense = CaspQuantizer(CaspConfig({}, 1, splits=splits))._dequantize(model)
-    with pytest.raises(UserError, match="in parts"):
-        dense.save_pretrained(tmp_path / "dense")
-    assert not (tmp_path / "dense").exists()
+@pytest.mark.parametrize("name", ["phi3", "gpt_neox", "qwen3_moe", "gpt_oss"])
+def test_a_dense_model_in_parts_is_saved_whole(name, tmp_path):
+    """Its files are those of the original, bit for bit, and it stays in parts."""
+    FAMILIES[name].save(tmp_path / "model")
+    original = T.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    decoder = Decoder(tmp_path / "model")
+    model = copy.deepcopy(original)
+    wholes = {f"{path}.{leaf}" for path in decoder.splits for leaf, _ in model.get_submodule(path).named_parameters()}
+    fused = apply_splits(model, decoder.splits)
+    assert set(fused) == wholes
+    own = original.state_dict()
+    parts = {part: take(own[whole]) for whole, one in fused.items() for part, take in one.parts.items()}
+    model.load_state_dict(parts, strict=False, assign=True)
+    dense = CaspQuantizer(CaspConfig({}, 1, splits=decoder.splits))._dequantize(model)
+    copy.deepcopy(dense).save_pretrained(tmp_path / "dense", max_shard_size="20KB")
+    dense.save_pretrained(tmp_path / "given", state_dict=dense.state_dict())
+    assert set(parts) <= set(dense.state_dict())
+    for folder in ("dense", "given"):
+        again, told = T.AutoModelForCausalLM.from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not any(told.values()), told
+        for key, tensor in again.state_dict().items():
+            assert torch.equal(tensor, own[key]), key
 
 
 @pytest.mark.parametrize(("name", "warned"), [("falcon", True), ("llama", False)])
