@@ -8,8 +8,8 @@ from casp.interrupts import tell_in_one_line
 
 tell_in_one_line()  # before the imports that take seconds
 
-from casp import attention, checkpoint  # noqa: E402
 from casp.api import Calibration, compress  # noqa: E402
+from casp.model import attention, checkpoint  # noqa: E402
 
 attention.register()
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from casp.cli.options import Calibration
-from casp.progress import Listener, told_to
+from casp.run.progress import Listener, told_to
 
 USUAL = Calibration()
 
 
 def _run(module: str, settings: dict[str, Any], progress: Listener | None) -> None:
-    from casp.recipe import flags
+    from casp.run.recipe import flags
 
     stage = importlib.import_module(module)
     with told_to(progress):
@@ -37,11 +37,12 @@ def compress(
     """Compress `model` (hub id, folder or built-in name) into the folder `output`: moments, plan, quantizing.
 
     bits: an original weight, all overheads counted, or size: as "1.5GB" (default: 2.1 bits); backend: name of an
-    installed quantizer; ft_epochs: of fine-tuning; progress: called with a `casp.progress.Progress` whenever a stage
-    has finished a block. Further settings: the flags of `compress.sh`, as `allocation="uniform"`, `low_rank=False`.
+    installed quantizer; ft_epochs: of fine-tuning; progress: called with a `casp.run.progress.Progress` whenever a
+    stage has finished a block. Further settings: the flags of `compress.sh`, as `allocation="uniform"`,
+    `low_rank=False`.
     """
     from casp import job
-    from casp.recipe import flags
+    from casp.run.recipe import flags
 
     wanted = {
         "model": model,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from casp.backend import Backend, Format
 from casp.errors import UserError
-from casp.models import Decoder
+from casp.model.decoder import Decoder
 
 Plan = dict[str, Format]
 

@@ -33,15 +33,11 @@ from casp.cli import (
 )
 from casp.cli.quantizing import MOST_EPOCHS
 from casp.data import sources
-from casp.digest import content_hash
 from casp.errors import UserError
-from casp.files import make_folder, write_json
-from casp.folder import check_places
-from casp.models import Decoder
+from casp.model.decoder import Decoder
 from casp.moments.store import Moments
 from casp.moments.weights import USUAL, weighting_parts
 from casp.numbers import whole
-from casp.outputs import check_file, check_folder, refuse_inputs
 from casp.plan.budget import other_bytes
 from casp.plan.file import SHAPE, read_plan, shapes
 from casp.plan.flags import (
@@ -54,7 +50,11 @@ from casp.plan.flags import (
     wanted_entries,
 )
 from casp.plan.options import chosen_formats
-from casp.recipe import COMMAND, VERSION, with_recipe
+from casp.run.digest import content_hash
+from casp.run.files import make_folder, write_json
+from casp.run.folder import check_places
+from casp.run.outputs import check_file, check_folder, refuse_inputs
+from casp.run.recipe import COMMAND, VERSION, with_recipe
 
 NAME, QUANTIZE = "compress", "quantize"
 EVALUATION = "casp_eval.compare"

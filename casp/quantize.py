@@ -9,20 +9,20 @@ from torch import Tensor
 
 from casp.backend import Backend, Matrix, quantized
 from casp.budget import Plan
-from casp.capture import capture_inputs
 from casp.errors import UserError
 from casp.factors import FACTORS, low_rank_module, quantized_factors
+from casp.finetune.in_block import Training, tunable_tensors, tune_block
+from casp.finetune.teacher import Teacher
 from casp.linear import is_finite
-from casp.models import Decoder
+from casp.model.capture import capture_inputs
+from casp.model.decoder import Decoder
+from casp.model.split import side_by_side
 from casp.moments.forward import block_moments, token_weights
 from casp.moments.store import BlockMoments, LinearMoments, Moments
-from casp.notes import warnings_of
 from casp.plan.options import stored_shapes
-from casp.run import RunFolder
+from casp.run.notes import warnings_of
+from casp.run.writer import RunFolder
 from casp.seed import matrix_generator
-from casp.split import side_by_side
-from casp.teacher import Teacher
-from casp.tuning import Training, tunable_tensors, tune_block
 from casp.walk import Visit, walk
 
 _ROWS = 1024  # of a matrix whose error is told at once: copies of all of a wide one would be as large as its moment

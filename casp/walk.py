@@ -1,8 +1,8 @@
 """The block-by-block walk: one block in memory at a time, fed with what the blocks before it produce.
 
-`casp.capture` runs the model once with its blocks passed over and records what each block is called with; `walk` then
-loads the blocks in order, lets a visitor look at and change each, and runs the changed block to make the inputs of the
-next.
+`casp.model.capture` runs the model once with its blocks passed over and records what each block is called with; `walk`
+then loads the blocks in order, lets a visitor look at and change each, and runs the changed block to make the inputs of
+the next.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from casp.attention import AttentionCall, observe_attention
 from casp.errors import UserError
 from casp.heap import return_freed_memory
-from casp.inputs import BatchInputs, first_output, moved, require_finite
-from casp.models import Decoder
+from casp.model.attention import AttentionCall, observe_attention
+from casp.model.decoder import Decoder
+from casp.model.inputs import BatchInputs, first_output, moved, require_finite
+from casp.model.split import every_expert, expert_of
 from casp.moments.influence import BlockInfluence
-from casp.split import every_expert, expert_of
 
 
 class _Enough(Exception):

@@ -242,8 +242,8 @@ def video_model(tmp_path_factory: pytest.TempPathFactory, tiny_llava: Path) -> P
 def low_rank(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_llama` with W_q of rank 12 and W_k of rank 7 in every block: widths that are no multiples of 8."""
     from casp.linear import LowRankLinear
-    from casp.models import Decoder
-    from casp.run import RunFolder
+    from casp.model.decoder import Decoder
+    from casp.run.writer import RunFolder
 
     folder = tmp_path_factory.mktemp("low-rank") / "model"
     run = RunFolder(folder, Decoder.open(tiny_llama), "svd", "tiny", {}, "none")

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from casp.cli import Parser, run_main
 from casp.errors import UserError
-from casp.files import write_json
 from casp.numbers import whole
-from casp.outputs import check_file
+from casp.run.files import write_json
+from casp.run.outputs import check_file
 from casp_aqlm.linear import AQLMLinear
 from casp_aqlm.scheme import Scheme
 

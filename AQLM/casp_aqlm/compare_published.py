@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 from casp.cli import Parser, model_folder, run_main
 from casp.errors import UserError
-from casp.files import write_json
-from casp.models import Decoder
+from casp.model.decoder import Decoder
 from casp.moments.find import ON_THE_WAY
 from casp.moments.store import Moments
-from casp.outputs import check_file
+from casp.run.files import write_json
+from casp.run.outputs import check_file
 from casp.seed import matrix_generator
 from casp_aqlm.factors import Factors
 from casp_aqlm.loss_plot import draw

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from casp.budget import matrices
 from casp.errors import UserError
-from casp.export import export_checkpoint, uniform_format
-from casp.models import Decoder
+from casp.model.decoder import Decoder
 from casp.reading.documents import read_json
+from casp.run.export import export_checkpoint, uniform_format
 from casp_aqlm.packing import unpack
 from casp_aqlm.scheme import Scheme
 

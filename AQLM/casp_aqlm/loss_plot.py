@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from casp.files import write_atomically
+from casp.run.files import write_atomically
 
 _LEAST = 0.05  # seconds: where the axis may begin
 _OF = {"ours": ("this room", "#0072B2", "o"), "published": ("published algorithm", "#D55E00", "s")}

@@ -20,17 +20,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from casp.backend import load_backend
 from casp.budget import uniform_plan
-from casp.capture import capture_inputs
 from casp.cli import Parser, add_common_arguments, calibration_of, model_folder, run_main
 from casp.data import fingerprint
 from casp.errors import UserError
-from casp.files import write_json
-from casp.models import Decoder
+from casp.model.capture import capture_inputs
+from casp.model.decoder import Decoder
 from casp.moments.forward import block_moments
 from casp.numbers import count
-from casp.outputs import check_file, make_output
 from casp.quantize import Method, quantize_blocks, weighted_error
-from casp.run import RunFolder
+from casp.run.files import write_json
+from casp.run.outputs import check_file, make_output
+from casp.run.writer import RunFolder
 from casp.walk import walk
 from casp_gptq.gptq import gptq_quantize
 

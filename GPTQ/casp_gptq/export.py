@@ -12,9 +12,9 @@ from torch import Tensor
 import casp
 from casp.budget import matrices
 from casp.errors import UserError
-from casp.export import export_checkpoint, uniform_format
-from casp.models import Decoder
+from casp.model.decoder import Decoder
 from casp.reading.documents import read_json
+from casp.run.export import export_checkpoint, uniform_format
 from casp_gptq.packing import RUN
 
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # those that gptqmodel's kernels take

@@ -26,14 +26,14 @@ from casp.data import fingerprint
 from casp.errors import UserError
 from casp.linear import LowRankLinear
 from casp.lowrank import factor, rank_for
-from casp.models import Decoder
+from casp.model.decoder import Decoder
 from casp.moments.density import attention_density, density_batches
 from casp.moments.find import add_moments_argument, find_moments
 from casp.moments.store import REMEDY, BlockMoments
-from casp.notes import warnings_of
 from casp.numbers import real
-from casp.recipe import COMMAND, earlier_steps
-from casp.run import RunFolder
+from casp.run.notes import warnings_of
+from casp.run.recipe import COMMAND, earlier_steps
+from casp.run.writer import RunFolder
 from casp.seed import matrix_generator
 from casp.walk import Visit
 from casp_svd.options import Factoring

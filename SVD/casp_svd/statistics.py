@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from casp.inputs import BatchInputs
+from casp.model.inputs import BatchInputs
 from casp.moments import SecondMoment
 from casp.moments.forward import block_moments
 from casp.walk import Visit

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from casp.attention import AttentionCall
-from casp.capture import capture_inputs
 from casp.cli import Parser, add_common_arguments, calibration_of, model_folder, pick_device, run_main
 from casp.data.sources import evaluation_text
-from casp.inputs import BatchInputs
 from casp.lowrank import factor, rank_for
-from casp.models import Decoder
+from casp.model.attention import AttentionCall
+from casp.model.capture import capture_inputs
+from casp.model.decoder import Decoder
+from casp.model.inputs import BatchInputs
 from casp.moments import SecondMoment
 from casp.numbers import count
 from casp.walk import Visit, walk

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from casp.errors import UserError
 from casp.interrupts import raise_again
-from casp.recipe import given
+from casp.run.recipe import given
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        """As argparse's; `given` of what it returns are the settings for a recipe (`casp.recipe`)."""
+        """As argparse's; `given` of what it returns are the settings for a recipe (`casp.run.recipe`)."""
         found = super().parse_args(args, namespace)
         found.given = given(found, self)
         return found

@@ -8,7 +8,7 @@ import torch
 from casp.cli.options import Calibration, Compute
 from casp.demo import NAMES
 from casp.errors import UserError
-from casp.modality import Visual
+from casp.model.modality import Visual
 from casp.numbers import count, seed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

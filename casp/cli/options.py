@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from casp.data import calibration_batches, sources
-from casp.modality import Visual
+from casp.model.modality import Visual
 
 
 class Search(Protocol):

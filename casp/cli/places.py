@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from casp.demo import NAMES
 from casp.errors import UserError
 from casp.reading.files import is_there, require_folder
-from casp.report import read_report
+from casp.run.report import read_report
 
 RUNS = Path("runs")
 DOWNLOADED = ["README.md", "*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]

@@ -9,9 +9,9 @@ from typing import Any
 from casp.cli.flags import calibration_of, compute_of
 from casp.cli.options import Calibration, Compute
 from casp.errors import UserError
+from casp.finetune.in_block import Training
 from casp.moments.find import ON_THE_WAY, add_moments_argument, add_token_weights_argument
 from casp.numbers import real, whole
-from casp.tuning import Training
 
 MOST_EPOCHS, MOST_RATE = 10_000, 1.0  # a rate of 1 moves every number by its own size in a step
 BLOCK_RATE, END_TO_END_RATE = 1e-3, 3e-4
@@ -49,7 +49,7 @@ class Quantizing:
     bits_budget (an original weight), target_bytes_of (a checkpoint): at most one of them, as the budget; plan: of ranks
     and formats, a file; moments: collected before, a folder, None to find them; token_weights: None for the best that
     there are; true_sequential: see `casp.quantize.Method`; given: the flags, and carry: a file instead of them, for the
-    recipe in the checkpoint (`casp.recipe`), which decides no bytes besides its own; allow_partial: see
+    recipe in the checkpoint (`casp.run.recipe`), which decides no bytes besides its own; allow_partial: see
     `Decoder.require_share`.
     """
 

@@ -9,32 +9,32 @@ from torch import Tensor
 
 from casp.backend import Backend, Format
 from casp.budget import Plan, matrices, original_bytes, plan_bytes, promote, uniform_plan
-from casp.capture import capture_inputs
-from casp.checkpoint import size
 from casp.cli.options import Budget, Compute, Search, union
 from casp.cli.places import base_model, default_output, model_folder, stage_input
 from casp.cli.quantizing import FineTuning, Quantizing
 from casp.data import fingerprint
-from casp.digest import content_hash
-from casp.distill import distill
 from casp.errors import UserError
 from casp.factors import FACTORS
-from casp.files import write_json, write_shard
-from casp.folder import WORK_PREFIX, check_places
+from casp.finetune.end_to_end import distill
+from casp.finetune.in_block import Curve
+from casp.finetune.teacher import Teacher
 from casp.linear import LowRankLinear, QuantizedLinear
-from casp.models import Decoder
+from casp.model.capture import capture_inputs
+from casp.model.checkpoint import size
+from casp.model.decoder import Decoder
 from casp.moments.find import ON_THE_WAY, choose_weighting, find_moments
 from casp.moments.store import REMEDY, Moments
 from casp.plan.file import Plan as RankPlan
 from casp.plan.file import read_plan
 from casp.quantize import Method, measure_block_influence, quantize_blocks
 from casp.reading.documents import parse_json, read_json
-from casp.recipe import COMMAND, earlier_steps, read_recipe_step
-from casp.report import read_report
-from casp.run import RunFolder
+from casp.run.digest import content_hash
+from casp.run.files import write_json, write_shard
+from casp.run.folder import WORK_PREFIX, check_places
+from casp.run.recipe import COMMAND, earlier_steps, read_recipe_step
+from casp.run.report import read_report
+from casp.run.writer import RunFolder
 from casp.seed import matrix_generator
-from casp.teacher import Teacher
-from casp.tuning import Curve
 
 INFLUENCE_FILE = f"{WORK_PREFIX}influence.json"
 END_TO_END_FILE = f"{WORK_PREFIX}end-to-end.safetensors"

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import nn
 
+from casp.model.split import Experts, SplitLinear, apply_splits
+from casp.model.swap import describe_modules, in_model, swap_modules
 from casp.reading.compression import check_compression
-from casp.split import Experts, SplitLinear, apply_splits
-from casp.swap import describe_modules, in_model, swap_modules
 
 
 def prepare(model: nn.Module, compression: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from casp.data import mixture
 from casp.data.chats import Chat, Part, Video, messages
 from casp.data.sources import draw
 from casp.errors import UserError, told_as
-from casp.modality import Visual, is_multimodal, visual_tokens
+from casp.model.modality import Visual, is_multimodal, visual_tokens
 from casp.reading.config import open_config
 from casp.reading.pretrained import check_ids, open_processor, open_tokenizer
 

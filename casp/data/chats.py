@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from casp.errors import UserError
-from casp.modality import Visual
+from casp.model.modality import Visual
 from casp.reading.pictures import MOST_TOGETHER, open_picture
 from casp.reading.texts import read_rows, string_of
 from casp.reading.video import open_frames

@@ -13,7 +13,7 @@ from casp.data.chats import Chat, read_samples
 from casp.data.mixture import STANDS_FOR, counts, shares
 from casp.demo import scenes, text
 from casp.errors import UserError
-from casp.modality import Visual
+from casp.model.modality import Visual
 from casp.reading.texts import read_prose
 
 #: Built-in texts of one register each.

@@ -15,12 +15,12 @@ from casp.cli import (
 )
 from casp.data import fingerprint
 from casp.errors import UserError
-from casp.folder import WorkFolder
 from casp.linear import LowRankLinear, QuantizedLinear
-from casp.models import Decoder
+from casp.model.decoder import Decoder
 from casp.moments.collect import collect
 from casp.moments.find import stage_name
 from casp.moments.weights import EXPLAINED, USUAL, by_gradient, weighting_parts
+from casp.run.folder import WorkFolder
 
 
 def parser() -> argparse.ArgumentParser:

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from casp.head import POSITIONS, head_logits
-from casp.inputs import BatchInputs, first_output, moved
-from casp.models import Decoder
+from casp.model.decoder import Decoder
+from casp.model.head import POSITIONS, head_logits
+from casp.model.inputs import BatchInputs, first_output, moved
+from casp.model.split import every_expert, expert_of
 from casp.moments.pool import top_up
 from casp.moments.second_moment import SecondMoment
 from casp.moments.weights import gradient_weights, tempered, typical_energy
-from casp.split import every_expert, expert_of
 
 NO_LABEL = -100
 

@@ -12,20 +12,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from casp.capture import capture_inputs
 from casp.errors import UserError
-from casp.files import write_json, write_shard
-from casp.folder import WORK_PREFIX, WorkFolder
 from casp.heap import return_freed_memory
-from casp.inputs import BatchInputs
-from casp.models import Decoder
+from casp.model.capture import capture_inputs
+from casp.model.decoder import Decoder
+from casp.model.inputs import BatchInputs
 from casp.moments.backward import NO_LABEL, GradientStatistics, head_gradient, next_tokens
 from casp.moments.density import density_batches
 from casp.moments.forward import InputStatistics
 from casp.moments.store import gradients_file, inputs_file, write_gradients, write_inputs
 from casp.moments.weights import by_gradient
-from casp.progress import counted
 from casp.reading.documents import read_json
+from casp.run.files import write_json, write_shard
+from casp.run.folder import WORK_PREFIX, WorkFolder
+from casp.run.progress import counted
 from casp.walk import Visit
 
 _LOSS_FILE = f"{WORK_PREFIX}loss.json"

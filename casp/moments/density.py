@@ -2,8 +2,8 @@
 
 import torch
 
-from casp.attention import AttentionCall
-from casp.inputs import BatchInputs
+from casp.model.attention import AttentionCall
+from casp.model.inputs import BatchInputs
 from casp.walk import Visit
 
 MASS = 0.95

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from casp.cli.places import default_output
-from casp.digest import content_hash
 from casp.errors import UserError
-from casp.models import Decoder
+from casp.model.decoder import Decoder
 from casp.moments.store import REMEDY, Moments
 from casp.moments.weights import EXPLAINED, by_gradient, weighting_parts
-from casp.outputs import read_record
+from casp.run.digest import content_hash
+from casp.run.outputs import read_record
 
 ON_THE_WAY = "attention"
 """Token weights where second moments are collected while quantizing."""

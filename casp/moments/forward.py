@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
-from casp.attention import AttentionCall
-from casp.inputs import BatchInputs
+from casp.model.attention import AttentionCall
+from casp.model.inputs import BatchInputs
 from casp.moments.density import AttentionDensity
 from casp.moments.influence import BlockInfluence
 from casp.moments.pool import top_up

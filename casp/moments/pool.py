@@ -3,8 +3,8 @@
 import logging
 from collections.abc import Mapping
 
+from casp.model.split import pool_of
 from casp.moments.second_moment import SecondMoment
-from casp.split import pool_of
 
 log = logging.getLogger(__name__)
 

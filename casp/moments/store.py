@@ -24,19 +24,19 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from casp.digest import file_digest, hash_of
 from casp.errors import UserError, told_as
-from casp.files import write_shard
-from casp.folder import RESULT
-from casp.models import Decoder
+from casp.model.decoder import Decoder
 from casp.moments.backward import GradientStatistics
 from casp.moments.forward import InputStatistics
 from casp.moments.second_moment import SecondMoment, unpacked
 from casp.moments.weights import by_gradient, weighting_parts
-from casp.outputs import KINDS, read_record
 from casp.reading.documents import parse_json
 from casp.reading.files import is_there
 from casp.reading.header import read_header_with_metadata
+from casp.run.digest import file_digest, hash_of
+from casp.run.files import write_shard
+from casp.run.folder import RESULT
+from casp.run.outputs import KINDS, read_record
 
 _HEADER = "block"  # key of the header
 _OUTPUTS = "outputs"

@@ -8,8 +8,8 @@ The same idea bears the names GuidedQuant (arXiv 2505.07004) and, for image toke
 import torch
 from torch import Tensor
 
-from casp.attention import AttentionCall
 from casp.errors import UserError
+from casp.model.attention import AttentionCall
 
 EXPLAINED = {
     "none": "all tokens the same",

@@ -14,12 +14,10 @@ from casp.cli import (
     run_main,
     union,
 )
-from casp.digest import content_hash
 from casp.errors import UserError
-from casp.models import Decoder
+from casp.model.decoder import Decoder
 from casp.moments.store import Moments
 from casp.numbers import seed
-from casp.outputs import check_file
 from casp.plan.allocate import ALLOCATIONS
 from casp.plan.costs import Pricing
 from casp.plan.file import SHAPE, Plan, write_plan
@@ -35,6 +33,8 @@ from casp.plan.flags import (
 from casp.plan.measure import STAGE, CostsFolder, measure, read_costs, with_low_rank
 from casp.plan.options import LOW_RANK_ROLES
 from casp.plan.table import describe
+from casp.run.digest import content_hash
+from casp.run.outputs import check_file
 
 
 def parser() -> argparse.ArgumentParser:

@@ -3,7 +3,7 @@
 import re
 
 from casp.errors import UserError
-from casp.models import Decoder
+from casp.model.decoder import Decoder
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _MOST = 10**15

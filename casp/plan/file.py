@@ -18,11 +18,11 @@ from typing import Any
 
 from casp.backend import Backend
 from casp.errors import UserError, in_brief
-from casp.files import make_folder, write_json
-from casp.models import Decoder
+from casp.model.decoder import Decoder
 from casp.plan.options import Option, option_bytes, stored_shapes
 from casp.reading.documents import read_json
 from casp.reading.files import is_there
+from casp.run.files import make_folder, write_json
 
 VERSION = 1
 SHAPE = {"linears", "predicted"}  # keys that a file is told as a plan by

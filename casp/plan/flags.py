@@ -10,7 +10,7 @@ from typing import Any
 from casp.backend import backend_names
 from casp.cli import Budget, default_output
 from casp.errors import UserError
-from casp.models import Decoder
+from casp.model.decoder import Decoder
 from casp.moments.find import stage_name
 from casp.numbers import real
 from casp.plan.allocate import ALLOCATIONS

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from casp.errors import UserError
-from casp.files import write_json
-from casp.folder import WorkFolder
-from casp.models import Decoder
+from casp.model.decoder import Decoder
 from casp.moments.store import Moments
 from casp.plan.costs import Pricing, price
 from casp.plan.options import LinearOptions, Option
-from casp.progress import counted
 from casp.reading.documents import read_json
+from casp.run.files import write_json
+from casp.run.folder import WorkFolder
+from casp.run.progress import counted
 
 STAGE = "costs"
 

@@ -11,7 +11,7 @@ WEIGHTS_KEY = "transformers_weights"
 INSTEAD_OF_WEIGHTS = "install the Python package casp to read these weights.safetensors"
 """What config.json gives as `WEIGHTS_KEY`, the file that transformers is to read. There is no such file: where CASP is
 not installed, transformers, which only warns of quantization methods that it does not know and goes on with random
-numbers, ends with this name; where it is, `casp.checkpoint` takes the entry out before files are looked for."""
+numbers, ends with this name; where it is, `casp.model.checkpoint` takes the entry out before files are looked for."""
 _DAMAGED = "the checkpoint's config is damaged: make or download it again"
 
 

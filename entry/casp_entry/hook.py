@@ -4,7 +4,8 @@ A `.pth` file beside the installed packages (`entry/start.py`) waits in every Py
 CASP_NO_HOOK is set, for the import of one of `MODULES` and then asks here. What is put into those modules is small and
 imports `casp` not before a compressed checkpoint is met:
 
-- transformers gets a stand-in for the quantization method "casp" (its own registry; `casp.checkpoint` replaces it);
+- transformers gets a stand-in for the quantization method "casp" (its own registry; `casp.model.checkpoint` replaces
+  it);
 - accelerate's `load_checkpoint_and_dispatch` and `load_checkpoint_in_model` have no registry: they are wrapped so that
   an empty model whose config says "casp" gets its compressed modules first;
 - PEFT's list of LoRA dispatchers and of what "all-linear" means are closed: they are wrapped so that they know ours.
@@ -21,12 +22,12 @@ QUANT_METHOD = "casp"
 
 
 class StandIn:
-    """Stands for `casp.checkpoint.CaspConfig` among transformers' quantization configs until it is asked for."""
+    """Stands for `casp.model.checkpoint.CaspConfig` among transformers' quantization configs until it is asked for."""
 
     @classmethod
     def from_dict(cls, *args: Any, **kwargs: Any) -> Any:
         """The real config of the same dictionary."""
-        from casp.checkpoint import CaspConfig
+        from casp.model.checkpoint import CaspConfig
 
         return CaspConfig.from_dict(*args, **kwargs)
 

@@ -21,11 +21,11 @@ from typing import Any
 from casp.cli import Parser, add_device_arguments, model_folder, run_main
 from casp.demo import text
 from casp.errors import UserError
-from casp.files import write_atomically, write_json
-from casp.modality import is_multimodal
+from casp.model.modality import is_multimodal
 from casp.numbers import whole
-from casp.outputs import check_file
 from casp.reading.config import open_config
+from casp.run.files import write_atomically, write_json
+from casp.run.outputs import check_file
 from casp_eval import compare, report
 
 SPLITS = {"validation": tuple(text.VALIDATION.values()), "test": text.TEST}

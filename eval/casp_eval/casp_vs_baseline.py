@@ -19,22 +19,22 @@ from pathlib import Path
 from typing import Any
 
 from casp.backend import backend_names, load_backend
-from casp.checkpoint import size
 from casp.cli import Parser, add_device_arguments, model_folder, run_main
 from casp.data.chats import Chat, chats_fingerprint
 from casp.data.sources import evaluation_chats, evaluation_text
 from casp.demo import NAMES
 from casp.errors import UserError
-from casp.files import write_json
 from casp.job import package_of, tunes
-from casp.modality import is_multimodal
-from casp.models import Decoder
+from casp.model.checkpoint import size
+from casp.model.decoder import Decoder
+from casp.model.modality import is_multimodal
 from casp.numbers import real, whole
 from casp.numbers import seed as any_seed
-from casp.outputs import check_folder, check_report, make_output, refuse_inputs
 from casp.plan.file import shapes
 from casp.plan.options import chosen_formats
 from casp.reading.documents import read_json
+from casp.run.files import write_json
+from casp.run.outputs import check_folder, check_report, make_output, refuse_inputs
 from casp_eval.compare import Evaluation, Figures, Subject
 from casp_eval.options import Scoring, add_batch_argument, add_text_arguments
 from casp_eval.versus_report import MEASURES, write_report

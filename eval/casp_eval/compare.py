@@ -20,18 +20,18 @@ from typing import Any
 
 import torch
 
-from casp.checkpoint import size
 from casp.cli import Parser, add_device_arguments, compute_named, model_folder, model_name, run_main
 from casp.data import sources
 from casp.data.chats import Chat, chats_fingerprint
-from casp.digest import file_digest
 from casp.errors import UserError
-from casp.files import write_atomically, write_json
-from casp.modality import is_multimodal
-from casp.outputs import check_report, make_output
+from casp.model.checkpoint import size
+from casp.model.modality import is_multimodal
 from casp.reading.config import open_config, quantization_of
 from casp.reading.documents import read_json
-from casp.report import read_report
+from casp.run.digest import file_digest
+from casp.run.files import write_atomically, write_json
+from casp.run.outputs import check_report, make_output
+from casp.run.report import read_report
 from casp_eval import plots, questions, report
 from casp_eval.loading import Checkpoint, open_checkpoint
 from casp_eval.options import Scoring, add_batch_argument, add_question_arguments, add_text_arguments

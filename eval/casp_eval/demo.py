@@ -19,10 +19,10 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from casp.checkpoint import size
 from casp.cli import Parser, add_device_arguments, run_main
 from casp.data.chats import Turn
 from casp.errors import UserError
+from casp.model.checkpoint import size
 from casp.numbers import whole
 from casp.reading.documents import parse_json
 from casp.reading.pictures import read_picture

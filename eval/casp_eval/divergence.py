@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from casp.cli import Parser, add_calibration_arguments, add_device_arguments, calibration_of, run_main
 from casp.errors import UserError
-from casp.modality import visual_tokens
+from casp.model.modality import visual_tokens
 from casp.moments.backward import NO_LABEL, next_tokens
 from casp.numbers import seed
 from casp_eval.loading import Checkpoint, open_checkpoint

@@ -11,7 +11,7 @@ from typing import Any
 
 from casp.cli import Parser, add_device_arguments, add_frames_argument, model_folder, run_main
 from casp.errors import UserError
-from casp.modality import Visual
+from casp.model.modality import Visual
 from casp_eval.harness import add_harness_arguments, check_harness, check_tasks, named_failures
 from casp_eval.loading import Checkpoint, open_checkpoint
 from casp_eval.options import check_output, write_figure

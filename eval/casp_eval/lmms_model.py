@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from casp.data.chats import Chat, Part, Turn, Video
 from casp.errors import UserError
-from casp.modality import Visual
+from casp.model.modality import Visual
 from casp_eval.loading import Checkpoint, open_checkpoint
 from casp_eval.questions import answer_logits, ask
 

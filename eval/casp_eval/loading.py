@@ -22,11 +22,11 @@ import casp  # noqa: F401  (registers the quantization method "casp" with transf
 from casp.cli import compute_named, model_folder
 from casp.data.chats import Turn, messages
 from casp.errors import UserError, in_brief, told_as
-from casp.modality import is_multimodal
-from casp.models import check_weights
+from casp.model.decoder import check_weights
+from casp.model.modality import is_multimodal
+from casp.model.shards import read_entries
 from casp.reading.config import open_config, quantization_of
 from casp.reading.pretrained import check_ids, open_processor, open_tokenizer
-from casp.shards import read_entries
 
 Messages = list[dict[str, Any]]
 

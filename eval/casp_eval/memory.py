@@ -22,12 +22,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from casp.cli import Parser, run_main
 from casp.demo.models import build
-from casp.files import write_json
-from casp.models import Decoder
+from casp.model.decoder import Decoder
 from casp.numbers import count
-from casp.outputs import check_file, make_output
 from casp.reading.config import open_config
 from casp.reading.pretrained import open_tokenizer
+from casp.run.files import write_json
+from casp.run.outputs import check_file, make_output
 
 TEN_TIMES = {
     "hidden_size": 1536,

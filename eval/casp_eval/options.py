@@ -10,9 +10,9 @@ from typing import Any
 
 from casp.demo import NAMES
 from casp.errors import UserError
-from casp.files import make_folder, write_atomically
 from casp.numbers import seed, whole
-from casp.outputs import check_file
+from casp.run.files import make_folder, write_atomically
+from casp.run.outputs import check_file
 
 MOST_NEW_TOKENS = 1 << 16
 MOST_CHARACTERS = 20_000  # of a question: more than any built-in model reads, an answer within seconds of computing

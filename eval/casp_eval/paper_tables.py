@@ -20,7 +20,7 @@ from casp.backend import load_backend
 from casp.budget import matrices, plan_bytes, uniform_plan
 from casp.cli import Parser, add_device_arguments, run_main
 from casp.errors import UserError
-from casp.models import Decoder
+from casp.model.decoder import Decoder
 from casp.numbers import whole
 from casp_eval.harness import check_harness, check_tasks
 from casp_eval.real_models import REAL, empty_checkpoint

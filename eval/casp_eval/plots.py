@@ -20,10 +20,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from casp.checkpoint import stored_bytes
-from casp.files import write_atomically
-from casp.models import Decoder
-from casp.report import read_report
+from casp.model.checkpoint import stored_bytes
+from casp.model.decoder import Decoder
+from casp.run.files import write_atomically
+from casp.run.report import read_report
 from casp_eval.report import Row
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -17,20 +17,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from casp.backend import Backend, Matrix, load_backend, rounded
-from casp.capture import capture_inputs
 from casp.cli import Parser, add_common_arguments, calibration_of, compute_of, model_folder, run_main
-from casp.digest import content_hash
 from casp.errors import UserError
 from casp.factors import quantized_factors
-from casp.head import head_logits
-from casp.inputs import BatchInputs, first_output, moved
-from casp.models import Decoder
+from casp.model.capture import capture_inputs
+from casp.model.decoder import Decoder
+from casp.model.head import head_logits
+from casp.model.inputs import BatchInputs, first_output, moved
 from casp.moments.store import LinearMoments, Moments
 from casp.numbers import whole
-from casp.outputs import check_file, read_record
 from casp.plan.allocate import frontier
 from casp.plan.measure import read_costs
 from casp.plan.options import LinearOptions, Option
+from casp.run.digest import content_hash
+from casp.run.outputs import check_file, read_record
 from casp.seed import matrix_generator
 from casp_eval.correlation import spearman
 from casp_eval.options import write_figure

@@ -11,10 +11,10 @@ from typing import Any
 
 from casp.backend import backend_names, load_backend
 from casp.cli import Parser, model_folder, run_main
-from casp.digest import content_hash
-from casp.models import Decoder
+from casp.model.decoder import Decoder
 from casp.moments.store import Moments
 from casp.plan.file import read_plan, shapes
+from casp.run.digest import content_hash
 from casp_eval.correlation import spearman
 from casp_eval.options import add_model_argument, add_output_argument, check_output, write_figure
 

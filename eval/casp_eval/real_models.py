@@ -17,7 +17,7 @@ import torch
 import transformers as T
 from accelerate import init_empty_weights
 
-from casp.models import _factory
+from casp.model.decoder import _factory
 
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}

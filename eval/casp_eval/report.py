@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from casp.card import RESULTS_BEGIN, RESULTS_END
 from casp.errors import UserError
-from casp.files import write_atomically
 from casp.reading.config import quantization_of
+from casp.run.card import RESULTS_BEGIN, RESULTS_END
+from casp.run.files import write_atomically
 
 Row = dict[str, Any]
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from casp.cli import Parser, pick_device, run_main
-from casp.files import write_json
 from casp.kernels import implementations, operators, run
 from casp.numbers import whole
-from casp.outputs import check_file, make_output
+from casp.run.files import write_json
+from casp.run.outputs import check_file, make_output
 from casp_eval import ggml
 from casp_eval.generation_speed import measure_generation
 from casp_eval.random_layers import FAMILIES, GPTQ, bits_of, random_layer

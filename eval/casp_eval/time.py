@@ -19,11 +19,11 @@ import torch
 
 from casp.cli import Parser, run_main
 from casp.demo.models import build
-from casp.files import write_json
 from casp.numbers import count
-from casp.outputs import check_file, make_output
 from casp.reading.config import open_config
 from casp.reading.documents import read_json
+from casp.run.files import write_json
+from casp.run.outputs import check_file, make_output
 from casp_eval.memory import random_model
 
 _QUANTIZE = ["--from-original", "--token-weights", "attention"]

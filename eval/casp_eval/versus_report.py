@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import pyplot
 from scipy import stats
 
-from casp.files import write_atomically, write_json
+from casp.run.files import write_atomically, write_json
 from casp_eval.plots import COLOURS, MARKERS, STYLE
 
 Row = dict[str, Any]

@@ -14,11 +14,11 @@ import torch
 from casp_quip_sharp.backend import QuipSharp
 
 from casp.cli import Parser, model_folder, run_main
-from casp.files import write_json
-from casp.models import Decoder
+from casp.model.decoder import Decoder
 from casp.moments.find import ON_THE_WAY
 from casp.moments.store import Moments
 from casp.quantize import weighted_error
+from casp.run.files import write_json
 from casp.seed import matrix_generator
 
 BLOCKS = (0, 3, 12, 25)

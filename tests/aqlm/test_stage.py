@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from casp.budget import original_bytes
-from casp.checkpoint import size
 from casp.errors import UserError
-from casp.models import Decoder
+from casp.model.checkpoint import size
+from casp.model.decoder import Decoder
 
 LOAD = """
 import sys

@@ -4,8 +4,8 @@ import pytest
 import torch
 import transformers as T
 
-from casp.capture import capture_inputs
-from casp.models import Decoder
+from casp.model.capture import capture_inputs
+from casp.model.decoder import Decoder
 from casp.walk import walk
 
 CPU = torch.device("cpu")

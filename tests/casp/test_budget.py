@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from casp.budget import matrices, original_bytes, plan_bytes, promote, uniform_plan
 from casp.errors import UserError
-from casp.models import Decoder
+from casp.model.decoder import Decoder
 
 LADDER = [{"bits": 2}, {"bits": 3}, {"bits": 4}]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from casp.card import front_matter, inherited
 from casp.cli import base_model
+from casp.run.card import front_matter, inherited
 
 HUB = "models--llava-hf--llava-1.5-7b-hf/snapshots/0123abc"
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from casp.checkpoint import resident_bytes, size
 from casp.errors import UserError
 from casp.linear import LowRankLinear, QuantizedLinear
-from casp.models import Decoder
-from casp.run import RunFolder
-from casp.swap import swap_modules
+from casp.model.checkpoint import resident_bytes, size
+from casp.model.decoder import Decoder
+from casp.model.swap import swap_modules
+from casp.run.writer import RunFolder
 
 from .test_run import BATCHES, CPU, toy_stage
 

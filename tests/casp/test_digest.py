@@ -6,14 +6,14 @@ import time
 
 import pytest
 
-import casp.digest
-from casp.digest import content_hash, file_digest, read_files
+import casp.run.digest
+from casp.run.digest import content_hash, file_digest, read_files
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("CASP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(casp.digest, "_SETTLED", 0)
+    monkeypatch.setattr(casp.run.digest, "_SETTLED", 0)
     return tmp_path / "cache"
 
 
@@ -54,12 +54,12 @@ def test_a_copy_has_the_same_hash(model, tiny_llama):
 def test_the_second_pass_reads_nothing(model, monkeypatch):
     time.sleep(0.01)
     first = content_hash(model)
-    monkeypatch.setattr(casp.digest, "_read", None)
+    monkeypatch.setattr(casp.run.digest, "_read", None)
     assert content_hash(model) == first
 
 
 def test_a_file_that_was_just_changed_is_not_trusted(model, cache, monkeypatch):
-    monkeypatch.setattr(casp.digest, "_SETTLED", 3_600_000_000_000)
+    monkeypatch.setattr(casp.run.digest, "_SETTLED", 3_600_000_000_000)
     content_hash(model)
     assert not cache.exists()
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 import transformers as T
 
-import casp.attention
-from casp.attention import AttentionCall
-from casp.inputs import BatchInputs
-from casp.modality import token_ids, visual_tokens
+import casp.model.attention
+from casp.model.attention import AttentionCall
+from casp.model.inputs import BatchInputs
+from casp.model.modality import token_ids, visual_tokens
 from casp.moments.backward import NO_LABEL, next_tokens
 from casp.moments.density import AttentionDensity
 from casp.moments.weights import attention_received
@@ -100,7 +100,7 @@ def test_a_few_queries_at_a_time_are_the_whole_map(mask, sinks, monkeypatch):
             call.probabilities(head, rows).double(), expected[:, head, rows], atol=1e-5, rtol=1e-4
         )
     at_once = attention_received(call, tokens)
-    monkeypatch.setattr(casp.attention, "ROWS", 3)
+    monkeypatch.setattr(casp.model.attention, "ROWS", 3)
     torch.testing.assert_close(attention_received(call, tokens), at_once)
     queries = tokens[:, None, :, None]
     uniform = (whole / whole.sum(-1, keepdim=True).clamp_min(1) * queries).sum(2).mean(1)

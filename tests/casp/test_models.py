@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CLIPConfig, GPT2Config, GPT2LMHeadModel
 
 from casp.cli import model_folder, pick_device, stage_input
-from casp.digest import content_hash
 from casp.errors import UserError
-from casp.models import Decoder
-from casp.shards import INDEX
+from casp.model.decoder import Decoder
+from casp.model.shards import INDEX
+from casp.run.digest import content_hash
 
 CPU = torch.device("cpu")
 

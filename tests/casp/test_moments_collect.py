@@ -11,15 +11,15 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import casp.moments.collect
 from casp.errors import UserError
-from casp.files import write_shard
-from casp.folder import WorkFolder
-from casp.models import Decoder
+from casp.model.decoder import Decoder
 from casp.moments.__main__ import main, wanted_weightings
 from casp.moments.backward import NO_LABEL, next_tokens
 from casp.moments.collect import collect
 from casp.moments.find import COLLECTED, ON_THE_WAY, choose_weighting
 from casp.moments.store import Moments, gradients_file, inputs_file
 from casp.moments.weights import EXPLAINED
+from casp.run.files import write_shard
+from casp.run.folder import WorkFolder
 
 CPU = torch.device("cpu")
 ALL = list(EXPLAINED)
@@ -222,7 +222,7 @@ def test_the_order_of_batches_in_memory_is_one(tiny_llama, flags, tmp_path, monk
     seen = []
 
     def capture(*args):
-        held[:] = captured = casp.capture.capture_inputs(*args)
+        held[:] = captured = casp.model.capture.capture_inputs(*args)
         return captured
 
     def run(self, visit):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from casp.cli import Compute, union
-from casp.folder import WorkFolder
 from casp.moments.__main__ import main as collect
+from casp.run.folder import WorkFolder
 
 COMMON = {
     "model": None,  # its content hash is part of every fingerprint

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from casp.errors import UserError
-from casp.files import temporary, write_json, write_shard
-from casp.folder import LOG_FILE, WorkFolder, check_places
-from casp.models import Decoder
-from casp.outputs import RUN_FILE, check_file, check_report, read_record, refuse_inputs
+from casp.model.decoder import Decoder
+from casp.run.files import temporary, write_json, write_shard
+from casp.run.folder import LOG_FILE, WorkFolder, check_places
+from casp.run.outputs import RUN_FILE, check_file, check_report, read_record, refuse_inputs
 
 BATCHES = [{"input_ids": torch.arange(4, 36).reshape(2, 16)}]
 
@@ -142,7 +142,7 @@ def test_leftovers_of_a_finished_run_go_but_not_what_others_put_there(tiny_llama
 
 
 def test_a_lock_on_a_file_that_was_removed_since_is_not_held(tmp_path):
-    from casp.files import lock
+    from casp.run.files import lock
 
     first = lock(tmp_path / "lock")
     assert lock(tmp_path / "lock") is None

@@ -11,11 +11,12 @@ from hypothesis import given as drawn
 from hypothesis import strategies as st
 
 import casp
-from casp import job, recipe
+from casp import job
 from casp.api import Calibration, collect_moments, make_plan, quantize
 from casp.cli import Parser, calibration_of
 from casp.errors import UserError
-from casp.modality import Visual
+from casp.model.modality import Visual
+from casp.run import recipe
 
 
 def small_parser() -> argparse.ArgumentParser:

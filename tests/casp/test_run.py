@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-import casp.files
+import casp.run.files
 from casp.backend import load_backend
 from casp.budget import uniform_plan
 from casp.cli import base_model
 from casp.errors import UserError
-from casp.files import write_shard
-from casp.folder import LOG_FILE, WORK_PREFIX
-from casp.models import Decoder
+from casp.model.decoder import Decoder
 from casp.quantize import Method, quantize_blocks
-from casp.report import REPORT_FILE, merge_reports, read_report
-from casp.run import RunFolder
+from casp.run.files import write_shard
+from casp.run.folder import LOG_FILE, WORK_PREFIX
+from casp.run.report import REPORT_FILE, merge_reports, read_report
+from casp.run.writer import RunFolder
 
 CPU = torch.device("cpu")
 BATCHES = [{"input_ids": torch.arange(4, 36).reshape(2, 16)}]
@@ -137,7 +137,7 @@ def _dies(folder: Path, output: Path, site: str, kind: str, call: int) -> None:
     sys.path.insert(0, site)
     torch.set_num_threads(1)
     count = 0
-    real = getattr(os, kind) if hasattr(os, kind) else getattr(casp.files, kind)
+    real = getattr(os, kind) if hasattr(os, kind) else getattr(casp.run.files, kind)
 
     def deadly(*args, **kwargs):
         nonlocal count
@@ -148,7 +148,7 @@ def _dies(folder: Path, output: Path, site: str, kind: str, call: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args, **kwargs)
 
-    setattr(os if hasattr(os, kind) else casp.files, kind, deadly)
+    setattr(os if hasattr(os, kind) else casp.run.files, kind, deadly)
     toy_stage(folder, output)
 
 
@@ -195,7 +195,7 @@ def test_killed_again_and_again_the_run_still_ends_with_the_same_bytes(tiny_llam
 @pytest.mark.parametrize("call", [1, 3, 4])
 def test_a_full_disk_leaves_no_half_written_file(tiny_llama, tmp_path, toy_site, monkeypatch, call):
     output = tmp_path / "out"
-    real, count = casp.files.save_file, 0
+    real, count = casp.run.files.save_file, 0
 
     def full(tensors, path, metadata):
         nonlocal count
@@ -205,7 +205,7 @@ def test_a_full_disk_leaves_no_half_written_file(tiny_llama, tmp_path, toy_site,
             raise OSError(errno.ENOSPC, "No space left on device")
         real(tensors, path, metadata)
 
-    monkeypatch.setattr(casp.files, "save_file", full)
+    monkeypatch.setattr(casp.run.files, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         toy_stage(tiny_llama, output)
     assert not output.exists()

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from casp.attention import AttentionCall
 from casp.errors import UserError
+from casp.model.attention import AttentionCall
 from casp.moments.weights import attention_received, gradient_weights, weighting_parts
 
 

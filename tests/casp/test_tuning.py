@@ -8,14 +8,14 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from casp.backend import load_backend
 from casp.budget import uniform_plan
-from casp.capture import capture_inputs
-from casp.distill import distill, divergence, final_norms, head_logits
-from casp.folder import WORK_PREFIX
-from casp.models import Decoder
+from casp.finetune.end_to_end import distill, divergence, final_norms, head_logits
+from casp.finetune.in_block import Masters, Training, relative_error, split, stalled, train, tunable_tensors
+from casp.finetune.teacher import Teacher
+from casp.model.capture import capture_inputs
+from casp.model.decoder import Decoder
 from casp.quantize import Method, quantize_blocks
-from casp.run import RunFolder
-from casp.teacher import Teacher
-from casp.tuning import Masters, Training, relative_error, split, stalled, train, tunable_tensors
+from casp.run.folder import WORK_PREFIX
+from casp.run.writer import RunFolder
 
 CPU = torch.device("cpu")
 BATCHES = [

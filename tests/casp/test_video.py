@@ -14,7 +14,7 @@ from PIL import Image
 from casp.data import calibration_batches, chats
 from casp.data.chats import Chat, Video, read_samples
 from casp.errors import UserError
-from casp.modality import Visual
+from casp.model.modality import Visual
 from casp.reading.video import evenly_spaced, open_frames
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from casp.attention import observe_attention
-from casp.capture import capture_inputs
 from casp.errors import UserError
-from casp.models import Decoder
+from casp.model.attention import observe_attention
+from casp.model.capture import capture_inputs
+from casp.model.decoder import Decoder
 from casp.walk import walk
 
 CPU = torch.device("cpu")

@@ -105,7 +105,7 @@ def test_what_is_registered_stays():
 
 
 def test_the_sign_is_no_weight(saved_again: Path, gptq: Path):
-    from casp.checkpoint import size
+    from casp.model.checkpoint import size
 
     empty = []
     for file in saved_again.glob("*.safetensors"):

@@ -11,7 +11,7 @@ from disk_states import recorded, torn
 from small_stages import STAGES, contents, rerun, run_quietly, tiny_inputs
 
 from casp.errors import UserError
-from casp.folder import WorkFolder
+from casp.run.folder import WorkFolder
 
 QUICK = ["SVD", "moments", "GPTQ", "GPTQ with export"]
 SEVERAL = ["GPTQ with export", "compress"]  # which fill one folder after the other

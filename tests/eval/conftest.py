@@ -13,8 +13,8 @@ from PIL import Image
 
 from casp.cli import run_main
 from casp.linear import LowRankLinear
-from casp.models import Decoder
-from casp.run import RunFolder
+from casp.model.decoder import Decoder
+from casp.run.writer import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 

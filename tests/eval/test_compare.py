@@ -13,8 +13,8 @@ from casp_eval.compare import Subject, content_fingerprint, main
 from casp_eval.loading import open_checkpoint
 from PIL import Image
 
-from casp.card import RESULTS_BEGIN, RESULTS_END
-from casp.checkpoint import size
+from casp.model.checkpoint import size
+from casp.run.card import RESULTS_BEGIN, RESULTS_END
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 12
 SCHEMA = {

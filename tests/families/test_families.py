@@ -20,11 +20,11 @@ from zoo import FAMILIES, Family
 
 import casp.cli.options
 import casp.moments.__main__ as moments_stage
-from casp.capture import capture_inputs
 from casp.errors import UserError
-from casp.models import Decoder, _factory
+from casp.model.capture import capture_inputs
+from casp.model.decoder import Decoder, _factory
+from casp.model.split import Experts, SplitLinear
 from casp.reading.config import open_config
-from casp.split import Experts, SplitLinear
 
 CPU = torch.device("cpu")
 VISUAL = [3, 4, 5, 6]  # a token of these, generated at random, would ask for a picture

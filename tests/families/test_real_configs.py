@@ -5,7 +5,7 @@ from casp_eval.real_models import REAL, empty_checkpoint
 
 from casp.backend import load_backend
 from casp.budget import matrices, plan_bytes, uniform_plan
-from casp.models import Decoder
+from casp.model.decoder import Decoder
 
 
 @pytest.mark.slow

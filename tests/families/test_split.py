@@ -11,14 +11,14 @@ import transformers as T
 sys.path.insert(0, str(Path(__file__).parent))
 from zoo import FAMILIES
 
-import casp.attention
-from casp.capture import capture_inputs
-from casp.checkpoint import CaspConfig, CaspQuantizer
+import casp.model.attention
 from casp.errors import UserError
-from casp.models import Decoder
+from casp.model.capture import capture_inputs
+from casp.model.checkpoint import CaspConfig, CaspQuantizer
+from casp.model.decoder import Decoder
+from casp.model.split import Experts, SplitLinear, apply_splits, expert_of, side_by_side
 from casp.moments.pool import top_up
 from casp.moments.second_moment import SecondMoment
-from casp.split import Experts, SplitLinear, apply_splits, expert_of, side_by_side
 from casp.walk import walk
 
 CPU = torch.device("cpu")
@@ -148,14 +148,14 @@ def test_moments_of_experts_are_those_of_the_tokens_that_go_there(tmp_path):
 def test_a_block_that_does_another_thing_alone_is_refused(tmp_path, monkeypatch):
     """Attention without its sinks, which is what a walk that does not know them would run."""
     FAMILIES["gpt_oss"].save(tmp_path)
-    attention = casp.attention._attention
+    attention = casp.model.attention._attention
     without = lambda *args, s_aux=None, **kwargs: attention(*args, **kwargs)  # noqa: E731
-    T.AttentionInterface.register(casp.attention.NAME, without)
+    T.AttentionInterface.register(casp.model.attention.NAME, without)
     try:
         with pytest.raises(UserError, match="does not do the same alone as in its model"):
             capture_inputs(Decoder(tmp_path), [FAMILIES["gpt_oss"].batch()], CPU, torch.float32)
     finally:
-        casp.attention.register()
+        casp.model.attention.register()
 
 
 def test_text_alone_never_reaches_cross_attention(tmp_path):

@@ -6,8 +6,8 @@ from casp_gptq.backend import GPTQ
 from casp_gptq.gptq import gptq_quantize
 
 from casp.backend import Backend, load_backend
-from casp.files import write_shard
 from casp.linear import LowRankLinear
+from casp.run.files import write_shard
 
 SHAPES = [(64, 96), (36, 576), (576, 72), (33, 31), (1, 1)]
 

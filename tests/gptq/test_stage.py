@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from casp.budget import original_bytes
-from casp.checkpoint import size
 from casp.errors import UserError
-from casp.models import Decoder
+from casp.model.checkpoint import size
+from casp.model.decoder import Decoder
 from casp.moments import __main__ as moments
 from casp.moments.find import COLLECTED
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from casp.attention import AttentionCall
 from casp.errors import UserError, told_as
-from casp.inputs import require_finite
+from casp.model.attention import AttentionCall
+from casp.model.inputs import require_finite
 from casp.moments import SecondMoment, damped_cholesky
 from casp.numbers import real, whole
 from casp.reading.documents import MOST_DEPTH, parse_json

@@ -11,9 +11,9 @@ import torch
 from casp_gptq.backend import GPTQ
 from casp_quip_sharp.backend import QuipSharp
 
-from casp.capture import capture_inputs
 from casp.data import calibration_batches
-from casp.models import Decoder
+from casp.model.capture import capture_inputs
+from casp.model.decoder import Decoder
 from casp.moments.forward import block_moments
 from casp.quantize import weighted_error
 from casp.walk import walk

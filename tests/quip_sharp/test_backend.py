@@ -8,7 +8,7 @@ from casp_quip_sharp.trellis import tables
 
 from casp.backend import load_backend
 from casp.errors import UserError
-from casp.swap import module_bytes, swap_modules
+from casp.model.swap import module_bytes, swap_modules
 
 SHAPES = [(48, 64), (96, 37), (37, 96), (7, 12), (1, 8)]
 

@@ -9,15 +9,15 @@ from casp_quip_sharp.backend import QuipSharp
 from casp_quip_sharp.linear import QuipSharpLinear
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-import casp.capture
-import casp.run
-import casp.teacher
-import casp.tuning
+import casp.finetune.in_block
+import casp.finetune.teacher
+import casp.model.capture
+import casp.run.writer
 from casp.budget import original_bytes
-from casp.checkpoint import resident_bytes, size
 from casp.cli.quantizing import FineTuning
 from casp.errors import UserError
-from casp.models import Decoder
+from casp.model.checkpoint import resident_bytes, size
+from casp.model.decoder import Decoder
 from casp.moments import __main__ as moments
 from casp.moments.find import COLLECTED, ON_THE_WAY
 
@@ -165,13 +165,13 @@ def test_fine_tuning_brings_the_model_nearer(stage, low_rank, tiny_llama, noise,
 def test_killed_while_fine_tuning_it_ends_with_the_same_bytes(stage, tiny_llama, tmp_path, monkeypatch):
     flags = ["--model", tiny_llama, "--ft-epochs", 2]
     stage(*flags, "--output", tmp_path / "whole")
-    real = casp.tuning.save_state
+    real = casp.finetune.in_block.save_state
 
     def dies(*args):
         real(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(casp.tuning, "save_state", dies)
+    monkeypatch.setattr(casp.finetune.in_block, "save_state", dies)
     for _ in range(2):  # once after each epoch
         with pytest.raises(KeyboardInterrupt):
             stage(*flags, "--output", tmp_path / "out")
@@ -185,22 +185,22 @@ def test_killed_while_fine_tuning_it_ends_with_the_same_bytes(stage, tiny_llama,
 
 
 def test_inputs_of_teacher_and_student_are_captured_once(stage, tiny_llama, tmp_path, monkeypatch):
-    captures, real = [], casp.capture.capture_inputs
+    captures, real = [], casp.model.capture.capture_inputs
 
     def counting(*args, **settings):
         captures.append(1)
         return real(*args, **settings)
 
-    for module in (casp.run, casp.teacher):
+    for module in (casp.run.writer, casp.finetune.teacher):
         monkeypatch.setattr(module, "capture_inputs", counting)
     flags = ["--ft-epochs", 0, "--block-epochs", 1]
     stage("--model", tiny_llama, *flags, "--output", tmp_path / "shared")
     assert len(captures) == 1
 
-    def alone(self, batches, device, dtype, captured, walk=casp.run.RunFolder.walk):
+    def alone(self, batches, device, dtype, captured, walk=casp.run.writer.RunFolder.walk):
         return walk(self, batches, device, dtype)
 
-    monkeypatch.setattr(casp.run.RunFolder, "walk", alone)
+    monkeypatch.setattr(casp.run.writer.RunFolder, "walk", alone)
     stage("--model", tiny_llama, *flags, "--output", tmp_path / "apart")
     assert len(captures) == 3
     shards = [sorted((tmp_path / name).glob("*.safetensors")) for name in ("shared", "apart")]

@@ -11,17 +11,17 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-import casp.run
-from casp.checkpoint import size
+import casp.run.writer
 from casp.data import calibration_batches
 from casp.errors import UserError
-from casp.folder import LOG_FILE
 from casp.linear import LowRankLinear
 from casp.lowrank import rank_for
-from casp.models import Decoder
+from casp.model.checkpoint import size
+from casp.model.decoder import Decoder
 from casp.moments import __main__ as moments
 from casp.moments.store import Moments
-from casp.run import RunFolder
+from casp.run.folder import LOG_FILE
+from casp.run.writer import RunFolder
 
 ROOT = Path(__file__).parents[2]
 MODELS = ["tiny_llama", "tiny_qwen2", "tiny_qwen3", "tiny_llava"]
@@ -167,7 +167,7 @@ def test_resumes_with_the_same_bytes(stop_after, tiny_llama, tmp_path, calibrati
     monkeypatch.undo()
     main(flags(tiny_llama, broken, calibration))
     assert contents(broken) == contents(whole)
-    monkeypatch.setattr(casp.run.RunFolder, "walk", None)  # nothing is left to do
+    monkeypatch.setattr(casp.run.writer.RunFolder, "walk", None)  # nothing is left to do
     main(flags(tiny_llama, broken, calibration))
 
 

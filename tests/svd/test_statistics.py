@@ -6,8 +6,8 @@ import pytest
 import torch
 from casp_svd.statistics import attention_moments, input_moments
 
-from casp.capture import capture_inputs
-from casp.models import Decoder
+from casp.model.capture import capture_inputs
+from casp.model.decoder import Decoder
 from casp.moments.density import MASS, attention_density
 from casp.walk import walk
 

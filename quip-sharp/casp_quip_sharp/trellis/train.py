@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from casp.cli import Parser, run_main
 from casp.errors import UserError
-from casp.files import write_atomically
 from casp.kernels import operators
-from casp.outputs import refuse_inputs
 from casp.reading.documents import read_json
+from casp.run.files import write_atomically
+from casp.run.outputs import refuse_inputs
 from casp_quip_sharp.trellis.layout import STRIP
 from casp_quip_sharp.trellis.tables import FILE, UNIT, Table, entry_numbers
 from casp_quip_sharp.trellis.walks import walk_states

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import casp
 from casp import job
-from casp.checkpoint import size
 from casp.errors import UserError
 from casp.job import main as compress
-from casp.models import Decoder
+from casp.model.checkpoint import size
+from casp.model.decoder import Decoder
 from casp.moments.__main__ import main as collect
 from casp.plan.__main__ import main as plan
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from casp.capture import capture_inputs
-from casp.models import Decoder
+from casp.model.capture import capture_inputs
+from casp.model.decoder import Decoder
 from casp.walk import Visit
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from casp.demo import cache_folder, kept_in_cache
 from casp.errors import UserError
-from casp.files import make_folder
 from casp.reading.documents import read_json
+from casp.run.files import make_folder
 
 RUN_FILE = "casp_run.json"
 VERSION = 1

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from casp.inputs import PassedOver
-from casp.models import Decoder
+from casp.model.decoder import Decoder
+from casp.model.inputs import PassedOver
 
 POSITIONS = 256  # whose logits are in memory together: a vocabulary is a hundred times wider than a block
 

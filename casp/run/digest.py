@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from casp.demo import DIGESTS, cache_folder
 from casp.errors import UserError
-from casp.files import write_json
+from casp.model.shards import read_entries
 from casp.reading.documents import read_json
-from casp.shards import read_entries
+from casp.run.files import write_json
 
 COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 """Suffixes of what a checkpoint has besides weights: configuration, tokenizer, processor."""

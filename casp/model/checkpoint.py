@@ -22,12 +22,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from casp.errors import UserError
 from casp.linear import LowRankLinear, QuantizedLinear, is_finite
-from casp.models import Decoder, decoder_blocks
+from casp.model.decoder import Decoder, decoder_blocks
+from casp.model.shards import Shards
+from casp.model.split import Experts, SplitLinear, apply_splits, joined
+from casp.model.swap import describe_modules, in_model, swap_modules, to_dense
 from casp.reading.compression import WEIGHTS_KEY, check_compression
 from casp.reading.header import read_header
-from casp.shards import Shards
-from casp.split import Experts, SplitLinear, apply_splits, joined
-from casp.swap import describe_modules, in_model, swap_modules, to_dense
 
 QUANT_METHOD = "casp"
 COMPRESSED = (QuantizedLinear, LowRankLinear)
@@ -41,7 +41,7 @@ class CaspConfig(QuantizationConfigMixin):
 
     backend: name of the quantizer, None when only low-rank factors were made; original_weights: number of
     weights that the decoder's linears had before any compression (the denominator of bits per weight);
-    modules: module path -> {"rank": int} or {"format": {...}}; splits: what is taken apart first (`casp.split`).
+    modules: module path -> {"rank": int} or {"format": {...}}; splits: what is taken apart first (`casp.model.split`).
     """
 
     def __init__(

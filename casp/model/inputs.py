@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from casp.errors import UserError
-from casp.split import Expert
+from casp.model.split import Expert
 
 
 class PassedOver(Tensor):

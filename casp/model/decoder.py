@@ -14,16 +14,16 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from casp import attention
 from casp.errors import UserError, told_as
 from casp.linear import LowRankLinear, QuantizedLinear
-from casp.modality import is_multimodal
+from casp.model import attention
+from casp.model.modality import is_multimodal
+from casp.model.shards import Shards, read_entries
+from casp.model.split import apply_splits, find_splits
+from casp.model.swap import swap_modules
 from casp.reading.compression import check_compression
 from casp.reading.config import open_config, quantization_of
 from casp.reading.header import Entry
-from casp.shards import Shards, read_entries
-from casp.split import apply_splits, find_splits
-from casp.swap import swap_modules
 
 ROLES = {
     "q_proj": "q",
@@ -87,7 +87,7 @@ class Skeleton:
     """What a checkpoint's config describes, on the meta device, beside what is stored of it.
 
     compression: the quantization_config of a CASP checkpoint, whose modules then stand in the model; None for a plain
-    model. splits: what of the model was taken apart, see `casp.split`.
+    model. splits: what of the model was taken apart, see `casp.model.split`.
     """
 
     config: Any

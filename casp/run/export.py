@@ -12,17 +12,17 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from casp.card import front_matter, inherited
 from casp.cli.places import base_model
-from casp.digest import companions
 from casp.errors import UserError
-from casp.files import write_atomically, write_json, write_shard
-from casp.folder import WorkFolder
-from casp.models import Decoder
+from casp.model.decoder import Decoder
+from casp.model.shards import INDEX
 from casp.reading.compression import WEIGHTS_KEY
 from casp.reading.documents import read_json
-from casp.report import REPORT_FILE
-from casp.shards import INDEX
+from casp.run.card import front_matter, inherited
+from casp.run.digest import companions
+from casp.run.files import write_atomically, write_json, write_shard
+from casp.run.folder import WorkFolder
+from casp.run.report import REPORT_FILE
 
 _WRITTEN = {"config.json", INDEX, "README.md", REPORT_FILE}  # made here, or of no use there
 

@@ -20,10 +20,10 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from casp.errors import UserError
 from casp.linear import QuantizedLinear
+from casp.model.split import Fused
 from casp.reading.documents import read_json
 from casp.reading.files import is_there
 from casp.reading.header import DTYPES, WEIGHTS, Entry, read_header
-from casp.split import Fused
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -97,7 +97,7 @@ def _other_targets(converter: WeightConverter, name: str) -> list[str]:
 class Shards:
     """The stored tensors of a checkpoint, addressed by the names of `model` (which may be on meta).
 
-    fused: of a model that was taken apart (`casp.split`) the tensors that are stored whole.
+    fused: of a model that was taken apart (`casp.model.split`) the tensors that are stored whole.
     """
 
     def __init__(

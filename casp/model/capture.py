@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from casp.attention import NAME
 from casp.errors import UserError, told_as
-from casp.inputs import BatchInputs, PassedOver, first_output, moved, require_finite
-from casp.modality import visual_tokens
-from casp.models import Decoder
+from casp.model.attention import NAME
+from casp.model.decoder import Decoder
+from casp.model.inputs import BatchInputs, PassedOver, first_output, moved, require_finite
+from casp.model.modality import visual_tokens
 
 _LOG = logging.getLogger("casp")
 

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from casp.backend import Backend
-from casp.head import POSITIONS, head_logits
-from casp.inputs import BatchInputs
-from casp.models import Decoder
-from casp.tuning import Curve, Masters, Training, run_block, train, tunable_tensors
+from casp.finetune.in_block import Curve, Masters, Training, run_block, train, tunable_tensors
+from casp.model.decoder import Decoder
+from casp.model.head import POSITIONS, head_logits
+from casp.model.inputs import BatchInputs
 
 
 def final_norms(decoder: Decoder) -> dict[str, Tensor]:

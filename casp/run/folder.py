@@ -22,12 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from casp.digest import file_digest, hash_of, read_files, state
 from casp.errors import UserError, in_brief
-from casp.files import is_temporary, lock, make_folder, publish, write_atomically, write_json
-from casp.models import Decoder
-from casp.outputs import RUN_FILE, VERSION, check_folder, read_record, refuse_inputs
+from casp.model.decoder import Decoder
 from casp.reading.header import read_header_with_metadata
+from casp.run.digest import file_digest, hash_of, read_files, state
+from casp.run.files import is_temporary, lock, make_folder, publish, write_atomically, write_json
+from casp.run.outputs import RUN_FILE, VERSION, check_folder, read_record, refuse_inputs
 
 LOG_FILE, LOCK_FILE = "casp_run.log", "casp_run.lock"
 WORK_PREFIX = "work-"  # of files that only the work needs; the finished folder has none
@@ -87,7 +87,7 @@ class WorkFolder:
     besides the model, folders and files, none of which the output may touch.
     """
 
-    kind = "moments"  # of `casp.outputs.KINDS`
+    kind = "moments"  # of `casp.run.outputs.KINDS`
 
     def __init__(
         self,

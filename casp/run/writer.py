@@ -9,22 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from casp.capture import capture_inputs
-from casp.card import inherited, model_card
-from casp.digest import companions
 from casp.errors import UserError, told_as
-from casp.files import write_atomically, write_json, write_shard
-from casp.folder import WORK_PREFIX, WorkFolder
-from casp.inputs import BatchInputs
-from casp.models import Decoder
-from casp.progress import Blocks
+from casp.model.capture import capture_inputs
+from casp.model.decoder import Decoder
+from casp.model.inputs import BatchInputs
+from casp.model.shards import INDEX
+from casp.model.swap import describe_modules, swap_modules
 from casp.reading.compression import INSTEAD_OF_WEIGHTS, WEIGHTS_KEY
 from casp.reading.documents import read_json
 from casp.reading.header import read_header
-from casp.recipe import RECIPE_FILE, carried
-from casp.report import REPORT_FILE, merge_reports
-from casp.shards import INDEX
-from casp.swap import describe_modules, swap_modules
+from casp.run.card import inherited, model_card
+from casp.run.digest import companions
+from casp.run.files import write_atomically, write_json, write_shard
+from casp.run.folder import WORK_PREFIX, WorkFolder
+from casp.run.progress import Blocks
+from casp.run.recipe import RECIPE_FILE, carried
+from casp.run.report import REPORT_FILE, merge_reports
 from casp.walk import Visit, walk
 
 _WRITTEN = (
@@ -167,7 +167,7 @@ class RunFolder(WorkFolder):
         """Complete the checkpoint (rest of the weights, config, tokenizer, card) and rename it to `output`.
 
         rest_changes: tensors outside the blocks, by the model's names, that the stage has changed; details: more
-        entries of the stage's report; step: of the recipe that the checkpoint carries (`casp.recipe`).
+        entries of the stage's report; step: of the recipe that the checkpoint carries (`casp.run.recipe`).
         """
         decoder, depth = self.decoder, len(self.decoder.blocks)
         modules: dict[str, dict[str, Any]] = {}

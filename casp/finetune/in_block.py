@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from casp.backend import Backend
 from casp.errors import UserError, told_as
-from casp.files import write_shard
-from casp.inputs import BatchInputs, first_output, moved
 from casp.linear import QuantizedLinear
+from casp.model.inputs import BatchInputs, first_output, moved
 from casp.reading.documents import parse_json
+from casp.run.files import write_shard
 from casp.walk import Visit
 
 VALIDATION_SHARE = 8  # one batch in so many is not trained on

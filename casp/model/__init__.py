@@ -1,0 +1,1 @@
+"""A model as a decoder of blocks: opened, fed, changed and put together again."""
