@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Run the tests as on a CPU with AVX2 and nothing newer, on an Intel CPU that has more: bash tests/cpu/as_avx2.sh [PYTEST ARGUMENTS]
-# Needs cc and an environment from setup.sh; what is told to the process is in avx2_only.c.
+# Run tests as on a CPU with AVX2 alone, on an Intel CPU with more: bash tests/cpu/as_avx2.sh [ARGUMENTS OF PYTEST]
+# Needs cc, and an environment from setup.sh; avx2_only.c says how.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 scratch="$(mktemp -d)"

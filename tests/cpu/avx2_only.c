@@ -17,7 +17,10 @@ enum { kArchSetCpuid = 0x1012 };
 // Raw: the handler may run where errno is in use.
 static long allow_cpuid(unsigned long allowed) {
   long result;
-  __asm__ volatile("syscall" : "=a"(result) : "0"(SYS_arch_prctl), "D"(kArchSetCpuid), "S"(allowed) : "rcx", "r11", "memory");
+  __asm__ volatile("syscall"
+                   : "=a"(result)
+                   : "0"(SYS_arch_prctl), "D"(kArchSetCpuid), "S"(allowed)
+                   : "rcx", "r11", "memory");
   return result;
 }
 

@@ -2,12 +2,15 @@
 
 import io
 import json
+import shutil
 
 import pytest
+import torch
 from casp_eval.chat import main
 from casp_eval.loading import open_checkpoint
 from casp_eval.questions import answers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from casp.data.sources import evaluation_chats
 
@@ -75,6 +78,17 @@ def test_an_unknown_model_through_the_shell(run_script):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
+
+
+def test_a_model_whose_logits_are_not_finite_does_not_seem_to_have_nothing_to_say(refused, tiny_llama, tmp_path):
+    folder = shutil.copytree(tiny_llama, tmp_path / "overflowing")
+    for shard in folder.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if "lm_head.weight" in tensors:
+            tensors["lm_head.weight"] = torch.full_like(tensors["lm_head.weight"], 3e38)
+            save_file(tensors, shard, {"format": "pt"})
+    said = refused(main, "--model", folder, "--question", "Hello", *SHORT)
+    assert "gives NaN or infinity as logits" in said
 
 
 @pytest.mark.parametrize(("typed", "said"), [("a" * 10**5 + "\n", "longer than 20000 characters")])
