@@ -18,7 +18,7 @@ def names_in(file: Path) -> set[str]:
 FILES = {str(path.relative_to(ROOT)): names_in(path) for path in (ROOT / "tests").rglob("test_*.py")}
 
 
-@pytest.mark.parametrize(("page", "least"), [("promises.md", 30), ("clients.md", 9)])
+@pytest.mark.parametrize(("page", "least"), [("promises.md", 30), ("clients.md", 18)])
 def test_every_test_that_is_named_exists(page: str, least: int):
     missing, named = [], 0
     for line in (ROOT / "docs" / page).read_text().splitlines():
@@ -35,10 +35,21 @@ def test_every_test_that_is_named_exists(page: str, least: int):
     assert named >= least
 
 
-def test_every_line_of_a_table_names_a_test_or_a_class_of_cases():
-    rows = [line for line in PAGE.splitlines() if line.startswith("|") and not line.startswith(("| promise", "|---"))]
-    assert len(rows) >= 25
-    assert not [row for row in rows if not re.search(r"test_\w+|the same tests", row.split("|")[2])]
+@pytest.mark.parametrize(
+    ("page", "heading", "least"), [("promises.md", "| promise", 25), ("clients.md", "| tried", 22)]
+)
+def test_every_line_of_a_table_names_a_test_or_a_class_of_cases(page: str, heading: str, least: int):
+    """Its last column does, in every table that has one for this."""
+    rows, inside = [], False
+    for line in (ROOT / "docs" / page).read_text().splitlines():
+        if line.startswith(heading):
+            inside = True
+        elif not line.startswith("|"):
+            inside = False
+        elif inside and not line.startswith("|---"):
+            rows.append(line)
+    assert len(rows) >= least
+    assert not [row for row in rows if not re.search(r"test_\w+|the same tests", row.rstrip("|").rpartition("|")[2])]
 
 
 def test_the_classes_of_cases_exist():

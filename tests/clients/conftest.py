@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[2]
 CALIBRATION = ("--samples", "4", "--sequence-length", "64")
 
 
@@ -35,11 +37,12 @@ def gptq_low_rank(low_rank: Path, texts: Path, tmp_path_factory: pytest.TempPath
     return folder
 
 
-@pytest.fixture(scope="session")
-def without_casp(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A Python that has all packages of this one, but not CASP."""
+@pytest.fixture(scope="session", params=["installed", pytest.param("oldest", marks=pytest.mark.slow)])
+def without_casp(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Python that has all packages of this one, but not CASP; once with the oldest transformers that we support."""
+    oldest = request.param == "oldest"
     folder = tmp_path_factory.mktemp("stock")
-    venv.create(folder, with_pip=False)
+    venv.create(folder, with_pip=oldest)
     (site,) = folder.glob("lib/python*/site-packages")
     here = [path for path in sys.path if path.endswith("site-packages")]
     (site / "others.pth").write_text("\n".join(here) + "\n")  # whose own .pth files are not read
@@ -47,6 +50,15 @@ def without_casp(tmp_path_factory: pytest.TempPathFactory) -> str:
     found = subprocess.run([python, "-c", "import casp"], capture_output=True, cwd=folder)
     if found.returncode == 0:
         pytest.skip("CASP is installed as a copy, which every environment with these packages has")
+    if oldest:
+        version = re.search(r"^transformers>=(.+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)[1]
+        wanted = f"transformers=={version}.*"
+        done = subprocess.run([python, "-m", "pip", "install", "-q", wanted], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"pip has no {wanted} to install: {done.stderr.strip().splitlines()[-1]}")
+        code = "import transformers; print(transformers.__version__)"
+        told = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=folder, check=True).stdout
+        assert told.startswith(f"{version}.")
     return python
 
 

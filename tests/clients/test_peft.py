@@ -72,3 +72,19 @@ def test_lora(compressed: Path, targets: str | list[str], tmp_path: Path):
     torch.testing.assert_close(dense(IDS).logits, after.logits, rtol=1e-2, atol=1e-2)
     with pytest.raises(UserError, match="dequantize"):
         again.merge_and_unload()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+        peft.LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM"),
+    ],
+    ids=["prompt", "head"],
+)
+def test_what_stands_beside_packed_layers_trains(gptq: Path, config: peft.PeftConfig, tmp_path: Path):
+    adapted = peft.get_peft_model(load(gptq), config)
+    with torch.no_grad():
+        before = adapted(IDS, labels=IDS).loss
+    train(adapted, tmp_path / "trainer")
+    assert adapted(IDS, labels=IDS).loss < before

@@ -56,8 +56,12 @@ def test_what_is_in_it(wheel: Path):
 
 
 @pytest.mark.slow
-def test_quickstart_from_an_empty_folder(wheel: Path, tmp_path: Path):
-    """Installed as a copy beside the other packages of this environment, CASP does what quickstart.sh does."""
+def test_quickstart_from_an_empty_folder(wheel: Path, tiny_llava: Path, tmp_path: Path):
+    """Installed as a copy beside the other packages of this environment, CASP does what quickstart.sh does.
+
+    Stages and the report are run on the built-in model; the two whole jobs, whose time is planning and the search of
+    the trellis, on a tiny one.
+    """
     environment, place = tmp_path / "environment", tmp_path / "empty"
     venv.create(environment, with_pip=True)
     (site,) = environment.glob("lib/python*/site-packages")
@@ -80,9 +84,15 @@ def test_quickstart_from_an_empty_folder(wheel: Path, tmp_path: Path):
     assert "compress" in run(casp, "--help")
     run(casp, "svd", "--model", "demo-llava", *data, "--output", "svd")
     run(casp, "quantize", "--backend", "gptq", "--model", "svd", "--bits", 3, *data, "--output", "gptq")
+    job = ("--model", tiny_llava, *data, "--backend", "quip-sharp", "--bits", 4, "--moments", "moments")
+    job += ("--costs", "costs")
+    run(casp, "compress", *job, "--allocation", "uniform", "--output", "uniform")
+    run(casp, "compress", *job, "--output", "planned")
+    assert (place / "planned/casp_recipe.json").is_file()
     sizes = ("--windows", 1, "--questions", 2, "--max-new-tokens", 4)
-    run(casp, "compare", "svd", "gptq", *sizes, "--output", "report")
+    run(casp, "compare", "svd", "3-bit=gptq", *sizes, "--output", "report", "--update-cards")
     assert (place / "report/report.md").is_file()
     code = "import sys; from transformers import AutoModelForImageTextToText as Auto\n"
-    code += "Auto.from_pretrained('gptq'); print('casp' in sys.modules)"
+    code += "for name in ('gptq', 'uniform', 'planned'): Auto.from_pretrained(name)\n"
+    code += "print('casp' in sys.modules)"
     assert run(python, "-c", code).split()[-1] == "True"

@@ -1,5 +1,7 @@
 """What PyTorch traces and differentiates: every operator by `opcheck`, gradients, compiled decode steps."""
 
+import io
+
 import pytest
 import torch
 from casp_aqlm.linear import AQLMLinear
@@ -14,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from casp import kernels
 from casp.kernels import operators
-from casp.linear import LowRankLinear
+from casp.linear import LowRankLinear, QuantizedLinear
 
 pytestmark = pytest.mark.skipif(operators() is None, reason=f"quiptools is not built: {kernels.BUILD}")
 CPU = torch.device("cpu")
@@ -163,20 +165,25 @@ def tiny_llama(kind):
         if not isinstance(one, torch.nn.Linear):
             continue
         out_features, in_features = one.out_features, one.in_features
-        if kind == "low-rank" and name.endswith(("q_proj", "k_proj")):
+        if kind.startswith("low-rank") and name.endswith(("q_proj", "k_proj")):
             found = LowRankLinear(in_features, out_features, 8, False)
-            found.down, found.up = (
-                random_layer("trellis", 8, in_features, bias=False),
-                random_layer("trellis", out_features, 8, bias=False),
-            )
+            if kind == "low-rank":
+                found.down, found.up = (
+                    random_layer("trellis", 8, in_features, bias=False),
+                    random_layer("trellis", out_features, 8, bias=False),
+                )
+            else:
+                for factor in (found.down, found.up):
+                    factor.weight.data.normal_(0, factor.in_features**-0.5)
         else:
-            found = random_layer("trellis" if kind == "low-rank" else kind, out_features, in_features, bias=False)
+            packed = "trellis" if kind.startswith("low-rank") else kind
+            found = random_layer(packed, out_features, in_features, bias=False)
         parent, _, child = name.rpartition(".")
         setattr(model.model.get_submodule(parent), child, found)
     return model
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "low-rank"])
+@pytest.mark.parametrize("kind", [*KINDS, "low-rank", "low-rank, dense factors"])
 def test_a_compiled_decode_step_equals_eager(kind):
     model = tiny_llama(kind)
     prompt = torch.tensor([[3, 1, 4, 1, 5]])
@@ -195,6 +202,24 @@ def test_a_compiled_decode_step_equals_eager(kind):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     # A graph computes norms in another order: at a rounding border an activation may fall to the other side.
     assert torch.allclose(steps(compiled), steps(model), atol=5e-4)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "low-rank", "low-rank, dense factors"])
+def test_an_exported_model_equals_eager(kind):
+    """For prompts of any length, with one operator a layer, and after a way through a file."""
+    model, file = tiny_llama(kind), io.BytesIO()
+    lengths = {"input_ids": {1: torch.export.Dim("tokens", min=2, max=32)}, "use_cache": None}
+    with torch.no_grad():
+        asked = {"input_ids": torch.randint(3, 40, (1, 6)), "use_cache": False}
+        exported = torch.export.export(model, (), asked, dynamic_shapes=lengths)
+        named = [str(node.target) for node in exported.graph.nodes]
+        torch.export.save(exported, file)
+        file.seek(0)
+        again = torch.export.load(file).module()
+        asked["input_ids"] = torch.randint(3, 40, (1, 9))
+        torch.testing.assert_close(again(**asked).logits, model(**asked).logits, rtol=0, atol=1e-5)
+    layers = [one for one in model.modules() if isinstance(one, QuantizedLinear)]
+    assert sum(name.startswith("quiptools.") and "layer" in name for name in named) == len(layers)
 
 
 @pytest.mark.slow
