@@ -81,8 +81,18 @@ def _save_joined(model: PreTrainedModel, *args: Any, state_dict: dict[str, Tenso
 
     While it saves, memory holds these beside the parts. The model stays in parts, since adapters know those by name.
     """
-    state = joined(model, model.state_dict() if state_dict is None else state_dict)
-    return type(model).save_pretrained(model, *args, state_dict=state, **kwargs)
+    given = model.state_dict() if state_dict is None else state_dict
+    state = joined(model, given)
+    # transformers asks the model for the shape of a tensor that it converts: while it saves, the wholes are there.
+    wholes = [name.rpartition(".") for name in state.keys() - given.keys()]
+    for path, _, leaf in wholes:
+        shape = nn.Parameter(state[f"{path}.{leaf}"].to("meta"), requires_grad=False)
+        model.get_submodule(path).register_parameter(leaf, shape)
+    try:
+        return type(model).save_pretrained(model, *args, state_dict=state, **kwargs)
+    finally:
+        for path, _, leaf in wholes:
+            delattr(model.get_submodule(path), leaf)
 
 
 @register_quantizer(QUANT_METHOD)

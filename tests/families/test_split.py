@@ -165,12 +165,12 @@ def test_text_alone_never_reaches_cross_attention(tmp_path):
         capture_inputs(Decoder(tmp_path), [batch], CPU, torch.float32)
 
 
-@pytest.mark.parametrize("name", ["phi3", "gpt_neox", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("name", ["phi3", "gpt_neox", "qwen3_moe", "gpt_oss", "qwen3_vl_moe"])
 def test_a_dense_model_in_parts_is_saved_whole(name, tmp_path):
     """Its files are those of the original, bit for bit, and it stays in parts."""
     FAMILIES[name].save(tmp_path / "model")
-    original = T.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    decoder = Decoder(tmp_path / "model")
+    kind = T.AutoModelForImageTextToText if "vl" in name else T.AutoModelForCausalLM
+    original, decoder = kind.from_pretrained(tmp_path / "model"), Decoder(tmp_path / "model")
     model = copy.deepcopy(original)
     wholes = {f"{path}.{leaf}" for path in decoder.splits for leaf, _ in model.get_submodule(path).named_parameters()}
     fused = apply_splits(model, decoder.splits)
@@ -183,7 +183,7 @@ def test_a_dense_model_in_parts_is_saved_whole(name, tmp_path):
     dense.save_pretrained(tmp_path / "given", state_dict=dense.state_dict())
     assert set(parts) <= set(dense.state_dict())
     for folder in ("dense", "given"):
-        again, told = T.AutoModelForCausalLM.from_pretrained(tmp_path / folder, output_loading_info=True)
+        again, told = kind.from_pretrained(tmp_path / folder, output_loading_info=True)
         assert not any(told.values()), told
         for key, tensor in again.state_dict().items():
             assert torch.equal(tensor, own[key]), key
