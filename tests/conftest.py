@@ -321,6 +321,12 @@ def demo_llava() -> Path:
 
 
 @pytest.fixture(scope="session")
+def demo_video() -> Path:
+    """Folder of the built-in LLaVA-NeXT-Video, assembled once per machine."""
+    return built_in("demo-video")
+
+
+@pytest.fixture(scope="session")
 def run_module() -> Callable[..., subprocess.CompletedProcess]:
     """Runs `python -m MODULE ARGS...` as a user would, and returns its exit status, stdout and stderr."""
 

@@ -36,14 +36,20 @@ class LowRankUpdate(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The updated layer's output."""
-        return self.linear(x) + (x @ self.lora_a.T) @ self.lora_b.T
+        return self.linear(x) + (x @ self.lora_a.T.to(x.dtype)) @ self.lora_b.T.to(x.dtype)
 
 
-def add_updates(text: torch.nn.Module, rank: int = RANK) -> dict[str, torch.nn.Parameter]:
-    """Wrap every linear of the decoder's later blocks; the trained factors under the names they have in the LLaVA."""
+def add_updates(
+    text: torch.nn.Module, rank: int = RANK, first_block: int = FIRST_BLOCK
+) -> dict[str, torch.nn.Parameter]:
+    """Wrap every linear of the decoder's later blocks; the trained factors under the names they have in the LLaVA.
+
+    text: a model with the blocks in `model.layers`, in float32 or, which a CPU with AMX is fast at, in bfloat16;
+    the factors are float32 in any case.
+    """
     text.requires_grad_(False)
     generator, factors = torch.Generator().manual_seed(0), {}
-    for number, block in list(enumerate(text.model.layers))[FIRST_BLOCK:]:
+    for number, block in list(enumerate(text.model.layers))[first_block:]:
         for owner in (block.self_attn, block.mlp):
             for role, linear in list(owner.named_children()):
                 if isinstance(linear, torch.nn.Linear):
@@ -126,12 +132,12 @@ def collate(rows: list[Row], embed: torch.Tensor):
 
     inputs = embed[padded("ids", 0)]
     for i, row in enumerate(rows):
-        inputs[i, list(row.vectors)] = torch.stack(list(row.vectors.values()))
+        inputs[i, list(row.vectors)] = torch.stack(list(row.vectors.values())).to(embed.dtype)
     picture, question = padded("picture", -1), padded("question", -1)
     same = picture[:, :, None] == picture[:, None]
     sees = (question[:, None] == 0) | (question[:, :, None] == question[:, None])
     allowed = same & sees & torch.ones(length, length, dtype=torch.bool).tril()
-    mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)[:, None]
+    mask = torch.zeros(allowed.shape, dtype=embed.dtype).masked_fill(~allowed, torch.finfo(embed.dtype).min)[:, None]
     return inputs, mask, padded("position", 0)
 
 
@@ -142,7 +148,7 @@ def learn(text, rows: list[Row], embed: torch.Tensor) -> tuple[torch.Tensor, dic
     flat = [(i, *entry) for i, row in enumerate(rows) for entry in row.learn]
     logits = F.linear(hidden[[f[0] for f in flat], [f[1] for f in flat]], embed)
     aim = torch.tensor([f[2] for f in flat])
-    loss = F.cross_entropy(logits, aim)
+    loss = F.cross_entropy(logits.float(), aim)
     hits: dict[tuple, list] = {}
     for f, good in zip(flat, (logits.argmax(1) == aim).tolist(), strict=True):
         hits.setdefault((f[3], f[0], f[4]), []).append(good)

@@ -23,7 +23,7 @@ from casp.data.sources import draw
 from casp.errors import UserError, told_as
 from casp.model.modality import Visual, is_multimodal, visual_tokens
 from casp.reading.config import open_config
-from casp.reading.pretrained import check_ids, open_processor, open_tokenizer
+from casp.reading.pretrained import check_ids, open_processor, open_tokenizer, require_video
 
 DEFAULT_VISUAL = Visual()
 
@@ -165,6 +165,8 @@ def _chat_batches(
     lengths: dict[int, int] = {}
     fitting: list[Chat] = []
     for number, chat in enumerate(chats):
+        if multimodal and chat.videos():
+            require_video(renderer, folder, chat.source)
         with told_as(
             f"the processor of {folder} cannot take {chat.source}", "use the original model's processor files"
         ):

@@ -9,18 +9,23 @@ from fractions import Fraction
 from pathlib import Path
 
 from casp.data import hub
-from casp.data.chats import Chat, read_samples
+from casp.data.chats import Chat, Video, read_samples
 from casp.data.mixture import STANDS_FOR, counts, shares
-from casp.demo import scenes, text
+from casp.demo import clips, scenes, text
 from casp.errors import UserError
 from casp.model.modality import Visual
 from casp.reading.texts import read_prose
 
 #: Built-in texts of one register each.
 BUILT_IN_TEXTS = {f"demo-{register}": split for register, split in text.CALIBRATION.items()}
-BUILT_IN = (*STANDS_FOR, "demo-images", *BUILT_IN_TEXTS)
+BUILT_IN_CHATS = {"demo-images": scenes, "demo-clips": clips}
+BUILT_IN = (*STANDS_FOR, *BUILT_IN_CHATS, *BUILT_IN_TEXTS)
 EVALUATION_TEXTS = (*text.VALIDATION.values(), *text.TEST, *hub.TEST)
-EVALUATION_SCENES = ("validation", "test", "test-unseen")
+#: Built-in questions -> where they come from, and the split.
+EVALUATION_CHATS = {split: (scenes, split) for split in ("validation", "test", "test-unseen")} | {
+    f"clips-{split}": (clips, split) for split in ("validation", "test", "test-unseen")
+}
+EVALUATION_SCENES = tuple(EVALUATION_CHATS)
 
 
 @dataclass(frozen=True)
@@ -39,10 +44,11 @@ def draw(dataset: str, samples: int, rng: random.Random, frames: int = Visual.fr
     """
     if dataset in BUILT_IN_TEXTS:
         return Drawn(text.load(BUILT_IN_TEXTS[dataset]), samples)
-    if dataset == "demo-images":
+    if dataset in BUILT_IN_CHATS:
         # The split has no end: draw from enough of it that another seed draws other pictures.
-        drawn = (scenes.question("calibration", i) for i in rng.sample(range(8 * samples), samples))
-        return Drawn(chats=[_chat(question, "demo-images") for question in drawn])
+        question = BUILT_IN_CHATS[dataset].question
+        drawn = (question("calibration", i) for i in rng.sample(range(8 * samples), samples))
+        return Drawn(chats=[_chat(one, dataset) for one in drawn])
     if dataset in hub.TRAINING:
         return Drawn(hub.training_text(dataset, rng), samples)
     path = _path(dataset)
@@ -69,7 +75,7 @@ def files(dataset: str) -> list[Path]:
 def share_of_chats(dataset: str) -> float:
     """About how much of a multimodal model's data is chats, by its name alone: a .jsonl is not read, but counted so."""
     parts = shares(dataset, multimodal=True).items()
-    return float(sum(share for name, share in parts if name == "demo-images" or name.endswith(".jsonl")))
+    return float(sum(share for name, share in parts if name in BUILT_IN_CHATS or name.endswith(".jsonl")))
 
 
 def evaluation_text(name: str) -> str:
@@ -95,8 +101,9 @@ def evaluation_chats(name: str, count: int, seed: int, frames: int = Visual.fram
 
     Of a .jsonl with more chats than `count`, `seed` draws which; built-in splits come in their fixed, balanced order.
     """
-    if name in EVALUATION_SCENES:
-        return [_chat(question, name) for question in (scenes.load(name, count) if count else scenes.load(name))]
+    if name in EVALUATION_CHATS:
+        room, split = EVALUATION_CHATS[name]
+        return [_chat(question, name) for question in (room.load(split, count) if count else room.load(split))]
     path = _path(name)
     if path.suffix != ".jsonl":
         names = ", ".join(EVALUATION_SCENES)
@@ -109,9 +116,12 @@ def evaluation_chats(name: str, count: int, seed: int, frames: int = Visual.fram
     return [chat.opened(frames) for chat in chats]
 
 
-def _chat(question: scenes.Question, dataset: str) -> Chat:
-    source = f"picture {question.scene} of {dataset}"
-    return Chat.about([question.image], question.question, question.answer, source, question.kind)
+def _chat(question: scenes.Question | clips.Question, dataset: str) -> Chat:
+    if isinstance(question, clips.Question):
+        shown, source = Video(question.frames), f"clip {question.scene} of {dataset}"
+    else:
+        shown, source = question.image, f"picture {question.scene} of {dataset}"
+    return Chat.about([shown], question.question, question.answer, source, question.kind)
 
 
 def _path(name: str) -> Path:

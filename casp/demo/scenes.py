@@ -86,7 +86,7 @@ def generator(split: str, number: int) -> np.random.Generator:
 
 
 @functools.cache
-def _drawings(split: str) -> list[tuple[int, tuple[str, ...]]]:
+def drawings(split: str) -> list[tuple[int, tuple[str, ...]]]:
     """Concepts and the vendors that draw them in a split."""
     unseen = index()["unseen"]
     rows = []
@@ -100,16 +100,21 @@ def layout(split: str, rng: np.random.Generator, filled: int | None) -> Layout:
     """A random layout of a split with `filled` cells of the grid, or one large drawing (None)."""
     if split not in SPLITS:
         raise UserError(f"the built-in pictures have no split '{split}': choose one of {', '.join(SPLITS)}")
-    rows = _drawings(split)
+    rows = drawings(split)
     while True:
         shown = rng.choice(len(rows), size=filled or 1, replace=False)
         cells = [None] if filled is None else sorted(int(c) for c in rng.choice(4, size=filled, replace=False))
-        drawings = tuple(
+        shapes = tuple(
             (cell, int(number), str(rng.choice(rows[number][1]))) for cell, number in zip(cells, shown, strict=True)
         )
-        candidate = Layout(drawings, int(rng.integers(len(COLOURS))))
-        if split == "test-unseen" or int(candidate.digest()[:8], 16) % 100 in SHARES[split]:
+        candidate = Layout(shapes, int(rng.integers(len(COLOURS))))
+        if belongs(candidate.digest(), split):
             return candidate
+
+
+def belongs(digest: str, split: str) -> bool:
+    """Whether what has this hash is of the split; 'test-unseen' is told by its vendor alone."""
+    return split == "test-unseen" or int(digest[:8], 16) % 100 in SHARES[split]
 
 
 def draw(scene: Layout, rng: np.random.Generator) -> Image.Image:

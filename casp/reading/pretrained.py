@@ -64,6 +64,15 @@ def open_processor(folder: Path) -> Any:
     return processor
 
 
+def require_video(processor: Any, folder: Path, source: str) -> None:
+    """UserError where the processor of the model in `folder` has no way to read the video of `source`.
+
+    Such a processor leaves a video out without a word, and what is asked about it would be asked about nothing.
+    """
+    if getattr(processor, "video_processor", None) is None:
+        raise UserError(f"the model in {folder} reads no videos, and {source} has one: use a video model or pictures")
+
+
 def check_ids(ids: Tensor, config: Any, folder: Path) -> None:
     """UserError where a tokenizer made token ids (any shape) that the model has no embedding for."""
     rows = config.get_text_config().vocab_size

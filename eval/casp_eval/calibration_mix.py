@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from casp.cli import Parser, add_device_arguments, model_folder, run_main
-from casp.demo import text
+from casp.demo import NAMES, text
 from casp.errors import UserError
 from casp.model.modality import is_multimodal
 from casp.numbers import whole
@@ -34,7 +34,7 @@ SPLITS = {"validation": tuple(text.VALIDATION.values()), "test": text.TEST}
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     flags = Parser(prog="calibration_mix.sh", description=__doc__.splitlines()[0])
-    flags.add_argument("--model", required=True, help="hub id, folder, or built-in name (demo-llama, demo-llava)")
+    flags.add_argument("--model", required=True, help=f"hub id, folder, or built-in name ({', '.join(NAMES)})")
     flags.add_argument(
         "candidates", nargs="+", metavar="DATASET@SAMPLES", help="a calibration set and how many samples of it"
     )

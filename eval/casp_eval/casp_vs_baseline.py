@@ -22,7 +22,6 @@ from casp.backend import backend_names, load_backend
 from casp.cli import Parser, add_device_arguments, model_folder, run_main
 from casp.data.chats import Chat, chats_fingerprint
 from casp.data.sources import evaluation_chats, evaluation_text
-from casp.demo import NAMES
 from casp.errors import UserError
 from casp.job import package_of, tunes
 from casp.model.checkpoint import size
@@ -297,7 +296,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--work", type=Path, default=Path("runs/casp_vs_baseline"), help="moments, prices, plans (default: %(default)s)"
     )
     parser.add_argument(
-        "--models", nargs="+", choices=NAMES, default=list(NAMES), help="built-in models (default: all)"
+        "--models", nargs="+", choices=SAMPLES, default=list(SAMPLES), help="built-in models (default: all)"
     )
     parser.add_argument(
         "--backends", nargs="+", choices=backend_names(), default=backend_names(), help="quantizers (default: all)"

@@ -23,6 +23,7 @@ import torch
 from casp.cli import Parser, add_device_arguments, compute_named, model_folder, model_name, run_main
 from casp.data import sources
 from casp.data.chats import Chat, chats_fingerprint
+from casp.demo import NAMES
 from casp.errors import UserError
 from casp.model.checkpoint import size
 from casp.model.modality import is_multimodal
@@ -219,16 +220,15 @@ def build_parser() -> argparse.ArgumentParser:
         "checkpoints",
         nargs="+",
         metavar="CHECKPOINT",
-        help="a folder, a hub id or a built-in name (demo-llama, demo-llava); NAME=CHECKPOINT sets its name in the "
-        "report",
+        help=f"a folder, a hub id or a built-in name ({', '.join(NAMES)}); NAME=CHECKPOINT sets its name in the report",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for the report and the kept figures")
     parser.add_argument(
         "--split",
         default="test",
         choices=sources.EVALUATION_SCENES,
-        help="built-in questions, and the built-in texts of that split: for test and test-unseen, test and "
-        f"{UNCALIBRATED}, a register that calibration has nothing of (default: %(default)s)",
+        help="built-in questions, and the built-in texts of that split: for all but the validation splits, test "
+        f"and {UNCALIBRATED}, a register that calibration has nothing of (default: %(default)s)",
     )
     parser.add_argument(
         "--text",
@@ -264,7 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
     files = [Path(name) for name in named if name and Path(name).is_file()]
     inputs = [*(subject.folder for subject in subjects), *files]
     check_place(options.output, inputs)
-    names = options.text or ([options.split] if options.split == "validation" else ["test", UNCALIBRATED])
+    names = options.text or (["validation"] if options.split.endswith("validation") else ["test", UNCALIBRATED])
     texts = {name: sources.evaluation_text(name) for name in names}
     questions_name = options.questions_file or options.split
     scoring = Scoring(

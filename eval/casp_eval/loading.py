@@ -26,7 +26,7 @@ from casp.model.decoder import check_weights
 from casp.model.modality import is_multimodal
 from casp.model.shards import read_entries
 from casp.reading.config import open_config, quantization_of
-from casp.reading.pretrained import check_ids, open_processor, open_tokenizer
+from casp.reading.pretrained import check_ids, open_processor, open_tokenizer, require_video
 
 Messages = list[dict[str, Any]]
 
@@ -122,6 +122,8 @@ class Checkpoint:
             # A template that writes the first token itself must not get a second one.
             "add_special_tokens": not (bos and texts[0].startswith(bos)),
         }
+        if videos is not None:
+            require_video(self.processor, self.folder, "a question")
         with told_as(f"the processor of {self.folder} cannot take a question", "copy the original model's files there"):
             if images is not None or videos is not None:
                 given = {} if images is None else {"images": images}

@@ -2,7 +2,8 @@
 
 The quantizing stage promises to hold one block and the calibration state, not the model; the stages that look at
 attention promise no term of tokens^2 but masks. This measures both from outside, as the operating system accounts for
-the finished process.
+the finished process. Every figure is written as soon as it is known: an interrupted measurement goes on where it
+stopped, and an output that is there already, of the same flags, keeps its figures.
 """
 
 from __future__ import annotations
@@ -14,17 +15,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from casp.cli import Parser, run_main
 from casp.demo.models import build
+from casp.model.attention import ROWS
 from casp.model.decoder import Decoder
 from casp.numbers import count
 from casp.reading.config import open_config
+from casp.reading.documents import read_json
 from casp.reading.pretrained import open_tokenizer
 from casp.run.files import write_json
 from casp.run.outputs import check_file, make_output
@@ -53,6 +58,8 @@ STAGE = [
 
 LENGTHS = (500, 1500, 5000)
 """Tokens of the longer samples."""
+AT_ONCE = 2
+"""Longer samples in a batch."""
 LOOKING_AT_ATTENTION = {
     "svd": ["casp_svd", "--whitening", "attention"],
     "moments": ["casp.moments", "--token-weights", "none", "attention", "--no-gradients"],
@@ -122,16 +129,31 @@ def measure(config: PretrainedConfig, tokenizer_from: Path, samples: int, sequen
         shutil.rmtree(scratch)
 
 
+def long_formula_bytes(decoder: Decoder, samples: int, tokens: int) -> int:
+    """What README's formula says beyond the libraries where samples are long: AT_ONCE padded ones a batch, float32."""
+    counts = {name: parameter.numel() for name, parameter in decoder.model.named_parameters()}
+    inside = decoder.blocks_path + "."
+    rest = 4 * sum(count for name, count in counts.items() if not name.startswith(inside))
+    block = 4 * sum(count for name, count in counts.items() if name.startswith(decoder.blocks[0] + "."))
+    linears = [decoder.block(0).get_submodule(path) for path in decoder.linears(0).values()]
+    moments = 4 * sum(linear.in_features**2 for linear in linears)
+    activations = 4 * AT_ONCE * tokens * sum(linear.out_features for linear in linears)
+    attention = 3 * 4 * AT_ONCE * ROWS * tokens
+    state = samples * (4 * tokens * decoder.hidden_size + tokens**2)
+    return max(rest + block, block + moments + activations + attention) + state
+
+
 def write_chats(file: Path, samples: int, tokens: int) -> None:
-    """Chats of up to `tokens` tokens, every other one a fifth shorter, so that batches are padded and need masks."""
-    lengths = (tokens if number % 2 else tokens * 4 // 5 for number in range(samples))
+    """Chats of up to `tokens` tokens and down to a fifth less, no two alike, so that batches are padded: masks."""
+    lengths = (tokens - number * tokens // (5 * samples) for number in range(samples))
     rows = ({"question": " the" * (length - 12), "answer": "yes"} for length in lengths)
     file.write_text("\n".join(map(json.dumps, rows)))
 
 
-def measure_lengths(config: PretrainedConfig, tokenizer_from: Path, samples: int) -> dict[str, dict[str, int]]:
-    """Stage -> tokens a sample -> peak bytes, for two blocks of `config`'s shape and two samples at once."""
-    found: dict[str, dict[str, int]] = {}
+def measure_lengths(
+    config: PretrainedConfig, tokenizer_from: Path, samples: int, known: dict[str, dict[str, int]]
+) -> Iterator[tuple[str, str, dict[str, int]]]:
+    """(what, tokens a sample, peak and formula bytes) for two blocks of `config`'s shape, `known` ones left out."""
     with tempfile.TemporaryDirectory(prefix="casp-memory-") as scratch:
         folder = Path(scratch) / "model"
         config.num_hidden_layers = 2
@@ -142,34 +164,42 @@ def measure_lengths(config: PretrainedConfig, tokenizer_from: Path, samples: int
             raise SystemExit(maker.exitcode)
         for stage, words in LOOKING_AT_ATTENTION.items():
             for tokens in LENGTHS:
+                if str(tokens) in known.get(stage, {}):
+                    continue
                 data, output = Path(scratch) / f"{tokens}.jsonl", Path(scratch) / f"{stage}-{tokens}"
                 write_chats(data, samples, tokens)
                 flags = ["--model", folder, "--output", output, "--dataset", data, "--samples", samples]
-                peak = peak_bytes(["-m", *words, *map(str, [*flags, "--batch-size", 2])])
-                found.setdefault(stage, {})[str(tokens)] = peak
-                print(f"{stage}, {tokens} tokens a sample: {peak / 1e9:.2f} GB")
-    return found
+                peak = peak_bytes(["-m", *words, *map(str, [*flags, "--batch-size", AT_ONCE])])
+                formula = long_formula_bytes(Decoder.open(folder), samples, tokens)
+                yield stage, str(tokens), {"peak_bytes": peak, "formula_bytes": formula}
 
 
 def main() -> None:
-    """Measure both models and the libraries alone."""
+    """Measure both models, the longer samples and the libraries alone."""
     args = parser().parse_args()
-    check_file(args.output, [{"libraries_bytes", "checkpoint_ratio", "peak_ratio"}])
+    check_file(args.output, [{"libraries_bytes", "command"}])
     make_output(args.output.parent)
+    command = f"bash eval/scripts/memory.sh --samples {args.samples} --sequence-length {args.sequence_length}"
+    result: dict[str, Any] = read_json(args.output, "the file of figures") if args.output.exists() else {}
+    if result.get("command") != command:
+        result = {"command": command, "libraries_bytes": peak_bytes(["-c", "import casp_gptq.__main__"])}
     small = build("demo-llama")
     configs = {"demo-llama's shape": open_config(small), "ten times": open_config(small)}
     configs["ten times"].update(TEN_TIMES)
-    result: dict[str, object] = {"libraries_bytes": peak_bytes(["-c", "import casp_gptq.__main__"])}
     for name, config in configs.items():
-        config.head_dim = config.hidden_size // config.num_attention_heads
-        result[name] = measure(config, small, args.samples, args.sequence_length)
+        if name not in result:
+            config.head_dim = config.hidden_size // config.num_attention_heads
+            result[name] = measure(config, small, args.samples, args.sequence_length)
+            write_json(args.output, result)
         print(name, result[name])
     small_one, large_one = (result[name] for name in configs)
     result["checkpoint_ratio"] = large_one["checkpoint_bytes"] / small_one["checkpoint_bytes"]
     result["peak_ratio"] = large_one["peak_bytes"] / small_one["peak_bytes"]
-    result["tokens a sample"] = measure_lengths(open_config(small), small, args.samples)
-    result["command"] = f"bash eval/scripts/memory.sh --samples {args.samples} --sequence-length {args.sequence_length}"
-    write_json(args.output, result)
+    lengths = result.setdefault("tokens a sample", {})
+    for stage, tokens, figures in measure_lengths(open_config(small), small, args.samples, lengths):
+        lengths.setdefault(stage, {})[tokens] = figures
+        write_json(args.output, result)
+        print(f"{stage}, {tokens} tokens a sample: {figures}")
 
 
 if __name__ == "__main__":

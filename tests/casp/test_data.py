@@ -217,6 +217,19 @@ def test_the_built_in_llava_takes_its_calibration(demo_llava: Path):
     assert all(model(**batch).logits.isfinite().all() for batch in found)
 
 
+def test_the_built_in_video_model_takes_its_calibration(demo_video: Path):
+    found = batches(demo_video, "demo-clips", samples=2, batch_size=2)
+    assert [tuple(batch["pixel_values_videos"].shape) for batch in found] == [(2, 4, 3, 96, 96)]
+    model = AutoModelForImageTextToText.from_pretrained(demo_video)
+    assert all(model(**batch).logits.isfinite().all() for batch in found)
+    assert fingerprint(found) != fingerprint(batches(demo_video, "demo-clips", samples=2, batch_size=2, seed=1))
+
+
+def test_clips_for_a_model_of_pictures_are_refused_by_name(demo_llava: Path):
+    with pytest.raises(UserError, match=r"reads no videos, and clip \d+ of demo-clips has one"):
+        batches(demo_llava, "demo-clips", samples=2, batch_size=2)
+
+
 # ---- the hub, played by rows of the real sets' schemas
 
 

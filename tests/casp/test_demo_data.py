@@ -24,7 +24,7 @@ def layouts(split: str, count: int = COUNT) -> list[scenes.Layout]:
 
 
 def test_names_and_assets() -> None:
-    assert NAMES == ("demo-llama", "demo-llava")
+    assert NAMES == ("demo-llama", "demo-llava", "demo-video")
     assert (assets_folder() / "tiles" / "index.json").is_file()
 
 

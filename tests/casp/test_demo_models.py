@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from casp.demo import models, scenes
+from casp.demo import clips, models, scenes
 from casp.errors import UserError
 
 
@@ -58,6 +59,7 @@ def test_demo_llava_is_tied_and_sees_more_image_than_text(llava) -> None:
 def test_names_and_answers_are_single_tokens(llava) -> None:
     _, processor = llava
     single = [*scenes.words(), *{c["category"] for c in scenes.index()["concepts"]}, "yes", "no", *scenes.NUMBERS]
+    single += clips.WAYS.values()
     for word in single:
         assert len(processor.tokenizer(" " + word, add_special_tokens=False).input_ids) == 1, word
 
@@ -71,6 +73,38 @@ def test_demo_llava_answers_questions_about_new_scenes(llava) -> None:
         said = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         right += said == question.answer
     assert right >= 14, f"{right} of {len(questions)}"
+
+
+def test_demo_video_answers_questions_about_new_clips() -> None:
+    folder = models.build("demo-video")
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    questions, right = clips.load("test", 18), 0
+    for question in questions:
+        frames = np.stack([np.asarray(frame) for frame in question.frames])
+        content = [{"type": "video", "video": frames}, {"type": "text", "text": question.question}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"videos_kwargs": {"do_sample_frames": False}},
+        )
+        assert int((inputs["input_ids"] == model.config.video_token_id).sum()) == 16 * clips.FRAMES
+        out = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        said = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        right += said == question.answer
+    assert right >= 13, f"{right} of {len(questions)}"
+
+
+def test_demo_video_prepares_frames_as_demo_llava_prepares_pictures() -> None:
+    frame = clips.question("validation", 0).frames[0]
+    picture = AutoProcessor.from_pretrained(models.build("demo-llava")).image_processor(frame, return_tensors="pt")
+    processor = AutoProcessor.from_pretrained(models.build("demo-video"))
+    video = processor.video_processor(np.asarray(frame)[None], return_tensors="pt")
+    torch.testing.assert_close(video["pixel_values_videos"][0], picture["pixel_values"])
 
 
 def test_build_keeps_what_is_there_and_leaves_nothing_half_made(tmp_path: Path, monkeypatch) -> None:

@@ -46,7 +46,7 @@ def test_what_is_in_it(wheel: Path):
     assert "casp.pth" in names
     assert "casp_eval/page.html" in names
     assets = ROOT / "assets"
-    for part in ("demo-llava", "text", "tiles"):
+    for part in ("demo-llava", "demo-video", "text", "tiles"):
         for file in (assets / part).iterdir():
             assert f"casp_assets/{part}/{file.name}" in names
     packages = {path.parent.name for path in ROOT.glob("*/casp_*/__init__.py")} | {"casp", "casp_assets"}
