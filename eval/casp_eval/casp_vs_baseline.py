@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +260,23 @@ def kept_row(file: Path, setting: Setting) -> dict[str, Any]:
     return found
 
 
+def kept_rows(folder: Path) -> list[dict[str, Any]]:
+    """All rows that were measured into `folder`, also those that this command did not ask for; UserError as above."""
+    names = [field.name for field in fields(Setting)]
+    rows = []
+    for file in sorted(folder.glob("*-seed*.json")):
+        found = read_json(file, "the row", remedy="remove it to measure it again")
+        setting = Setting(*(found.get(name) for name in names))
+        try:
+            known = file.name == f"{setting.name()}.json"
+        except (TypeError, ValueError, AttributeError):
+            known = False
+        if not known:
+            raise UserError(f"{file} holds no row of that name; remove it to measure it again.")
+        rows.append(kept_row(file, setting))
+    return rows
+
+
 def of_work(making: Making) -> dict[str, Any]:
     """What the files of a workshop share, by flag."""
     batch_size, epochs = making.batch_size, making.epochs
@@ -356,7 +373,7 @@ def main(arguments: list[str] | None = None) -> None:
     check_alike(rows_folder / "shared.json", of_rows(making, scoring, args.questions), "--output")
     check_alike(args.work / "shared.json", of_work(making), "--work")
     examiner = Examiner(args.output, scoring, args.questions)
-    rows = []
+    write_report(args.output, kept_rows(rows_folder))
     for setting in dict.fromkeys(settings(grid)):
         file = rows_folder / f"{setting.name()}.json"
         if not file.exists():
@@ -368,8 +385,8 @@ def main(arguments: list[str] | None = None) -> None:
             write_json(file, row(setting, folder, examiner))
             if not args.keep:
                 shutil.rmtree(folder)
-        rows.append(kept_row(file, setting))
-        write_report(args.output, rows)
+        kept_row(file, setting)
+        write_report(args.output, kept_rows(rows_folder))
     print((args.output / "report.md").read_text())
 
 

@@ -115,16 +115,20 @@ def draw(rows: Sequence[Row], model: str, file: Path) -> None:
 def write_report(folder: Path, rows: Sequence[Row]) -> None:
     """report.json, report.md and a plot for each model, over the rows known so far."""
     write_json(folder / "report.json", list(rows))
-    shares = saved(rows)
     words = ["# CASP against its baselines at equal bytes", "", table(rows), ""]
-    if shares:
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    for model in models:
+        shares = saved([row for row in rows if row["model"] == model])
+        if not shares:
+            continue
         mean, half = interval(shares)
         spread = f" ± {half:.1%} (95%)" if half else ", one pair without an interval" if len(shares) == 1 else ""
         words.append(
-            f"Excess log-perplexity on text that CASP takes away, over {len(shares)} pairs: mean {mean:.1%}{spread}, "
-            f"least {min(shares):.1%}."
+            f"Excess log-perplexity of {model} on text that CASP takes away, pairs: {len(shares)}, "
+            f"mean {mean:.1%}{spread}, least {min(shares):.1%}."
         )
-    for model in dict.fromkeys(row["model"] for row in rows):
+        words.append("")
+    for model in models:
         draw(rows, model, folder / f"{model}.png")
-        words += ["", f"![{model}]({model}.png)"]
-    write_atomically(folder / "report.md", ("\n".join(words) + "\n").encode())
+        words += [f"![{model}]({model}.png)", ""]
+    write_atomically(folder / "report.md", "\n".join(words).encode())

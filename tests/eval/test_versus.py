@@ -12,6 +12,7 @@ from casp_eval.casp_vs_baseline import (
     Workshop,
     check_alike,
     kept_row,
+    kept_rows,
     main,
     of_rows,
     of_work,
@@ -41,6 +42,18 @@ def test_a_row_is_read_again(tmp_path):
     file = tmp_path / "row.json"
     file.write_text(json.dumps(ROW))
     assert kept_row(file, SETTING) == ROW
+
+
+def test_the_report_is_over_all_rows_that_were_measured(tmp_path):
+    others = [ROW, ROW | {"seed": 3}, ROW | {"model": "demo-llava"}]
+    for row in others:
+        setting = Setting(*(row[name] for name in asdict(SETTING)))
+        (tmp_path / f"{setting.name()}.json").write_text(json.dumps(row))
+    (tmp_path / "shared.json").write_text("{}")
+    assert kept_rows(tmp_path) == others
+    (tmp_path / "mine-seed0.json").write_text(json.dumps(ROW))
+    with pytest.raises(UserError, match="no row of that name"):
+        kept_rows(tmp_path)
 
 
 @pytest.mark.parametrize(

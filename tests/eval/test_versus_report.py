@@ -50,5 +50,5 @@ def test_report_holds_all_rows_and_says_what_is_saved(tmp_path):
     assert table(ROWS) in text
     assert "0.900 ± 0.248" in text  # 0.8, 0.9, 1.0: standard error 0.0577, times 4.303
     # 25.0, 22.2 and 20.0%: mean 22.4%, standard deviation 2.506, over the root of 3, times 4.303.
-    assert "over 3 pairs: mean 22.4% ± 6.2% (95%), least 20.0%" in text
+    assert "demo-llama on text that CASP takes away, pairs: 3, mean 22.4% ± 6.2% (95%), least 20.0%" in text
     assert (tmp_path / "demo-llama.png").stat().st_size > 1000
