@@ -385,7 +385,6 @@ def main(arguments: list[str] | None = None) -> None:
             write_json(file, row(setting, folder, examiner))
             if not args.keep:
                 shutil.rmtree(folder)
-        kept_row(file, setting)
         write_report(args.output, kept_rows(rows_folder))
     print((args.output / "report.md").read_text())
 

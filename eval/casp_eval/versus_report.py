@@ -104,7 +104,7 @@ def draw(rows: Sequence[Row], model: str, file: Path) -> None:
             )
         left, right = axis.get_xlim()
         axis.set_xlim(min(left, right - LEAST_SPAN), max(right, left + LEAST_SPAN))
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.05 * axis.get_ylim()[1])  # a few points close together leave no margin of their own
         axis.set_xlabel("bits per original weight")
         axis.set_ylabel("text, nats a token above the original")
         axis.legend()
