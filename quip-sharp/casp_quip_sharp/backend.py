@@ -19,7 +19,7 @@ class QuipSharp:
 
     name = "quip-sharp"
     codebooks = FAMILIES
-    draft = MappingProxyType({"sweeps": 1, "search_scale": False})
+    draft = MappingProxyType({"sweeps": 0, "search_scale": False})
 
     def format(self, bits: int, tuned: bool = False, codebook: str = "e8p", states: int = 8) -> dict[str, Any]:
         """The format of this width, its vectors as signs or, to be tuned, real; UserError when there is none."""
