@@ -1,6 +1,6 @@
 """Calibration batches of text or of image and text, the same for the same seed.
 
-A batch is a dict of CPU tensors that `model(**batch)` takes. Text batches are windows of exactly
+A batch is a dict of CPU tensors that `model(**batch)` takes (`casp.model.batch`). Text batches are windows of exactly
 `sequence_length` tokens, without padding and without special tokens. Batches of chats hold one chat
 per sample (pictures, videos, question, answer), padded on the right within a batch; a chat keeps its own length,
 since cutting it would cut image tokens.
@@ -11,16 +11,19 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from casp.data import mixture
 from casp.data.chats import Chat, Part, Video, messages
 from casp.data.sources import draw
 from casp.errors import UserError, told_as
+from casp.model.batch import Batch, answers_of
 from casp.model.modality import Visual, is_multimodal, visual_tokens
 from casp.reading.config import open_config
 from casp.reading.pretrained import check_ids, open_processor, open_tokenizer, require_video
@@ -36,7 +39,7 @@ def calibration_batches(
     seed: int,
     batch_size: int,
     visual: Visual = DEFAULT_VISUAL,
-) -> list[dict[str, Tensor]]:
+) -> list[Batch]:
     """Batches of `samples` sequences for the checkpoint in `folder`, on the CPU.
 
     `dataset` is rp, c4, wikitext2 or ptb (hub); a local .txt or .jsonl file; a built-in set (`sources.BUILT_IN`);
@@ -71,7 +74,7 @@ def calibration_batches(
     if len(parts) > 1:
         rng.shuffle(windows)
     texts = [torch.stack(windows[start : start + batch_size]) for start in range(0, len(windows), batch_size)]
-    text_batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in texts]
+    text_batches = [Batch(input_ids=ids, attention_mask=torch.ones_like(ids)) for ids in texts]
     chat_batches = _chat_batches(chats, folder, config, batch_size, visual, rng) if chats else []
     batches = mixture.interleaved(chat_batches, text_batches)
     for batch in batches:
@@ -83,7 +86,8 @@ def fingerprint(batches: list[dict[str, Tensor]]) -> str:
     """SHA-256 over the names, types, shapes and bytes of all tensors, in order."""
     digest = hashlib.sha256()
     for number, batch in enumerate(batches):
-        for name, tensor in sorted(batch.items()):
+        answers = answers_of(batch)
+        for name, tensor in sorted({**batch, **({} if answers is None else {"answers": answers})}.items()):
             digest.update(f"{number} {name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -136,7 +140,7 @@ def _tokens(tokenizer: Any, text: str) -> Tensor:
 
 def _chat_batches(
     chats: list[Chat], folder: Path, config: Any, batch_size: int, visual: Visual, rng: random.Random
-) -> list[dict[str, Tensor]]:
+) -> list[Batch]:
     """Chats of like length together, so that little is padding; the batches in random order."""
     multimodal = is_multimodal(config)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -148,11 +152,12 @@ def _chat_batches(
     # Which frames are seen has been settled already; processors would pick some by a rate of their own.
     settled = {"videos_kwargs": {"do_sample_frames": False}}
 
-    def render(part: list[Chat]) -> dict[str, Tensor]:
+    def render(part: list[Chat], waiting: bool = False) -> dict[str, Tensor]:
         videos = any(chat.videos() for chat in part)
         options = {"padding": True, **(settled if videos else {})}
         batch = renderer.apply_chat_template(
             [messages(chat.turns, strings=not multimodal) for chat in part],
+            add_generation_prompt=waiting,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
@@ -161,32 +166,57 @@ def _chat_batches(
         return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
 
     # Rendering each chat alone first gives its exact length (how many tokens a picture takes may depend on its
-    # size) and lets an error name its row, at the price of preparing each picture twice.
-    lengths: dict[int, int] = {}
+    # size) and lets an error name its row, at the price of preparing each picture several times.
+    answers: list[Tensor] = []
     fitting: list[Chat] = []
-    for number, chat in enumerate(chats):
+    for chat in chats:
         if multimodal and chat.videos():
             require_video(renderer, folder, chat.source)
         with told_as(
             f"the processor of {folder} cannot take {chat.source}", "use the original model's processor files"
         ):
             chat, ids = _fitted(chat, lambda one: render([one])["input_ids"], config, visual.tokens)
+            answers.append(_answers(chat, ids[0], lambda one, waiting: render([one], waiting)["input_ids"][0]))
         fitting.append(chat)
-        lengths[number] = ids.shape[1]
-        if positions is not None and lengths[number] > positions:
+        if positions is not None and ids.shape[1] > positions:
             raise UserError(
-                f"{chat.source} makes {lengths[number]} tokens, more than the model's {positions} positions:"
+                f"{chat.source} makes {ids.shape[1]} tokens, more than the model's {positions} positions:"
                 " shorten or remove it"
             )
     batches = []
     # A processor takes pictures for all chats of a batch or for none, and so with videos.
     for media in sorted({chat.media() for chat in fitting}, reverse=True):
         alike = [number for number, chat in enumerate(fitting) if chat.media() == media]
-        alike.sort(key=lambda number: lengths[number])
-        starts = range(0, len(alike), batch_size)
-        batches += [render([fitting[i] for i in alike[start : start + batch_size]]) for start in starts]
+        alike.sort(key=lambda number: len(answers[number]))
+        for start in range(0, len(alike), batch_size):
+            together = alike[start : start + batch_size]
+            said = pad_sequence([answers[number] for number in together], batch_first=True)
+            batches.append(Batch.of_chats(render([fitting[number] for number in together]), said))
     rng.shuffle(batches)
     return batches
+
+
+def _answers(chat: Chat, ids: Tensor, ids_of: Callable[[Chat, bool], Tensor]) -> Tensor:
+    """(tokens,) bool: where the assistant speaks among the tokens `ids` of `chat`.
+
+    ids_of: the ids of a chat, and whether it waits for the assistant. Templates do not tell; but a turn of the
+    assistant begins where the chat that waits for it parts from the whole one, and ends where the one that has it does.
+    """
+    found = torch.zeros(len(ids), dtype=torch.bool)
+    for number, turn in enumerate(chat.turns):
+        if turn.role == "assistant":
+            before = replace(chat, turns=chat.turns[:number])
+            through = replace(chat, turns=chat.turns[: number + 1])
+            start = _in_common(ids, ids_of(before, True)) if number else 0
+            last = number + 1 == len(chat.turns)
+            found[start : len(ids) if last else _in_common(ids, ids_of(through, False))] = True
+    return found
+
+
+def _in_common(one: Tensor, other: Tensor) -> int:
+    """How many tokens two sequences begin with alike."""
+    length = min(len(one), len(other))
+    return int((one[:length] == other[:length]).cumprod(0).sum())
 
 
 def _fitted(chat: Chat, ids_of: Callable[[Chat], Tensor], config: Any, most: int) -> tuple[Chat, Tensor]:

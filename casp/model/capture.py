@@ -9,6 +9,7 @@ from torch import Tensor
 
 from casp.errors import UserError, told_as
 from casp.model.attention import NAME
+from casp.model.batch import answers_of
 from casp.model.decoder import Decoder
 from casp.model.inputs import BatchInputs, PassedOver, first_output, moved, require_finite
 from casp.model.modality import visual_tokens
@@ -95,6 +96,7 @@ def capture_inputs(
                     images=visual["image"],
                     videos=visual["video"],
                     added=moved(recorder.added, cpu),
+                    answers=answers_of(batch),
                 )
             )
             if check and len(recorded) == 1:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from casp.errors import UserError
+from casp.model.batch import predicting
 from casp.model.split import Expert
 
 
@@ -26,7 +27,8 @@ class BatchInputs:
 
     hidden: (batch, tokens, hidden), what the next block is fed; kwargs: one dict of keyword arguments per
     block (tensors shared between blocks are shared here); tokens: (batch, tokens) bool, False for padding;
-    images, videos: (batch, tokens) bool, True where a token stands for a picture or for video.
+    images, videos: (batch, tokens) bool, True where a token stands for a picture or for video; answers: where the
+    assistant of a chat speaks, None for plain text.
     added: block -> what the model itself adds to the hidden states before that block (deepstack: visual features).
 
     As a module sees the batch (`seen_by`), `tokens`, `images` and `videos` have an entry for each of its rows.
@@ -38,6 +40,7 @@ class BatchInputs:
     images: Tensor
     videos: Tensor
     added: dict[int, Tensor] = field(default_factory=dict)
+    answers: Tensor | None = None
     _rows: Tensor | None = None
     _foreign: bool = False
 
@@ -45,6 +48,11 @@ class BatchInputs:
     def text(self) -> Tensor:
         """Where a token of text stands, bool of the shape of `tokens`."""
         return self.tokens & ~self.images & ~self.videos
+
+    @property
+    def predicting(self) -> Tensor:
+        """Where a loss asks for the next token, see `casp.model.batch.predicting`."""
+        return predicting(self.text, self.answers)
 
     def with_hidden(self, hidden: Tensor) -> "BatchInputs":
         """The same batch with other hidden states."""
@@ -77,7 +85,7 @@ class BatchInputs:
 
     def _at(self, rows: Tensor) -> "BatchInputs":
         masks = (mask.flatten()[rows] for mask in (self.tokens, self.images, self.videos))
-        return BatchInputs(self.hidden, self.kwargs, *masks, self.added, rows)
+        return BatchInputs(self.hidden, self.kwargs, *masks, self.added, _rows=rows)
 
     def of_rows(self, value: Tensor) -> Tensor:
         """A value of every token, (batch, tokens), for each row that the module sees; 1 for rows that are none."""

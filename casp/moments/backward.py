@@ -27,17 +27,12 @@ from casp.moments.weights import gradient_weights, tempered, typical_energy
 NO_LABEL = -100
 
 
-def next_tokens(ids: Tensor, text: Tensor) -> Tensor:
+def next_tokens(ids: Tensor, predicting: Tensor) -> Tensor:
     """What each position should predict, (batch, tokens) int64; NO_LABEL where it has no loss.
 
-    ids: token ids; text: True where a token of text stands, False for padding, pictures and video; both
-    (batch, tokens). A position has a loss where it and the next one hold text: the others are context only, and so is
-    the last token.
+    ids: token ids; predicting: where there is a loss (`casp.model.batch.predicting`); both (batch, tokens).
     """
-    text = text.bool()
-    labels = torch.full_like(ids, NO_LABEL)
-    labels[:, :-1] = torch.where(text[:, :-1] & text[:, 1:], ids[:, 1:], NO_LABEL)
-    return labels
+    return torch.where(predicting, ids.roll(-1, 1), NO_LABEL)
 
 
 def head_gradient(decoder: Decoder, hidden: Tensor, labels: Tensor) -> tuple[Tensor, float]:

@@ -94,7 +94,9 @@ def collect(
         by_input = [name for name in weightings if not by_gradient(name)]
         _forward(decoder, work, inputs, states, forward_left, device, dtype, by_input, gradients)
         if gradients:
-            labels = [next_tokens(batch["input_ids"], seen.text) for batch, seen in zip(batches, inputs, strict=True)]
+            labels = [
+                next_tokens(batch["input_ids"], seen.predicting) for batch, seen in zip(batches, inputs, strict=True)
+            ]
             by_output = [name for name in weightings if by_gradient(name)]
             _backward(decoder, work, inputs, states, labels, backward_left, device, dtype, by_output)
     made = [inputs_file, gradients_file] if gradients else [inputs_file]

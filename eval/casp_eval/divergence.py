@@ -15,19 +15,19 @@ from tqdm import tqdm
 
 from casp.cli import Parser, add_calibration_arguments, add_device_arguments, calibration_of, run_main
 from casp.errors import UserError
+from casp.model.batch import predicting
 from casp.model.modality import visual_tokens
-from casp.moments.backward import NO_LABEL, next_tokens
 from casp.numbers import seed
 from casp_eval.loading import Checkpoint, open_checkpoint
 from casp_eval.options import add_model_argument, add_output_argument, check_output, write_figure
 
 
 def positions(batch: dict[str, Tensor], config: Any) -> Tensor:
-    """(batch, tokens) bool: where text stands that text follows."""
+    """(batch, tokens) bool: where text stands that text follows, questions and answers alike."""
     ids, visual = batch["input_ids"], visual_tokens(batch["input_ids"], config)
     mask = batch.get("attention_mask")
     text = ~visual["image"] & ~visual["video"] & (torch.ones_like(ids) if mask is None else mask).bool()
-    return next_tokens(ids, text) != NO_LABEL
+    return predicting(text)
 
 
 def require_same_tokens(original: Checkpoint, other: Checkpoint) -> None:

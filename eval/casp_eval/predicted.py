@@ -47,17 +47,11 @@ class Original:
         decoder.load_rest(device, dtype)
         for index in range(len(decoder.blocks)):
             decoder.load_block(index, device, dtype)
-        self.places = [self._places(batch) for batch in self.inputs]
+        self.places = [batch.predicting for batch in self.inputs]
         self.entering: list[list[Tensor]] = [[batch.hidden for batch in self.inputs]]
         for index in range(len(decoder.blocks)):
             self.entering.append([self._block(index, n, hidden) for n, hidden in enumerate(self.entering[-1])])
         self.logs = [self._logs(n, hidden) for n, hidden in enumerate(self.entering.pop())]
-
-    @staticmethod
-    def _places(batch: BatchInputs) -> Tensor:
-        """(batch, tokens) bool: text positions whose next token is text."""
-        text = batch.text
-        return torch.cat([text[:, :-1] & text[:, 1:], torch.zeros_like(text[:, :1])], 1)
 
     @torch.no_grad()
     def _block(self, index: int, batch: int, hidden: Tensor) -> Tensor:

@@ -21,9 +21,10 @@ from transformers import (
 
 from casp.data import calibration_batches, fingerprint
 from casp.data.batches import _windows_of_text
-from casp.data.chats import chats_fingerprint
-from casp.data.sources import evaluation_chats, evaluation_text
+from casp.data.chats import chats_fingerprint, read_samples
+from casp.data.sources import BUILT_IN_CHATS, evaluation_chats, evaluation_text
 from casp.errors import UserError
+from casp.model.batch import Batch
 
 
 @pytest.fixture
@@ -130,6 +131,42 @@ def test_chats_become_padded_batches_with_right_masks(tiny_llava: Path, chat_fil
     assert sum(batch["pixel_values"].shape[0] for batch in found) == 10
     texts = "".join(decoded(tiny_llava, found))
     assert all(f"what is {number}?" in texts and "x" * (1 + 3 * number) in texts for number in range(10))
+
+
+def said(folder: Path, found: list[Batch]) -> list[str]:
+    """What stands where a batch says that the assistant speaks, a text a chat."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [ids[spoken] for batch in found for ids, spoken in zip(batch["input_ids"], batch.answers, strict=True)]
+    return [tokenizer.decode(row) for row in rows]
+
+
+def test_answers_are_told_from_questions(tiny_llava: Path, chat_file: Path):
+    found = batches(tiny_llava, chat_file, samples=10, batch_size=4)
+    answers = sorted(chat.answer() for chat in read_samples(chat_file)[1])
+    assert sorted(text.strip() for text in said(tiny_llava, found)) == answers
+    for batch in found:
+        assert batch.answers.shape == batch["input_ids"].shape
+        assert not (batch.answers & ~batch["attention_mask"].bool()).any()
+
+
+@pytest.mark.parametrize("begins", [(), ({"role": "system", "content": "be brief"},)])
+def test_every_turn_of_the_assistant_counts(tiny_llama: Path, tmp_path: Path, begins: tuple[dict[str, str], ...]):
+    turns = [("user", "who?"), ("assistant", "me"), ("user", "me or you?"), ("assistant", "you")]
+    row = {"messages": [*begins, *({"role": role, "content": text} for role, text in turns)]}
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    (text,) = said(tiny_llama, batches(tiny_llama, file, samples=1))
+    assert text.split() == ["me", "you"]
+
+
+def test_a_text_has_no_answers(tiny_llama: Path, text_file: Path):
+    assert all(batch.answers is None for batch in batches(tiny_llama, text_file))
+
+
+def test_the_answers_of_the_built_in_llava(demo_llava: Path):
+    found = calibration_batches(demo_llava, "demo", 12, 512, 0, 3)
+    scenes_of = [BUILT_IN_CHATS["demo-images"].question("calibration", i).answer for i in range(96)]
+    assert {text.strip().removesuffix("<|im_end|>") for text in said(demo_llava, found)} <= set(scenes_of)
 
 
 def test_padding_changes_no_logits(tiny_llava: Path, chat_file: Path):
@@ -465,6 +502,7 @@ def test_fingerprint_sees_values_names_types_shapes_and_order():
         [{"a": torch.arange(6)}, {"b": torch.zeros(2)}],
         [{"a": torch.arange(6), "b": torch.tensor([0.0, 1.0])}],
         [{"a": torch.arange(6), "b": torch.zeros(2, dtype=torch.bfloat16)}],
+        *([Batch.of_chats(dict(base[0]), torch.tensor([first, True]))] for first in (False, True)),
     ]
-    assert len({fingerprint(found) for found in [base, *others]}) == 8
+    assert len({fingerprint(found) for found in [base, *others]}) == 10
     assert fingerprint([{"b": torch.zeros(2), "a": torch.arange(6)}]) == fingerprint(base)

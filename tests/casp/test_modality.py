@@ -6,9 +6,9 @@ import transformers as T
 
 import casp.model.attention
 from casp.model.attention import AttentionCall
+from casp.model.batch import predicting
 from casp.model.inputs import BatchInputs
 from casp.model.modality import token_ids, visual_tokens
-from casp.moments.backward import NO_LABEL, next_tokens
 from casp.moments.density import AttentionDensity
 from casp.moments.weights import attention_received
 
@@ -43,8 +43,15 @@ def test_a_batch_knows_its_modalities():
     assert batch.images.sum() == 2
     assert batch.videos.sum() == 3
     assert batch.text.nonzero()[:, 1].tolist() == [0, 6, 7]
-    ids = torch.arange(9)[None]
-    assert (next_tokens(ids, batch.text) != NO_LABEL).nonzero()[:, 1].tolist() == [6]
+    assert batch.predicting.nonzero()[:, 1].tolist() == [6]
+
+
+def test_a_chat_has_losses_where_the_assistant_speaks():
+    text = torch.tensor([[1, 0, 1, 1, 1, 1, 1, 1, 0]]).bool()
+    said = torch.tensor([[0, 0, 0, 0, 1, 1, 0, 1, 1]]).bool()
+    assert predicting(text, said).nonzero()[:, 1].tolist() == [3, 4, 6]
+    assert predicting(text).nonzero()[:, 1].tolist() == [2, 3, 4, 5, 6]
+    assert not predicting(text, torch.zeros_like(said)).any()
 
 
 def test_density_tells_video_from_text():

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import casp.moments.collect
 from casp.errors import UserError
+from casp.model.batch import predicting
 from casp.model.decoder import Decoder
 from casp.moments.__main__ import main, wanted_weightings
 from casp.moments.backward import NO_LABEL, next_tokens
@@ -137,7 +138,7 @@ def test_equal_to_backpropagation_through_the_whole_model(name, request, tmp_pat
 def test_image_tokens_and_padding_have_no_loss():
     ids = torch.tensor([[9, 3, 3, 5, 6, 7, 0]])
     tokens = torch.tensor([[1, 1, 1, 1, 1, 1, 0]])
-    labels = next_tokens(ids, tokens.bool() & (ids != 3))
+    labels = next_tokens(ids, predicting(tokens.bool() & (ids != 3)))
     assert labels.tolist() == [[NO_LABEL, NO_LABEL, NO_LABEL, 6, 7, NO_LABEL, NO_LABEL]]
 
 
