@@ -141,8 +141,19 @@ def collate(rows: list[Row], embed: torch.Tensor):
     return inputs, mask, padded("position", 0)
 
 
-def learn(text, rows: list[Row], embed: torch.Tensor) -> tuple[torch.Tensor, dict[str, list[bool]]]:
-    """Loss on the answers of some rows, and per kind which answers the model gets right (answer given so far)."""
+def adam_of(factors: dict[str, torch.Tensor], lr: float) -> torch.optim.Optimizer:
+    """What the factors of low-rank updates are trained with, those that begin at zero at twice the rate."""
+    groups = [
+        {"params": [p for n, p in factors.items() if n.endswith(end)], "lr": lr * times}
+        for end, times in (("lora_a", 1.0), ("lora_b", 2.0))
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
+
+
+def learn(
+    text, rows: list[Row], embed: torch.Tensor, optimizer: torch.optim.Optimizer, seen: dict[str, list[bool]]
+) -> float:
+    """One step on the answers of some rows: its loss; `seen` gets, by kind, whether the model knew each answer."""
     inputs, mask, position = collate(rows, embed)
     hidden = text.model(inputs_embeds=inputs, attention_mask=mask, position_ids=position, use_cache=False)[0]
     flat = [(i, *entry) for i, row in enumerate(rows) for entry in row.learn]
@@ -152,10 +163,13 @@ def learn(text, rows: list[Row], embed: torch.Tensor) -> tuple[torch.Tensor, dic
     hits: dict[tuple, list] = {}
     for f, good in zip(flat, (logits.argmax(1) == aim).tolist(), strict=True):
         hits.setdefault((f[3], f[0], f[4]), []).append(good)
-    by_kind: dict[str, list[bool]] = {}
     for (kind, *_), goods in hits.items():
-        by_kind.setdefault(kind, []).append(all(goods))
-    return loss, by_kind
+        seen.setdefault(kind, []).append(all(goods))
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
 
 
 class Eyes:
@@ -182,11 +196,7 @@ def train(work: Path, minutes: float, text, tokenizer, lr: float = 1.5e-3, rows_
     embed = text.model.embed_tokens.weight.detach()
     maker = Rows(llava_tower.Targets(embed, tokenizer), tokenizer)
     factors = add_updates(text)
-    groups = [
-        {"params": [p for n, p in factors.items() if n.endswith(end)], "lr": lr * times}
-        for end, times in (("lora_a", 1.0), ("lora_b", 2.0))
-    ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = adam_of(factors, lr)
     path = work / "language-state.safetensors"
     progress = load_state(path, factors, [optimizer])
     eyes = Eyes(work)
@@ -212,18 +222,12 @@ def train(work: Path, minutes: float, text, tokenizer, lr: float = 1.5e-3, rows_
                 whole = real and rng.random() < 0.25
                 maker.add_picture(row, number, one, vectors, len(vectors) if whole else keep, rng)
             rows.append(row)
-        loss, hits = learn(text, rows, embed)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(factors.values()), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        for kind, goods in hits.items():
-            seen.setdefault(kind, []).extend(goods)
+        loss = learn(text, rows, embed, optimizer, seen)
         step += 1
         if step % 20 == 0:
             told = " ".join(f"{k} {np.mean(seen[k]):.2f}" for k in scenes.KINDS if k in seen)
             print(
-                f"language step {step} {clock.spent:.0f}s loss {loss.item():.3f} {told} "
+                f"language step {step} {clock.spent:.0f}s loss {loss:.3f} {told} "
                 f"{'tower' if eyes.tower else 'made up'}",
                 flush=True,
             )

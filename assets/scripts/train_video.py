@@ -109,11 +109,7 @@ def train(work: Path, minutes: float, lr: float, rows_each: int, first_block: in
     text, eyes = Language(llava.requires_grad_(False)), Eyes(llava)
     embed = text.model.embed_tokens.weight
     factors = llava_language.add_updates(text, RANK, first_block)
-    groups = [
-        {"params": [p for n, p in factors.items() if n.endswith(end)], "lr": lr * times}
-        for end, times in (("lora_a", 1.0), ("lora_b", 2.0))
-    ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = llava_language.adam_of(factors, lr)
     progress = load_state(work / STATE, factors, [optimizer])
     step, clock = progress.get("step", 0), Clock(minutes, progress.get("spent", 0.0), flat=0.5)
     seen: dict[str, list[bool]] = {}
@@ -125,17 +121,11 @@ def train(work: Path, minutes: float, lr: float, rows_each: int, first_block: in
         tokens = eyes.tokens(frames).unflatten(0, (rows_each, clips.FRAMES))
         kept = CELLS.shape[1] if step % 4 == 3 else 1  # the four tokens of a cell say much the same
         rows = [row_of(one, asked, kept, tokenizer, rng) for one, (_, asked) in zip(tokens, pairs, strict=True)]
-        loss, hits = llava_language.learn(text, rows, embed)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(factors.values()), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        for kind, goods in hits.items():
-            seen.setdefault(kind, []).extend(goods)
+        loss = llava_language.learn(text, rows, embed, optimizer, seen)
         step += 1
         if step % 25 == 0:
             told = " ".join(f"{k} {np.mean(seen[k]):.2f}" for k in clips.KINDS if k in seen)
-            print(f"video step {step} {clock.spent:.0f}s loss {loss.item():.3f} {told}", flush=True)
+            print(f"video step {step} {clock.spent:.0f}s loss {loss:.3f} {told}", flush=True)
             seen = {}
         if step % 100 == 0 or clock.done:
             save_state(work / STATE, factors, [optimizer], {"step": step, "spent": clock.spent})
