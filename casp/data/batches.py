@@ -161,50 +161,55 @@ def _chat_batches(
         return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
 
     # Rendering each chat alone first gives its exact length (how many tokens a picture takes may depend on its
-    # size) and lets an error name its row, at the price of preparing each picture twice.
-    lengths: dict[int, int] = {}
-    fitting: list[Chat] = []
-    for number, chat in enumerate(chats):
+    # size) and lets an error name its row, at the price of preparing each picture twice. It is opened twice as well:
+    # only the pictures of one batch are in memory.
+    lengths: list[int] = []
+    scalings: list[list[float]] = []
+    for chat in chats:
+        shown = chat.opened()
         if multimodal and chat.videos():
             require_video(renderer, folder, chat.source)
         with told_as(
             f"the processor of {folder} cannot take {chat.source}", "use the original model's processor files"
         ):
-            chat, ids = _fitted(chat, lambda one: render([one])["input_ids"], config, visual.tokens)
-        fitting.append(chat)
-        lengths[number] = ids.shape[1]
-        if positions is not None and lengths[number] > positions:
+            scaling, ids = _fitted(shown, lambda one: render([one])["input_ids"], config, visual.tokens)
+        scalings.append(scaling)
+        lengths.append(ids.shape[1])
+        if positions is not None and lengths[-1] > positions:
             raise UserError(
-                f"{chat.source} makes {lengths[number]} tokens, more than the model's {positions} positions:"
+                f"{chat.source} makes {lengths[-1]} tokens, more than the model's {positions} positions:"
                 " shorten or remove it"
             )
     batches = []
     # A processor takes pictures for all chats of a batch or for none, and so with videos.
-    for media in sorted({chat.media() for chat in fitting}, reverse=True):
-        alike = [number for number, chat in enumerate(fitting) if chat.media() == media]
+    for media in sorted({chat.media() for chat in chats}, reverse=True):
+        alike = [number for number, chat in enumerate(chats) if chat.media() == media]
         alike.sort(key=lambda number: lengths[number])
-        starts = range(0, len(alike), batch_size)
-        batches += [render([fitting[i] for i in alike[start : start + batch_size]]) for start in starts]
+        for start in range(0, len(alike), batch_size):
+            part = alike[start : start + batch_size]
+            batches.append(render([_rescaled(chats[number].opened(), scalings[number]) for number in part]))
     rng.shuffle(batches)
     return batches
 
 
-def _fitted(chat: Chat, ids_of: Callable[[Chat], Tensor], config: Any, most: int) -> tuple[Chat, Tensor]:
-    """`chat` with its pictures and frames scaled down until they take at most `most` tokens, and its token ids.
+def _fitted(chat: Chat, ids_of: Callable[[Chat], Tensor], config: Any, most: int) -> tuple[list[float], Tensor]:
+    """The shares by which an opened chat's pictures and frames are scaled, one after the other, until they take at
+    most `most` tokens, and its token ids then.
 
     UserError where that does not help: the model gives every picture so many tokens, whatever its size.
     """
     ids = ids_of(chat)
     taken = first = _visual_count(ids, config)
+    shares: list[float] = []
     for _ in range(_SCALINGS):
         if taken <= most:
-            return chat, ids
-        share = 0.95 * (most / taken) ** 0.5
-        chat = chat.mapped(lambda part, share=share: _scaled(part, share))
+            return shares, ids
+        shares.append(0.95 * (most / taken) ** 0.5)
+        chat = _rescaled(chat, shares[-1:])
         ids = ids_of(chat)
         taken = _visual_count(ids, config)
     if taken <= most:
-        return chat, ids
+        return shares, ids
     raise UserError(
         f"{chat.source} makes {first} visual tokens, more than --visual-tokens {most}, and {taken} scaled down: use "
         "fewer pictures or --frames, or allow more"
@@ -216,6 +221,13 @@ _SCALINGS = 4  # processors round sizes to their patches: once is not always eno
 
 def _visual_count(ids: Tensor, config: Any) -> int:
     return sum(int(found.sum()) for found in visual_tokens(ids, config).values())
+
+
+def _rescaled(chat: Chat, shares: list[float]) -> Chat:
+    """An opened chat with its pictures and frames scaled by each of `shares`, one after the other."""
+    for share in shares:
+        chat = chat.mapped(lambda part, share=share: _scaled(part, share))
+    return chat
 
 
 def _scaled(part: Part, share: float) -> Part:
