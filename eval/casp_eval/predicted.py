@@ -33,7 +33,7 @@ from casp.run.digest import content_hash
 from casp.run.outputs import check_file, read_record
 from casp.seed import matrix_generator
 from casp_eval.correlation import spearman
-from casp_eval.options import write_figure
+from casp_eval.options import require_writable, write_figure
 
 
 class Original:
@@ -131,6 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.output is not None:
         inputs = [decoder.folder, args.moments, args.costs, *calibration_of(args).files()]
         check_file(args.output, [{"model", "backend", "spearman", "rows"}], inputs)
+        require_writable(args.output)
     compute = compute_of(args).of(decoder.dtype)
     batches = calibration_of(args).batches(decoder.folder, compute.seed)
     moments = Moments(args.moments)
@@ -139,7 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
     moments.check(content, decoder, args.token_weights)
     if record is None or record["kind"] != "costs" or record["fingerprint"].get("model") != content:
         raise UserError(f"{args.costs} holds no prices of {args.model}; give the --costs of plan.sh for this model.")
-    linears = read_costs(args.costs, len(decoder.blocks))
+    linears = read_costs(args.costs, decoder, backend)
     original = Original(decoder, batches, compute.device, compute.dtype)
     drawn = random.Random(compute.seed)
     roles = sorted({linear.role for linear in linears})
