@@ -23,6 +23,7 @@ from casp.run.folder import WorkFolder
 from casp.run.progress import counted
 
 STAGE = "costs"
+_Checked = tuple[str, tuple[int, int]]  # an option or a format as JSON, and the shape that it is of
 
 
 class CostsFolder(WorkFolder):
@@ -76,7 +77,7 @@ def read_costs(folder: Path, decoder: Decoder, backend: Backend) -> list[LinearO
     UserError where it is not what `measure` wrote: other linears, ranks, formats or bytes, costs that are no numbers.
     """
     found, wanted = [], shapes(decoder)
-    checked: set[tuple[str, tuple[int, int]]] = set()
+    checked: set[_Checked] = set()
     for index, block in enumerate(decoder.blocks):
         file = folder / costs_file(index)
         roles = {f"{block}.{path}": role for role, path in decoder.linears(index).items()}
@@ -98,21 +99,26 @@ def read_costs(folder: Path, decoder: Decoder, backend: Backend) -> list[LinearO
     return found
 
 
-def _option(
-    entry: list[Any], shape: tuple[int, int], backend: Backend, checked: set[tuple[str, tuple[int, int]]]
-) -> Option:
-    """An option as it was written; formats of a shape are added to `checked` and looked at once. ValueError."""
+def _option(entry: list[Any], shape: tuple[int, int], backend: Backend, checked: set[_Checked]) -> Option:
+    """An option as it was written; what is right of a shape is added to `checked` and looked at once. ValueError."""
     rank, formats, size, cost = entry
-    if rank is not None and not (type(rank) is int and 1 <= rank <= min(shape)):
-        raise ValueError(f"rank {rank!r} of a matrix of {shape}")
-    for format, stored in zip(formats, stored_shapes(rank, *shape), strict=True):
-        key = (json.dumps(format, sort_keys=True), stored)
-        if key not in checked and (reason := refused_format(format, stored, backend)):
-            raise ValueError(reason)
+    key = (json.dumps(entry[:3]), shape)
+    if key not in checked:
+        if rank is not None and not (type(rank) is int and 1 <= rank <= min(shape)):
+            raise ValueError(f"rank {rank!r} of a matrix of {shape}")
+        for format, stored in zip(formats, stored_shapes(rank, *shape), strict=True):
+            _check_format(format, stored, backend, checked)
+        if type(size) is not int or size != option_bytes(backend, rank, formats, *shape):
+            raise ValueError(f"{size!r} bytes")
         checked.add(key)
-    if type(size) is not int or size != option_bytes(backend, rank, formats, *shape):
-        raise ValueError(f"{size!r} bytes")
     return Option(rank, tuple(formats), size, _number(cost))
+
+
+def _check_format(format: Any, shape: tuple[int, int], backend: Backend, checked: set[_Checked]) -> None:
+    key = (json.dumps(format), shape)
+    if key not in checked and (reason := refused_format(format, shape, backend)):
+        raise ValueError(reason)
+    checked.add(key)
 
 
 def _number(value: Any) -> float:
