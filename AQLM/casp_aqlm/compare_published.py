@@ -7,6 +7,7 @@ Time is the processor's, which other work on the machine hardly lengthens: on on
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ from casp.errors import UserError
 from casp.model.decoder import Decoder
 from casp.moments.find import ON_THE_WAY
 from casp.moments.store import Moments
-from casp.run.files import write_json
-from casp.run.outputs import check_file
+from casp.numbers import real
+from casp.numbers import seed as any_seed
+from casp.reading.files import is_there
+from casp.run.digest import content_hash
+from casp.run.files import try_to_write, write_json
+from casp.run.outputs import check_file, refuse_inputs
 from casp.seed import matrix_generator
 from casp_aqlm.factors import Factors
 from casp_aqlm.loss_plot import draw
@@ -37,20 +42,33 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--matrices", nargs="+", default=["3.q", "3.v", "10.gate", "10.down"], help="BLOCK.ROLE ...")
     flags.add_argument("--scheme", default="2x8g8", help="MxBgG (default: %(default)s)")
     flags.add_argument(
-        "--seconds", type=float, default=600, help="after which the published one is stopped (default: %(default)s)"
+        "--seconds",
+        type=real(0, 10**6),
+        default=600,
+        help="after which the published one is stopped (default: %(default)s)",
     )
-    flags.add_argument("--seed", type=int, default=0, help="of what codebooks start from (default: %(default)s)")
+    flags.add_argument("--seed", type=any_seed, default=0, help="of what codebooks start from (default: %(default)s)")
     flags.add_argument("--output", type=Path, required=True, help="JSON file to write, a .png beside it")
     return flags
 
 
-def read(decoder: Decoder, moments: Moments, matrix: str, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Weight and damped Hessian of BLOCK.ROLE, padded to whole groups; UserError where there is none."""
-    block, _, role = matrix.partition(".")
-    linears = decoder.linears(int(block)) if block.isdigit() and int(block) < len(decoder.blocks) else {}
-    if role not in linears:
-        raise UserError(f"--matrices {matrix} is no BLOCK.ROLE of {decoder.folder}; an example is 3.q.")
-    index, path = int(block), linears[role]
+def places(decoder: Decoder, matrices: Sequence[str]) -> dict[str, tuple[int, str]]:
+    """BLOCK.ROLE -> block and path; UserError for what the model does not have."""
+    every = {
+        f"{index}.{role}": (index, path)
+        for index in range(len(decoder.blocks))
+        for role, path in decoder.linears(index).items()
+    }
+    for matrix in matrices:
+        if matrix not in every:
+            raise UserError(f"--matrices {matrix} is no BLOCK.ROLE of {decoder.folder}; an example is 0.q.")
+    return {matrix: every[matrix] for matrix in matrices}
+
+
+def read(
+    decoder: Decoder, moments: Moments, index: int, path: str, scheme: Scheme, matrix: str
+) -> tuple[Tensor, Tensor]:
+    """Weight and damped Hessian of a linear, called `matrix`, padded to whole groups."""
     found = moments.read(index)[path].hessian(ON_THE_WAY)
     weight = dict(decoder.shards.load([f"{decoder.blocks[index]}.{path}.weight"])).popitem()[1].float()
     extra = scheme.padded(weight.shape[1]) - weight.shape[1]
@@ -78,6 +96,24 @@ def compare(weight: Tensor, hessian: Tensor, scheme: Scheme, seed: int, name: st
     }
 
 
+def picture_of(output: Path) -> Path:
+    """Where the figure goes, beside the JSON."""
+    return output.with_suffix(".png")
+
+
+def check_place(output: Path, inputs: Sequence[Path]) -> None:
+    """UserError, before anything is measured, where figure or JSON would replace what this script did not make."""
+    check_file(output, [{"scheme", "matrices"}], inputs)
+    picture = picture_of(output)
+    if picture == output or (is_there(picture) and not output.exists()):
+        raise UserError(f"{picture}, where the figure would go, is --output itself or was there; choose another one.")
+    refuse_inputs(picture, inputs)
+    try:
+        try_to_write(output)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written ({error.strerror}); choose another --output.") from error
+
+
 def main(argv: list[str] | None = None) -> None:
     """Compare on every matrix asked for; the file is complete after each."""
     args = parser().parse_args(argv)
@@ -86,21 +122,20 @@ def main(argv: list[str] | None = None) -> None:
         Decoder.open(model_folder(args.model)),
         Moments(args.moments),
     )
-    check_file(args.output, [{"scheme", "matrices"}], [decoder.folder, args.moments])
-    picture = args.output.with_suffix(".png")
-    if picture == args.output or (picture.exists() and not args.output.exists()):
-        raise UserError(f"{picture}, where the figure would go, is --output itself or was there; choose another one.")
+    moments.check(content_hash(decoder.folder), decoder, ON_THE_WAY)
+    wanted = places(decoder, args.matrices)
+    check_place(args.output, [decoder.folder, args.moments])
     torch.set_grad_enabled(False)
     warm = torch.randn(32, 4 * scheme.group, generator=torch.Generator().manual_seed(0))
     quantize_additive(warm, warm.T @ warm, scheme, torch.Generator().manual_seed(0), max_rounds=1)  # compiles the loops
     results = []
-    for matrix in args.matrices:
-        weight, hessian = read(decoder, moments, matrix, scheme)
+    for matrix, (index, path) in wanted.items():
+        weight, hessian = read(decoder, moments, index, path, scheme, matrix)
         results.append(compare(weight, hessian, scheme, args.seed, matrix, args.seconds))
         record = {"scheme": str(scheme), "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d")}
         record["matrices"] = results
         write_json(args.output, record)
-        draw(record, picture)
+        draw(record, picture_of(args.output))
         last = results[-1]
         print(
             f"{matrix}: ours {last['ours'][-1][1]:.5f} after {last['ours'][-1][0]:.1f} s, "

@@ -10,23 +10,22 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from casp.data import mixture
-from casp.data.chats import Chat, Part, Video, messages
+from casp.data.chat_batches import chat_batches
+from casp.data.chats import Chat
 from casp.data.sources import draw
-from casp.errors import UserError, told_as
+from casp.errors import UserError
 from casp.model.batch import Batch, answers_of
-from casp.model.modality import Visual, is_multimodal, visual_tokens
+from casp.model.modality import Visual, is_multimodal
 from casp.reading.config import open_config
-from casp.reading.pretrained import check_ids, open_processor, open_tokenizer, require_video
+from casp.reading.pretrained import check_ids, open_tokenizer
 
 DEFAULT_VISUAL = Visual()
 
@@ -74,9 +73,9 @@ def calibration_batches(
     if len(parts) > 1:
         rng.shuffle(windows)
     texts = [torch.stack(windows[start : start + batch_size]) for start in range(0, len(windows), batch_size)]
-    text_batches = [Batch(input_ids=ids, attention_mask=torch.ones_like(ids)) for ids in texts]
-    chat_batches = _chat_batches(chats, folder, config, batch_size, visual, rng) if chats else []
-    batches = mixture.interleaved(chat_batches, text_batches)
+    of_texts = [Batch(input_ids=ids, attention_mask=torch.ones_like(ids)) for ids in texts]
+    of_chats = chat_batches(chats, folder, config, batch_size, visual, rng) if chats else []
+    batches = mixture.interleaved(of_chats, of_texts)
     for batch in batches:
         check_ids(batch["input_ids"], config, folder)
     return batches
@@ -136,121 +135,3 @@ def _tokens(tokenizer: Any, text: str) -> Tensor:
     # verbose=False: a text longer than the model's context is no mistake here.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.long)
-
-
-def _chat_batches(
-    chats: list[Chat], folder: Path, config: Any, batch_size: int, visual: Visual, rng: random.Random
-) -> list[Batch]:
-    """Chats of like length together, so that little is padding; the batches in random order."""
-    multimodal = is_multimodal(config)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    renderer = open_processor(folder) if multimodal else open_tokenizer(folder)
-    tokenizer = renderer.tokenizer if multimodal else renderer
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    # Which frames are seen has been settled already; processors would pick some by a rate of their own.
-    settled = {"videos_kwargs": {"do_sample_frames": False}}
-
-    def render(part: list[Chat], waiting: bool = False) -> dict[str, Tensor]:
-        videos = any(chat.videos() for chat in part)
-        options = {"padding": True, **(settled if videos else {})}
-        batch = renderer.apply_chat_template(
-            [messages(chat.turns, strings=not multimodal) for chat in part],
-            add_generation_prompt=waiting,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            **({"processor_kwargs": options} if multimodal else options),
-        )
-        return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-
-    # Rendering each chat alone first gives its exact length (how many tokens a picture takes may depend on its
-    # size) and lets an error name its row, at the price of preparing each picture several times.
-    answers: list[Tensor] = []
-    fitting: list[Chat] = []
-    for chat in chats:
-        if multimodal and chat.videos():
-            require_video(renderer, folder, chat.source)
-        with told_as(
-            f"the processor of {folder} cannot take {chat.source}", "use the original model's processor files"
-        ):
-            chat, ids = _fitted(chat, lambda one: render([one])["input_ids"], config, visual.tokens)
-            answers.append(_answers(chat, ids[0], lambda one, waiting: render([one], waiting)["input_ids"][0]))
-        fitting.append(chat)
-        if positions is not None and ids.shape[1] > positions:
-            raise UserError(
-                f"{chat.source} makes {ids.shape[1]} tokens, more than the model's {positions} positions:"
-                " shorten or remove it"
-            )
-    batches = []
-    # A processor takes pictures for all chats of a batch or for none, and so with videos.
-    for media in sorted({chat.media() for chat in fitting}, reverse=True):
-        alike = [number for number, chat in enumerate(fitting) if chat.media() == media]
-        alike.sort(key=lambda number: len(answers[number]))
-        for start in range(0, len(alike), batch_size):
-            together = alike[start : start + batch_size]
-            said = pad_sequence([answers[number] for number in together], batch_first=True)
-            batches.append(Batch.of_chats(render([fitting[number] for number in together]), said))
-    rng.shuffle(batches)
-    return batches
-
-
-def _answers(chat: Chat, ids: Tensor, ids_of: Callable[[Chat, bool], Tensor]) -> Tensor:
-    """(tokens,) bool: where the assistant speaks among the tokens `ids` of `chat`.
-
-    ids_of: the ids of a chat, and whether it waits for the assistant. Templates do not tell; but a turn of the
-    assistant begins where the chat that waits for it parts from the whole one, and ends where the one that has it does.
-    """
-    found = torch.zeros(len(ids), dtype=torch.bool)
-    for number, turn in enumerate(chat.turns):
-        if turn.role == "assistant":
-            before = replace(chat, turns=chat.turns[:number])
-            through = replace(chat, turns=chat.turns[: number + 1])
-            start = _in_common(ids, ids_of(before, True)) if number else 0
-            last = number + 1 == len(chat.turns)
-            found[start : len(ids) if last else _in_common(ids, ids_of(through, False))] = True
-    return found
-
-
-def _in_common(one: Tensor, other: Tensor) -> int:
-    """How many tokens two sequences begin with alike."""
-    length = min(len(one), len(other))
-    return int((one[:length] == other[:length]).cumprod(0).sum())
-
-
-def _fitted(chat: Chat, ids_of: Callable[[Chat], Tensor], config: Any, most: int) -> tuple[Chat, Tensor]:
-    """`chat` with its pictures and frames scaled down until they take at most `most` tokens, and its token ids.
-
-    UserError where that does not help: the model gives every picture so many tokens, whatever its size.
-    """
-    ids = ids_of(chat)
-    taken = first = _visual_count(ids, config)
-    for _ in range(_SCALINGS):
-        if taken <= most:
-            return chat, ids
-        share = 0.95 * (most / taken) ** 0.5
-        chat = chat.mapped(lambda part, share=share: _scaled(part, share))
-        ids = ids_of(chat)
-        taken = _visual_count(ids, config)
-    if taken <= most:
-        return chat, ids
-    raise UserError(
-        f"{chat.source} makes {first} visual tokens, more than --visual-tokens {most}, and {taken} scaled down: use "
-        "fewer pictures or --frames, or allow more"
-    )
-
-
-_SCALINGS = 4  # processors round sizes to their patches: once is not always enough
-
-
-def _visual_count(ids: Tensor, config: Any) -> int:
-    return sum(int(found.sum()) for found in visual_tokens(ids, config).values())
-
-
-def _scaled(part: Part, share: float) -> Part:
-    if isinstance(part, Video):
-        return Video(tuple(_scaled(frame, share) for frame in part.frames))
-    if isinstance(part, str):
-        return part
-    return part.resize([max(1, round(side * share)) for side in part.size])

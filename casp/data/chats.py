@@ -71,11 +71,16 @@ class Turn:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation; `source` says in error messages where it came from, `kind` groups questions in reports."""
+    """A conversation; `source` says in error messages where it came from, `kind` groups questions in reports.
+
+    frames: how many of each video are looked at. Chats of a file keep the paths of what they show: whoever runs a
+    model on some opens those, for the pictures of all would fill the memory.
+    """
 
     turns: tuple[Turn, ...]
     source: str
     kind: str = "question"
+    frames: int = Visual.frames
 
     @classmethod
     def about(
@@ -109,8 +114,8 @@ class Chat:
         """What the assistant says last."""
         return self.turns[-1].text()
 
-    def opened(self, frames: int = Visual.frames) -> Chat:
-        """The same chat with its pictures and `frames` of each video decoded; UserError for one that does not open.
+    def opened(self) -> Chat:
+        """The same chat with its pictures and the frames of its videos decoded; UserError for what does not open.
 
         Together they have at most MOST_TOGETHER pixels.
         """
@@ -122,7 +127,7 @@ class Chat:
                 part = open_picture(part, self.source, left)
                 left -= part.width * part.height
             elif isinstance(part, Video) and isinstance(part.frames, Path):
-                part = Video(open_frames(part.frames, frames, self.source, left))
+                part = Video(open_frames(part.frames, self.frames, self.source, left))
                 left -= sum(frame.width * frame.height for frame in part.frames)
             return part
 
@@ -145,9 +150,9 @@ def messages(turns: Sequence[Turn], strings: bool) -> list[dict[str, Any]]:
 
 
 def chats_fingerprint(chats: Sequence[Chat]) -> str:
-    """SHA-256 over kinds, roles, texts and the pixels of opened chats."""
+    """SHA-256 over kinds, roles, texts and pixels, one chat opened at a time."""
     digest = hashlib.sha256()
-    for chat in chats:
+    for chat in (chat.opened() for chat in chats):
         said = [
             [turn.role, [part if isinstance(part, str) else _sizes(part) for part in turn.parts]] for turn in chat.turns
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from casp.data.mixture import STANDS_FOR, counts, shares
 from casp.demo import clips, scenes, text
 from casp.errors import UserError
 from casp.model.modality import Visual
+from casp.reading.files import is_there
 from casp.reading.texts import read_prose
 
 #: Built-in texts of one register each.
@@ -38,7 +39,7 @@ class Drawn:
 
 
 def draw(dataset: str, samples: int, rng: random.Random, frames: int = Visual.frames) -> Drawn:
-    """`samples` of the set that a name stands for; chats come with their pictures and `frames` of each video open.
+    """`samples` of the set that a name stands for; of each video `frames` are to be looked at.
 
     A .jsonl gives windows of its texts, joined, and chats, as many of each as their share of the rows.
     """
@@ -51,25 +52,49 @@ def draw(dataset: str, samples: int, rng: random.Random, frames: int = Visual.fr
         return Drawn(chats=[_chat(one, dataset) for one in drawn])
     if dataset in hub.TRAINING:
         return Drawn(hub.training_text(dataset, rng), samples)
-    path = _path(dataset)
+    path = _local(dataset)
     if path.suffix == ".txt":
         return Drawn(read_prose(path), samples)
-    if path.suffix != ".jsonl":
-        names = ", ".join((*hub.TRAINING, *BUILT_IN))
-        raise UserError(f"there is no data set '{dataset[:80]}': use {names}, or a local .txt or .jsonl file")
     texts, chats = read_samples(path)
     rows = len(texts) + len(chats)
     parts = counts({"text": Fraction(len(texts), rows), "chats": Fraction(len(chats), rows)}, samples)
     wanted = parts.get("chats", 0)
     if len(chats) < wanted:
         raise UserError(f"{path} has only {len(chats)} chats for {wanted} samples: lower --samples or add rows")
-    chosen = [chat.opened(frames) for chat in rng.sample(chats, wanted)]
+    chosen = [replace(chat, frames=frames) for chat in rng.sample(chats, wanted)]
     return Drawn("\n\n".join(texts), parts.get("text", 0), chosen)
+
+
+def check(dataset: str, multimodal: bool) -> None:
+    """UserError where a data set's name, or a mixture, stands for what is no set, or shows pictures to a text model.
+
+    Local files are read for it, the pictures that they name are not.
+    """
+    for name in shares(dataset, multimodal):
+        chats: list[Chat] = []
+        if name not in (*BUILT_IN_TEXTS, *BUILT_IN_CHATS, *hub.TRAINING):
+            path = _local(name)
+            if path.suffix == ".txt":
+                read_prose(path)
+            else:
+                _, chats = read_samples(path)
+        if not multimodal and (name in BUILT_IN_CHATS or any(any(chat.media()) for chat in chats)):
+            raise UserError(f"{name} has images, and this is a text model: use a text set")
+
+
+def _local(dataset: str) -> Path:
+    """The .txt or .jsonl file that a data set's name is; UserError for another name."""
+    path = _path(dataset)
+    if path.suffix not in (".txt", ".jsonl"):
+        names = ", ".join((*hub.TRAINING, *BUILT_IN))
+        raise UserError(f"there is no data set '{dataset[:80]}': use {names}, or a local .txt or .jsonl file")
+    return path
 
 
 def files(dataset: str) -> list[Path]:
     """The local files among the sets that a data set's name, or a mixture, stands for."""
-    return [_path(name) for name in shares(dataset, multimodal=True) if _path(name).is_file()]
+    paths = map(_path, shares(dataset, multimodal=True))
+    return [path for path in paths if is_there(path) and path.is_file()]
 
 
 def share_of_chats(dataset: str) -> float:
@@ -97,9 +122,10 @@ def evaluation_text(name: str) -> str:
 
 
 def evaluation_chats(name: str, count: int, seed: int, frames: int = Visual.frames) -> list[Chat]:
-    """`count` chats (0 = all) of one of EVALUATION_SCENES or of a .jsonl file, pictures and `frames` a video open.
+    """`count` chats (0 = all) of one of EVALUATION_SCENES or of a .jsonl file, with `frames` of each video.
 
-    Of a .jsonl with more chats than `count`, `seed` draws which; built-in splits come in their fixed, balanced order.
+    Of a .jsonl with more chats than `count`, `seed` draws which, and UserError where one of them does not open;
+    built-in splits come in their fixed, balanced order.
     """
     if name in EVALUATION_CHATS:
         room, split = EVALUATION_CHATS[name]
@@ -113,7 +139,10 @@ def evaluation_chats(name: str, count: int, seed: int, frames: int = Visual.fram
         raise UserError(f"{path} has no questions: give a .jsonl with rows of question and answer")
     if count and count < len(chats):
         chats = random.Random(seed).sample(chats, count)
-    return [chat.opened(frames) for chat in chats]
+    chats = [replace(chat, frames=frames) for chat in chats]
+    for chat in chats:
+        chat.opened()  # and dropped: what does not open is told before a model is loaded
+    return chats
 
 
 def _chat(question: scenes.Question | clips.Question, dataset: str) -> Chat:

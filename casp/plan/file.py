@@ -147,15 +147,19 @@ def _option(file: Path, path: str, entry: Any, shape: tuple[int, int], backend: 
         kind = "full rank takes one format" if rank is None else "a rank takes two formats, of down and of up"
         raise UserError(f"{where}: {kind}, not {len(formats)}; correct it.")
     for format, stored in zip(formats, stored_shapes(rank, *shape), strict=True):
-        _check_format(where, format, stored, backend)
+        if reason := refused_format(format, stored, backend):
+            shown = in_brief(ValueError(json.dumps(format)))
+            raise UserError(f"{where}: format {shown} is refused ({reason}); correct it.")
     predicted = entry.get("predicted")
     cost = float(predicted) if isinstance(predicted, float) and math.isfinite(predicted) else 0.0
     return Option(rank, tuple(formats), option_bytes(backend, rank, formats, *shape), cost)
 
 
-def _check_format(where: str, format: Mapping[str, Any], shape: tuple[int, int], backend: Backend) -> None:
-    """UserError unless `backend` stores a matrix of `shape` (out, in) in `format`, as far as it can be known now."""
-    shown, reason = in_brief(ValueError(json.dumps(format))), None
+def refused_format(format: Any, shape: tuple[int, int], backend: Backend) -> str | None:
+    """Why `backend` does not store a matrix of `shape` (out, in) in `format`; None where it does, as far as is known
+    before it is done."""
+    if not isinstance(format, dict):
+        return "not an object"
     offered = [one for tuned in (False, True) for one in backend.formats(*shape, tuned=tuned)]
     kinds: dict[str, set[type]] = {}
     for one in offered:
@@ -163,14 +167,12 @@ def _check_format(where: str, format: Mapping[str, Any], shape: tuple[int, int],
             kinds.setdefault(key, set()).update({type(value), int} if isinstance(value, float) else {type(value)})
     odd = next((key for key, value in format.items() if type(value) not in kinds.get(key, ())), None)
     if odd is not None:
-        reason = f"{backend.name} has no such {odd[:40]!r}"
-    else:
-        try:
-            backend.linear(*shape, False, format, device="meta")
-            backend.bytes(format, *shape)
-        except UserError as error:
-            reason = str(error).rstrip(".")
-        except Exception:  # of whatever a backend's arithmetic makes of other types
-            reason = f"not a format of {backend.name}"
-    if reason is not None:
-        raise UserError(f"{where}: format {shown} is refused ({reason}); correct it.")
+        return f"{backend.name} has no such {odd[:40]!r}"
+    try:
+        backend.linear(*shape, False, format, device="meta")
+        backend.bytes(format, *shape)
+    except UserError as error:
+        return str(error).rstrip(".")
+    except Exception:  # of whatever a backend's arithmetic makes of other types
+        return f"not a format of {backend.name}"
+    return None

@@ -1,5 +1,7 @@
 """Pricing all linears of a decoder, block by block, into a work folder: once for every budget and allocation."""
 
+import json
+import math
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -8,17 +10,20 @@ from typing import Any
 
 import torch
 
+from casp.backend import Backend
 from casp.errors import UserError
 from casp.model.decoder import Decoder
 from casp.moments.store import Moments
 from casp.plan.costs import Pricing, price
-from casp.plan.options import LinearOptions, Option
+from casp.plan.file import refused_format, shapes
+from casp.plan.options import LinearOptions, Option, option_bytes, stored_shapes
 from casp.reading.documents import read_json
 from casp.run.files import write_json
 from casp.run.folder import WorkFolder
 from casp.run.progress import counted
 
 STAGE = "costs"
+_Checked = tuple[str, tuple[int, int]]  # an option or a format as JSON, and the shape that it is of
 
 
 class CostsFolder(WorkFolder):
@@ -66,22 +71,60 @@ def measure(
     return work.close([costs_file(index) for index in range(depth)])
 
 
-def read_costs(folder: Path, blocks: int) -> list[LinearOptions]:
-    """The linears with their priced options from a finished folder of `measure`; UserError where it is damaged."""
-    found = []
-    for index in range(blocks):
+def read_costs(folder: Path, decoder: Decoder, backend: Backend) -> list[LinearOptions]:
+    """The linears of `decoder` with their priced options from a finished folder of `measure` for `backend`.
+
+    UserError where it is not what `measure` wrote: other linears, ranks, formats or bytes, costs that are no numbers.
+    """
+    found, wanted = [], shapes(decoder)
+    checked: set[_Checked] = set()
+    for index, block in enumerate(decoder.blocks):
         file = folder / costs_file(index)
+        roles = {f"{block}.{path}": role for role, path in decoder.linears(index).items()}
         try:
-            for entry in read_json(file, "the priced options", list):
-                options = [Option(rank, tuple(formats), size, cost) for rank, formats, size, cost in entry["options"]]
-                found.append(
-                    LinearOptions(
-                        entry["path"], index, entry["role"], *entry["shape"], entry["influence"], tuple(options)
-                    )
-                )
+            listed = read_json(file, "the priced options", list)
+            entries = {entry["path"]: entry for entry in listed}
+            if entries.keys() != roles.keys() or len(entries) != len(listed):
+                raise ValueError(f"options of {len(listed)} linears for a block of {len(roles)}")
+            for path, role in roles.items():
+                entry, shape = entries[path], wanted[path]
+                if [entry["role"], *entry["shape"]] != [role, *shape]:
+                    raise ValueError(f"{path} is another linear")
+                options = tuple(_option(one, shape, backend, checked) for one in entry["options"])
+                if all(option.rank is not None for option in options):
+                    raise ValueError(f"{path} has no option of full rank")
+                found.append(LinearOptions(path, index, role, *shape, _number(entry["influence"]), options))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} is damaged; price the options again with plan.sh and another --costs.") from error
     return found
+
+
+def _option(entry: list[Any], shape: tuple[int, int], backend: Backend, checked: set[_Checked]) -> Option:
+    """An option as it was written; what is right of a shape is added to `checked` and looked at once. ValueError."""
+    rank, formats, size, cost = entry
+    key = (json.dumps(entry[:3]), shape)
+    if key not in checked:
+        if rank is not None and not (type(rank) is int and 1 <= rank <= min(shape)):
+            raise ValueError(f"rank {rank!r} of a matrix of {shape}")
+        for format, stored in zip(formats, stored_shapes(rank, *shape), strict=True):
+            _check_format(format, stored, backend, checked)
+        if type(size) is not int or size != option_bytes(backend, rank, formats, *shape):
+            raise ValueError(f"{size!r} bytes")
+        checked.add(key)
+    return Option(rank, tuple(formats), size, _number(cost))
+
+
+def _check_format(format: Any, shape: tuple[int, int], backend: Backend, checked: set[_Checked]) -> None:
+    key = (json.dumps(format), shape)
+    if key not in checked and (reason := refused_format(format, shape, backend)):
+        raise ValueError(reason)
+    checked.add(key)
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no finite number")
+    return value
 
 
 def with_low_rank(linears: Sequence[LinearOptions], roles: Collection[str]) -> list[LinearOptions]:

@@ -40,6 +40,14 @@ def make_folder(path: Path) -> None:
         sync(folder.parent)
 
 
+def try_to_write(path: Path) -> None:
+    """OSError where a file `path` could not be written, before there is anything to write; nothing is left of it."""
+    make_folder(path.parent)
+    probe = temporary(path)
+    probe.write_bytes(b"")
+    probe.unlink()
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Put `data` at `path` such that `path` holds either what it held before or all of `data`."""
     scratch = temporary(path)

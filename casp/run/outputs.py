@@ -84,7 +84,9 @@ def _refuse_root(folder: Path, flag: str) -> None:
 
 
 def make_output(folder: Path, flag: str = "--output") -> None:
-    """Folder `folder`, and those above it, for what a command writes; UserError where it cannot be made."""
+    """Folder `folder`, and those above it, for what a command writes; UserError where it cannot be made, and for the
+    root of the file system."""
+    _refuse_root(folder, flag)
     try:
         make_folder(folder)
     except (OSError, ValueError) as error:

@@ -18,15 +18,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from casp.cli import Parser, add_device_arguments, model_folder, run_main
+from casp.cli import Parser, add_device_arguments, model_folder, pick_device, run_main
+from casp.data import sources
 from casp.demo import NAMES, text
 from casp.errors import UserError
+from casp.model.decoder import Decoder
 from casp.model.modality import is_multimodal
 from casp.numbers import whole
 from casp.reading.config import open_config
 from casp.run.files import write_atomically, write_json
-from casp.run.outputs import check_file
+from casp.run.folder import check_places
+from casp.run.outputs import check_file, make_output, refuse_inputs
 from casp_eval import compare, report
+from casp_eval.options import require_writable
 
 SPLITS = {"validation": tuple(text.VALIDATION.values()), "test": text.TEST}
 
@@ -47,25 +51,54 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def checkpoint(model: str, dataset: str, samples: int, machine: Sequence[str], work: Path) -> Path:
-    """A 2-bit QuIP# checkpoint of `model` calibrated on `samples` of `dataset`, made where it is not there yet.
+def place(work: Path, dataset: str, samples: int) -> Path:
+    """The folder, in `work`, of what is calibrated on so many samples of a set."""
+    return work / f"{dataset.replace('/', '_').replace(':', '-').replace(',', '-')}-{samples}"
+
+
+def stages(model: str, dataset: str, samples: int, machine: Sequence[str], folder: Path) -> dict[Path, list[str]]:
+    """Output -> the stage that makes it, in their order; the last is the checkpoint.
 
     machine: --device and --dtype with their words.
     """
-    folder = work / f"{dataset.replace('/', '_').replace(':', '-').replace(',', '-')}-{samples}"
-    data = ["--model", model, "--dataset", dataset, "--samples", str(samples), *machine]
-    stages = {
-        folder / "moments": ["casp.moments", *data, "--from-original"],
-        folder / "quip-sharp-2bit": [
-            *("casp_quip_sharp", *data, "--from-original", "--moments", str(folder / "moments")),
-            *("--bits", "2", "--ft-epochs", "0"),
-        ],
+    data = ["--model", model, f"--dataset={dataset}", "--samples", str(samples), *machine]
+    moments = folder / "moments"
+    rounding = ["--from-original", "--moments", str(moments), "--bits", "2", "--ft-epochs", "0"]
+    return {
+        moments: ["casp.moments", *data, "--from-original"],
+        folder / "quip-sharp-2bit": ["casp_quip_sharp", *data, *rounding],
     }
-    for output, arguments in stages.items():
+
+
+def check(args: argparse.Namespace, candidates: Sequence[tuple[str, int]], original: Path) -> None:
+    """UserError, before the first set is calibrated on for long, for what a later step would not read or write."""
+    multimodal = Decoder.open(original).is_multimodal
+    pick_device(args.device)
+    inputs, outputs = [original], [args.work / f"compared-{args.split}"]
+    for dataset, samples in candidates:
+        sources.check(dataset, multimodal)
+        inputs += sources.files(dataset)
+        outputs += stages(args.model, dataset, samples, (), place(args.work, dataset, samples))
+    check_file(args.output, [{"command", "model", "split", "results"}], [*inputs, *outputs])
+    page = args.output.with_suffix(".md")
+    if page == args.output or (page.exists() and not args.output.exists()):
+        raise UserError(f"{page}, where the table would go, is --output itself or was there before; choose another.")
+    refuse_inputs(page, inputs)
+    compare.check_place(outputs[0], inputs)
+    for output in outputs[1:]:
+        check_places(output, inputs, "--work")
+    require_writable(args.output)
+    make_output(args.work, "--work")
+
+
+def calibrated(todo: dict[Path, list[str]]) -> Path:
+    """The checkpoint that the stages of `todo` make, where it is not there yet."""
+    for output, arguments in todo.items():
+        print(f"== {output}", file=sys.stderr, flush=True)
         done = subprocess.run([sys.executable, "-m", *arguments, "--output", str(output)], stdout=sys.stderr)
         if done.returncode:
-            raise UserError(f"calibrating on {dataset} failed (see above): correct that and run again, it resumes")
-    return folder / "quip-sharp-2bit"
+            raise SystemExit(done.returncode)  # the stage has said why
+    return list(todo)[-1]
 
 
 def excess(row: report.Row, original: report.Row) -> dict[str, float]:
@@ -95,7 +128,7 @@ def table(results: list[dict[str, Any]]) -> str:
     for result in results:
         losses = [nats for name, nats in result["excess"].items() if name != "answers"]
         cells = [f"`{result['dataset']}`", str(result["samples"]), *(f"{result['excess'][name]:.3f}" for name in texts)]
-        cells += [f"{sum(losses) / len(losses):.3f}", f"{max(losses) / min(losses):.2f}"]
+        cells += [f"{sum(losses) / len(losses):.3f}", f"{max(losses) / min(losses):.2f}" if min(losses) > 0 else "–"]
         cells += [report.share(result["accuracy"], result["accuracy_interval"])] if asked else []
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -110,12 +143,9 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError(f"{candidate[:80]} is not DATASET@SAMPLES: write for example demo-mixed@32")
         candidates.append((dataset, int(samples)))
     original = model_folder(args.model)
-    check_file(args.output, [{"command", "model", "split", "results"}], [original])
-    page = args.output.with_suffix(".md")
-    if page == args.output or (page.exists() and not args.output.exists()):
-        raise UserError(f"{page}, where the table would go, is --output itself or was there before; choose another.")
+    check(args, candidates, original)
     machine = ("--device", args.device, "--dtype", args.dtype)
-    folders = [checkpoint(args.model, dataset, samples, machine, args.work) for dataset, samples in candidates]
+    folders = [calibrated(stages(args.model, *one, machine, place(args.work, *one))) for one in candidates]
     scored = args.work / f"compared-{args.split}"
     texts = [word for name in SPLITS[args.split] for word in ("--text", name)]
     sizes = ["--windows", str(args.windows), "--questions", str(args.questions), *machine]
@@ -155,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"# `{args.model}`, {args.split}\n\nNats a token above the original model, 2-bit QuIP#, not fine-tuned, "
         f"{args.windows} windows of 512 tokens a text{right}.\n\n{table(results)}\n\n```bash\n{command}\n```\n"
     )
-    write_atomically(page, text_.encode())
+    write_atomically(args.output.with_suffix(".md"), text_.encode())
     print(table(results))
 
 

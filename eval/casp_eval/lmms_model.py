@@ -9,6 +9,7 @@ which is asked as questions.sh asks it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class CaspModel(lmms):
         answers: dict[int, str] = {}
         bar = tqdm(total=len(requests), desc="questions asked")
         for settings, batch in self._batches(requests):
-            chats = [self._chat(requests[index]).opened(self.frames) for index in batch]
+            chats = [replace(self._chat(requests[index]), frames=self.frames).opened() for index in batch]
             passed = {name: settings[name] for name in PASSED_ON if settings.get(name) is not None}
             if not passed.get("temperature"):
                 passed = {name: value for name, value in passed.items() if name == "num_beams"}
@@ -91,7 +92,7 @@ class CaspModel(lmms):
             document = self.task_dict[task][split][doc_id]
             answer = target if isinstance(target, str) else target(document)
             chat = self._about(doc_to_visual(document), question, doc_id, task, str(answer).strip())
-            logits, wanted = answer_logits(self.checkpoint, chat.opened(self.frames))
+            logits, wanted = answer_logits(self.checkpoint, replace(chat, frames=self.frames).opened())
             loss = torch.nn.functional.cross_entropy(logits, wanted).item()
             scores.append(GenerationResult((loss, torch.equal(logits.argmax(-1), wanted))))
         return scores

@@ -32,7 +32,8 @@ from casp.reading.config import open_config
 from casp.reading.documents import read_json
 from casp.reading.pretrained import open_tokenizer
 from casp.run.files import write_json
-from casp.run.outputs import check_file, make_output
+from casp.run.outputs import check_file
+from casp_eval.options import require_writable
 
 TEN_TIMES = {
     "hidden_size": 1536,
@@ -91,7 +92,7 @@ def peak_bytes(arguments: list[str]) -> int:
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
-        raise subprocess.CalledProcessError(child.returncode, arguments)
+        raise SystemExit(child.returncode)  # the stage has said why
     return usage.ru_maxrss * 1024
 
 
@@ -178,7 +179,7 @@ def main() -> None:
     """Measure both models, the longer samples and the libraries alone."""
     args = parser().parse_args()
     check_file(args.output, [{"libraries_bytes", "command"}])
-    make_output(args.output.parent)
+    require_writable(args.output)
     command = f"bash eval/scripts/memory.sh --samples {args.samples} --sequence-length {args.sequence_length}"
     result: dict[str, Any] = read_json(args.output, "the file of figures") if args.output.exists() else {}
     if result.get("command") != command:

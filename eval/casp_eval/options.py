@@ -11,7 +11,8 @@ from typing import Any
 from casp.demo import NAMES
 from casp.errors import UserError
 from casp.numbers import seed, whole
-from casp.run.files import make_folder, write_atomically
+from casp.reading.files import is_there
+from casp.run.files import try_to_write, write_atomically
 from casp.run.outputs import check_file
 
 MOST_NEW_TOKENS = 1 << 16
@@ -81,12 +82,18 @@ class Scoring:
 def check_output(output: Path | None, *given: str | Path | None) -> None:
     """UserError, before anything is measured, where --output is an input (`given`) or not a file of such figures."""
     if output is not None:
-        inputs = [Path(name) for name in given if name and Path(name).exists()]
-        check_file(
-            output,
-            [{"model", "dataset", "perplexity"}, {"model", "results"}, {"model", "original", "divergence"}],
-            inputs,
-        )
+        inputs = [Path(name) for name in given if name and is_there(Path(name))]
+        shapes = [{"model", "dataset", "perplexity"}, {"model", "results"}, {"model", "original", "divergence"}]
+        check_file(output, shapes, inputs)
+        require_writable(output)
+
+
+def require_writable(output: Path) -> None:
+    """UserError where no file could be written at `output`."""
+    try:
+        try_to_write(output)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written ({error.strerror}): choose another --output") from error
 
 
 def write_figure(figure: dict[str, Any], output: Path | None) -> None:
@@ -95,8 +102,5 @@ def write_figure(figure: dict[str, Any], output: Path | None) -> None:
     if output is None:
         print(text)
         return
-    try:
-        make_folder(output.parent)
-        write_atomically(output, (text + "\n").encode())
-    except OSError as error:
-        raise UserError(f"{output} cannot be written ({error.strerror}): choose another --output") from error
+    require_writable(output)
+    write_atomically(output, (text + "\n").encode())

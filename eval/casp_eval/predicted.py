@@ -33,11 +33,17 @@ from casp.run.digest import content_hash
 from casp.run.outputs import check_file, read_record
 from casp.seed import matrix_generator
 from casp_eval.correlation import spearman
-from casp_eval.options import write_figure
+from casp_eval.options import require_writable, write_figure
+
+ROWS = 256
 
 
 class Original:
-    """The dense model with the hidden states that enter each block, and its distributions where a token has a loss."""
+    """The dense model with the hidden states that enter each block, and those that leave the last.
+
+    Distributions are made of them when they are compared, ROWS at a time: those of all positions at once would take
+    as many times the memory of a block's states as the vocabulary is larger than the hidden size.
+    """
 
     def __init__(
         self, decoder: Decoder, batches: list[dict[str, Tensor]], device: torch.device, dtype: torch.dtype
@@ -51,7 +57,7 @@ class Original:
         self.entering: list[list[Tensor]] = [[batch.hidden for batch in self.inputs]]
         for index in range(len(decoder.blocks)):
             self.entering.append([self._block(index, n, hidden) for n, hidden in enumerate(self.entering[-1])])
-        self.logs = [self._logs(n, hidden) for n, hidden in enumerate(self.entering.pop())]
+        self.leaving = self.entering.pop()
 
     @torch.no_grad()
     def _block(self, index: int, batch: int, hidden: Tensor) -> Tensor:
@@ -59,11 +65,9 @@ class Original:
         return first_output(self.decoder.block(index)(hidden.to(self.device), **kwargs)).cpu()
 
     @torch.no_grad()
-    def _logs(self, batch: int, hidden: Tensor) -> Tensor:
-        """Logarithms of the distributions, (positions with a loss, vocabulary)."""
-        seen = hidden[self.places[batch]].to(self.device)
-        parts = [head_logits(self.decoder, part).float().log_softmax(-1).cpu() for part in seen.split(256)]
-        return torch.cat(parts)
+    def _logs(self, hidden: Tensor) -> Tensor:
+        """Logarithms of the distributions, (positions, vocabulary), from what leaves the last block there."""
+        return head_logits(self.decoder, hidden.to(self.device)).float().log_softmax(-1)
 
     def divergence(self, index: int) -> float:
         """Mean KL(original || the model as it now is), block `index` changed, in nats a position."""
@@ -71,9 +75,11 @@ class Original:
         for n, hidden in enumerate(self.entering[index]):
             for later in range(index, len(self.decoder.blocks)):
                 hidden = self._block(later, n, hidden)
-            changed, kept = self._logs(n, hidden), self.logs[n]
-            total += (kept.exp() * (kept - changed)).sum().item()
-            count += len(kept)
+            count += int(self.places[n].sum())
+            seen = (states[self.places[n]].split(ROWS) for states in (self.leaving[n], hidden))
+            for one, other in zip(*seen, strict=True):
+                kept, changed = self._logs(one), self._logs(other)
+                total += (kept.exp() * (kept - changed)).sum().item()
         if not count:
             raise UserError("the data has no text that text follows; choose another --dataset.")
         if not math.isfinite(total):
@@ -91,12 +97,12 @@ def stored(
     seed: int,
 ) -> Tensor:
     """`weight` as the option stores it, dense, rounded under the moment with these weights of the tokens."""
-    hessian = moments.hessian(weighting)
+    hessian = moments.hessian(weighting).to(weight.device)
     if option.rank is None:
         generator = matrix_generator(seed, linear.path)
         ((_, dense),) = rounded(backend, [Matrix(weight, option.formats[0], generator, linear.path)], hessian, {})
         return dense
-    gradients = moments.gradient_moment
+    gradients = moments.gradient_moment.to(weight.device)
     made = quantized_factors(weight, hessian, gradients, option.rank, option.formats, backend, seed, linear.path, {})
     return made.dense().float()
 
@@ -125,6 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.output is not None:
         inputs = [decoder.folder, args.moments, args.costs, *calibration_of(args).files()]
         check_file(args.output, [{"model", "backend", "spearman", "rows"}], inputs)
+        require_writable(args.output)
     compute = compute_of(args).of(decoder.dtype)
     batches = calibration_of(args).batches(decoder.folder, compute.seed)
     moments = Moments(args.moments)
@@ -133,7 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
     moments.check(content, decoder, args.token_weights)
     if record is None or record["kind"] != "costs" or record["fingerprint"].get("model") != content:
         raise UserError(f"{args.costs} holds no prices of {args.model}; give the --costs of plan.sh for this model.")
-    linears = read_costs(args.costs, len(decoder.blocks))
+    linears = read_costs(args.costs, decoder, backend)
     original = Original(decoder, batches, compute.device, compute.dtype)
     drawn = random.Random(compute.seed)
     roles = sorted({linear.role for linear in linears})

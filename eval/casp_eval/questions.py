@@ -69,6 +69,7 @@ def answer_loss(
     """Mean negative log-likelihood of the answers' tokens in nats, and how many tokens that were."""
     total, tokens = 0.0, 0
     for batch in tqdm(_batches(items, batch_size), desc=progress, disable=progress is None, leave=False):
+        batch = [item.opened() for item in batch]
         rendered = [checkpoint.prompt(item.asked(), item.answer()) for item in batch]
         inputs = checkpoint.encode(
             [before + answer for before, answer in rendered], _pictures(batch), "right", _videos(batch)
@@ -112,7 +113,7 @@ def answers(
     """Greedy answers, one an item, decoded without special tokens."""
     given: list[str] = []
     for batch in tqdm(_batches(items, batch_size), desc=progress, disable=progress is None, leave=False):
-        given += ask(checkpoint, batch, max_new_tokens=max_new_tokens)
+        given += ask(checkpoint, [item.opened() for item in batch], max_new_tokens=max_new_tokens)
     return given
 
 

@@ -25,6 +25,7 @@ from casp.reading.documents import read_json
 from casp.run.files import write_json
 from casp.run.outputs import check_file, make_output
 from casp_eval.memory import random_model
+from casp_eval.options import require_writable
 
 _QUANTIZE = ["--from-original", "--token-weights", "attention"]
 _TWO_BITS = ["--bits", "2", *_QUANTIZE]
@@ -60,13 +61,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def usage(arguments: Sequence[str], blocks: int) -> dict[str, float]:
-    """Seconds a block and peak bytes of `python -m ARGUMENTS`, run to its end; CalledProcessError where it fails."""
+    """Seconds a block and peak bytes of `python -m ARGUMENTS`, run to its end; SystemExit where it fails."""
     began = time.perf_counter()
     child = subprocess.Popen([sys.executable, "-m", *arguments], stdout=sys.stderr)
     _, status, used = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
-        raise subprocess.CalledProcessError(child.returncode, list(arguments))
+        raise SystemExit(child.returncode)  # the stage has said why
     return {
         "seconds_a_block": round((time.perf_counter() - began) / blocks, 1),
         "processor_seconds_a_block": round((used.ru_utime + used.ru_stime) / blocks, 1),
@@ -121,7 +122,7 @@ def main() -> None:
     """Measure the stages."""
     args = parser().parse_args()
     check_file(args.output, [{"threads", "stages"}])
-    make_output(args.output.parent)
+    require_writable(args.output)
     if args.scratch is not None:
         make_output(args.scratch, "--scratch")
         measure(args, args.scratch)

@@ -1,6 +1,7 @@
 """Calibration: the same batches for the same seed, windows that do not overlap, padding that masks show."""
 
 import json
+import weakref
 from pathlib import Path
 
 import datasets
@@ -25,6 +26,7 @@ from casp.data.chats import chats_fingerprint, read_samples
 from casp.data.sources import BUILT_IN_CHATS, evaluation_chats, evaluation_text
 from casp.errors import UserError
 from casp.model.batch import Batch
+from casp.reading.pictures import open_picture
 
 
 @pytest.fixture
@@ -470,11 +472,35 @@ def test_one_file_serves_calibration_and_evaluation(chat_file: Path):
     assert evaluation_text(str(chat_file)) == "one\n\ntwo"
     chats = evaluation_chats(str(chat_file), 0, 0)
     assert [chat.answer() for chat in chats] == ["x" * (1 + 3 * number) for number in range(10)]
-    assert [chat.pictures()[0].size for chat in chats] == [(30 + number, 40) for number in range(10)]
+    assert [chat.opened().pictures()[0].size for chat in chats] == [(30 + number, 40) for number in range(10)]
     assert len({chats_fingerprint([chat]) for chat in chats}) == 10
     chat_file.write_text('{"text": "one"}')
     with pytest.raises(UserError, match="has no questions"):
         evaluation_chats(str(chat_file), 0, 0)
+
+
+@pytest.mark.parametrize("wanted", ["calibration", "evaluation"])
+def test_pictures_of_one_batch_at_a_time_are_in_memory(tiny_llava: Path, chat_file: Path, monkeypatch, wanted):
+    """A file of thousands of photographs must not be decoded as a whole; neither for calibration nor for its hash."""
+    alive, most = 0, 0
+
+    def dropped():
+        nonlocal alive
+        alive -= 1
+
+    def opened(*args):
+        nonlocal alive, most
+        weakref.finalize(picture := open_picture(*args), dropped)
+        alive += 1
+        most = max(most, alive)
+        return picture
+
+    monkeypatch.setattr("casp.data.chats.open_picture", opened)
+    if wanted == "calibration":
+        batches(tiny_llava, chat_file, samples=10, batch_size=3)
+    else:
+        chats_fingerprint(evaluation_chats(str(chat_file), 0, 0))
+    assert 1 <= most <= 4
 
 
 def test_images_for_a_text_model(tiny_llama: Path, chat_file: Path):

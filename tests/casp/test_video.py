@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,14 +60,14 @@ def test_what_a_chat_shows_is_bounded_as_a_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(chats, "MOST_TOGETHER", 5 * 64 * 48)
     clip = Video(grey_frames(tmp_path / "clip", 6))
     picture = tmp_path / "clip" / "000.png"
-    assert Chat.about([clip, picture], "What?", "grey", "line 3").opened(4).videos()
+    assert replace(Chat.about([clip, picture], "What?", "grey", "line 3"), frames=4).opened().videos()
     for shown, frames in (([clip], 6), ([clip, picture, picture], 4), ([picture] * 6, 1)):
         with pytest.raises(UserError, match=r"line 3: the image .* with what is shown beside it"):
-            Chat.about(shown, "What?", "grey", "line 3").opened(frames)
-    file = Video(write_clip(tmp_path / "a.mp4", 8))
-    assert len(Chat.about([file], "What?", "grey", "line 3").opened(5).videos()[0].frames) == 5
+            replace(Chat.about(shown, "What?", "grey", "line 3"), frames=frames).opened()
+    about = Chat.about([Video(write_clip(tmp_path / "a.mp4", 8))], "What?", "grey", "line 3")
+    assert len(replace(about, frames=5).opened().videos()[0].frames) == 5
     with pytest.raises(UserError, match="6 frames of 64x48 pixels, makes more than"):
-        Chat.about([file], "What?", "grey", "line 3").opened(6)
+        replace(about, frames=6).opened()
 
 
 def test_more_pictures_than_any_model_reads_are_refused_unopened(tmp_path):
@@ -109,7 +110,7 @@ def test_rows_with_videos(tmp_path):
     _, chats = read_samples(tmp_path / "rows.jsonl")
     for chat in chats:
         assert chat.media() == (False, True)
-        assert len(chat.opened(2).videos()[0].frames) == 2
+        assert len(replace(chat, frames=2).opened().videos()[0].frames) == 2
     with pytest.raises(UserError, match="has images"):
         calibration_batches(text_model(tmp_path), str(tmp_path / "rows.jsonl"), 2, 8, 0, 1)
 

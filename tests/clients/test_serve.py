@@ -1,4 +1,4 @@
-"""`transformers serve` with a compressed model, asked by HTTP (slow: needs FastAPI and Uvicorn)."""
+"""`transformers serve` with a compressed model, asked by HTTP (slow: needs its extra "serving")."""
 
 import base64
 import io
@@ -17,10 +17,12 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from transformers.utils.import_utils import is_serve_available
 
-pytestmark = pytest.mark.slow
-pytest.importorskip("fastapi")
-pytest.importorskip("uvicorn")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not is_serve_available(), reason='needs pip install "transformers[serving]"'),
+]
 
 SERVE = "import sys; from transformers.cli.transformers import main; sys.argv[0] = 'transformers'; main()"
 

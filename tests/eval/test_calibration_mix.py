@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 from casp_eval.calibration_mix import excess, main, table
@@ -46,6 +47,52 @@ def test_a_file_of_others_is_not_replaced(tiny_llama, tmp_path):
         with pytest.raises(UserError, match=r"\.md"):
             main(["--model", str(tiny_llama), "--work", "w", "--output", str(tmp_path / name), "demo-text@4"])
     assert (tmp_path / "page.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["demo-text@2", "demo-txet@2"], "there is no data set 'demo-txet'"),
+        (["demo-text@2", "demo-images@2"], "demo-images has images"),
+        (["demo-text@2", "{model}/config.json.txt@2"], "config.json.txt"),
+        (["demo-text@2", "--device", "cuda:99"], "CUDA devices here"),
+        (["demo-text@2", "--work", "/"], "the root of the file system"),
+        (["demo-text@2", "--work", "{model}/work"], "an input of this run"),
+        (["demo-text@2", "--work", "{dir}/notes.txt"], "cannot be read"),
+        (["demo-text@2", "--output", "{dir}/work/compared-validation/report.json"], "an input of this run"),
+        (["demo-text@2", "--output", "{dir}/notes.txt/mix.json"], "cannot be"),
+        (["demo-text@2", "--output", "{dir}/beside.json"], "beside.md"),
+        (["demo-text@2", "--work", "{dir}/others"], "holds other files"),
+    ],
+)
+def test_all_is_told_before_the_first_set_is_calibrated_on(tiny_llama, tmp_path, monkeypatch, flags, words):
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("a stage was started"))
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "beside.md").write_text("mine")
+    (tmp_path / "others/demo-text-2/moments").mkdir(parents=True)
+    (tmp_path / "others/demo-text-2/moments/notes.txt").write_text("mine")
+    given = [flag.replace("{model}", str(tiny_llama)).replace("{dir}", str(tmp_path)) for flag in flags]
+    places = ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "mix.json")]
+    with pytest.raises(UserError, match=re.escape(words)):
+        main(["--model", str(tiny_llama), *places, *given])
+    assert not (tmp_path / "mix.json").exists()
+
+
+def test_a_set_that_fails_ends_with_what_its_stage_said(tiny_llama, tmp_path, capfd):
+    """Too short a text is known to the stage alone; it is told once, not again by the command above it."""
+    (tmp_path / "short.txt").write_text("hello")
+    places = ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "new" / "mix.json")]
+    with pytest.raises(SystemExit) as ended:
+        main(["--model", str(tiny_llama), *places, f"{tmp_path}/short.txt@4"])
+    assert ended.value.code == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "tokens" in errors[0]
+
+
+def test_a_ratio_of_losses_that_are_none_is_not_shown():
+    result = {"dataset": "x", "samples": 3, "excess": {"a": 0.0, "b": 0.6}, "accuracy": None}
+    assert table([result]).splitlines()[-1].endswith("| 0.300 | – |")
 
 
 @pytest.mark.slow

@@ -125,7 +125,12 @@ def test_lmms_eval_finds_the_plug_in(chat, name):
     assert f"casp_eval.lmms_model.{name}" in done.stdout.splitlines()[-1]
 
 
-def requests_of(items, kind="generate_until", chat=False, media=lambda item: [*item.pictures(), *item.videos()]):
+def shown_by(item):
+    """Pictures and videos of a question, opened."""
+    return [*item.opened().pictures(), *item.opened().videos()]
+
+
+def requests_of(items, kind="generate_until", chat=False, media=shown_by):
     """The documents of `items` as lmms-eval hands them over; `media`: what its task shows of one."""
     from lmms_eval.api.instance import Instance
     from lmms_eval.api.task import ConfigurableMessagesTask

@@ -74,7 +74,7 @@ def test_answer_perplexity_is_that_of_the_answer_tokens(llava, items):
     total, count = 0.0, 0
     for item in items:
         before = f"user: <image>\n{item.asked()[0].text()}\nassistant:"
-        inputs = processor(text=f"{before} \n{item.answer()}", images=item.pictures(), return_tensors="pt")
+        inputs = processor(text=f"{before} \n{item.answer()}", images=item.opened().pictures(), return_tensors="pt")
         tokens = len(f" \n{item.answer()}")  # one token a character
         with torch.inference_mode():
             scores = model(**inputs).logits[0, :-1].log_softmax(-1)
@@ -110,7 +110,7 @@ def test_greedy_answers_do_not_depend_on_the_batch(llava, items):
     assert answers(llava, items, 4, 6) == alone
     assert len(set(alone)) > 1  # the questions and images matter
     inputs = llava.processor(
-        text="user: <image>\nWhat is this?\nassistant:", images=items[0].pictures(), return_tensors="pt"
+        text="user: <image>\nWhat is this?\nassistant:", images=items[0].opened().pictures(), return_tensors="pt"
     )
     with torch.inference_mode():
         first = llava.model(**inputs).logits[0, -1].argmax()

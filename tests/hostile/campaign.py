@@ -148,6 +148,7 @@ def filled(flags: Iterable[str], model: Path, scratch: Path, bases: Path) -> lis
         "{base}": str(bases / "llama"),
         "{dir}": str(scratch),
         "{moments}": str(bases / "hessians"),
+        "{costs}": str(bases / "costs"),
         "{text}": str(bases / "data/text.txt"),
         "{questions}": str(bases / "data/questions.jsonl"),
     }
@@ -247,6 +248,7 @@ def main() -> None:
     parser.add_argument("--random", type=int, default=0, help="random cases besides the tables, a count")
     parser.add_argument("--seed", type=int, default=0, help="of the random cases and the order")
     parser.add_argument("--groups", nargs="*", help="only these classes")
+    parser.add_argument("--commands", nargs="*", help="only these commands, of those in case.py")
     parser.add_argument("--part", default="1/1", help="1/3: the first third of the cases, for several processes")
     parser.add_argument("--fresh", action="store_true", help="each case in a process that imports everything itself")
     parser.add_argument("--record", type=Path, help="file for what became of each case, which is then not run again")
@@ -255,6 +257,7 @@ def main() -> None:
     part, parts = map(int, args.part.split("/"))
     wanted = named([*cases.table(), *cases.random_cases(args.random, args.seed)])
     wanted = {name: case for name, case in wanted.items() if not args.groups or case.group in args.groups}
+    wanted = {name: case for name, case in wanted.items() if not args.commands or case.command in args.commands}
     order = random.Random(args.seed).sample(sorted(wanted), len(wanted))  # what was run when it is stopped is a sample
     record = args.record or args.scratch / "record.jsonl"
     todo = [name for name in order[part - 1 :: parts] if name not in recorded(record, wanted)]

@@ -26,6 +26,9 @@ PRICED = ("--moments", "{moments}", "--backend", "gptq", "--bits", "3.5")
 OBEYED = ("--model", "{base}", "--moments", "{moments}", "--plan", "{model}/plan.json")
 
 
+MEASURED = ("--dataset", "{text}", "--draws", "2")
+
+
 COMMANDS: dict[str, tuple[str, ...]] = {
     "svd": (*SIZES, "--model", "{model}", "--dataset", "{text}"),
     "aqlm": (*SIZES, "--model", "{model}", "--dataset", "{text}", "--ft-epochs", "0", "--max-rounds", "1"),
@@ -45,6 +48,13 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "chat": ("--model", "{model}", "--max-new-tokens", "2"),
     "compare": ("{model}", "--text", "{text}", "--windows", "2", "--sequence-length", "32", "--output", "{dir}/out"),
     "speed": ("--output", "{dir}/out", "--repeats", "1", "--shapes", "512x512", "--batches", "1", "--bits", "2"),
+    "predicted": (*SIZES, *PRICED[:4], *MEASURED, "--model", "{model}", "--costs", "{costs}"),
+    "prices": (*SIZES, *PRICED[:4], *MEASURED, "--model", "{base}", "--costs", "{model}"),
+    "plan of prices": (*PRICED, "--model", "{base}", "--device", "cpu", "--costs", "{model}", "--output", "{dir}/out"),
+    "divergence": (*SIZES, "--model", "{model}", "--original", "{base}", "--dataset", "{text}"),
+    "original": (*SIZES, "--model", "{base}", "--original", "{model}", "--dataset", "{text}"),
+    "ranks": (*OBEYED, "--backend", "gptq", "--output", "{dir}/out"),
+    "mix": ("{text}@2", "--model", "{model}", "--work", "{dir}/work", "--output", "{dir}/out.json", "--device", "cpu"),
     "versus": ("--output", "{dir}/out", "--work", "{dir}/work", "--models", "{model}", "--device", "cpu"),
 }
 """Command -> its flags; of a flag given twice the last counts. {model} is the copy that was damaged."""
@@ -55,8 +65,8 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Case:
-    """One hostile input. base: what is copied (llama, llava, gptq, quip, aqlm, svd, hessians, plan, or data for a
-    folder of texts and pictures); flags come after those of the command."""
+    """One hostile input. base: what is copied (llama, llava, gptq, quip, aqlm, svd, hessians, plan, costs, or
+    data for a folder of texts and pictures); flags come after those of the command."""
 
     group: str
     name: str

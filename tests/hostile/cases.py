@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # the tests are no package
 from case import COMMANDS, Case, nothing
 from config_cases import code_cases, config_cases, json_cases
 from data_cases import data_cases, hessian_cases
+from figure_cases import figure_cases
 from flag_cases import flag_cases, path_cases
 from output_cases import output_cases, switch_cases
 from plan_cases import budget_cases, plan_cases, report_cases
@@ -34,6 +35,7 @@ FACTORIES = (
     budget_cases,
     output_cases,
     switch_cases,
+    figure_cases,
 )
 
 

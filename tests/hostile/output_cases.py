@@ -12,7 +12,8 @@ from typing import Any
 from case import NUMBERS, OTHER_JSON, Case, written
 
 FOLDERS = ("svd", "gptq", "quip", "aqlm", "moments", "obey", "compress", "compare", "speed", "versus")
-FILES = ("plan", "perplexity", "questions")
+FILES = ("plan", "perplexity", "questions", "predicted", "divergence", "ranks", "mix")
+BESIDE_A_PLAN = ("obey", "ranks")  # whose copy is the folder of a plan, beside which anything may be written
 PLACES = {
     "the model": "{model}",
     "the model by dots": "{model}/../model",
@@ -101,12 +102,12 @@ def foreign(folder: Path) -> None:
 def output_cases() -> Iterator[Case]:
     """Outputs that are inputs, that others made, or that nothing can be written to."""
     for command in (*FOLDERS, *FILES):
-        base = {"obey": "plan", "questions": "llava"}.get(command, "llama")
+        base = "plan" if command in BESIDE_A_PLAN else "llava" if command == "questions" else "llama"
         for label, place in PLACES.items():
             if command == "speed" and ("{model}" in place or label in NOT_OF_SPEED):
                 continue  # it reads no model
-            if command == "obey" and place.startswith("{model}/") and ".." not in place:
-                continue  # there the plan lies, beside which anything may be written
+            if command in BESIDE_A_PLAN and place.startswith("{model}/") and ".." not in place:
+                continue
             fine = label in (ADDING if command in REPORTS else UNTRIED if command == "compress" else ())
             name = f"{command} into {label}"
             yield Case("outputs", name, command, base, foreign, ("--output", place), refuse=not fine)

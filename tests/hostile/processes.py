@@ -31,6 +31,13 @@ MODULES = {
     "chat": "casp_eval.chat",
     "compare": "casp_eval.compare",
     "speed": "casp_eval.speed",
+    "predicted": "casp_eval.predicted",
+    "prices": "casp_eval.predicted",
+    "plan of prices": "casp.plan.__main__",
+    "divergence": "casp_eval.divergence",
+    "original": "casp_eval.divergence",
+    "ranks": "casp_eval.ranks_and_density",
+    "mix": "casp_eval.calibration_mix",
     "versus": "casp_eval.casp_vs_baseline",
 }
 

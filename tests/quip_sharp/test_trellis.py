@@ -6,6 +6,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from casp_quip_sharp.codebook import codebook_of
+from casp_quip_sharp.trellis import train
 from casp_quip_sharp.trellis.codebook import Trellis
 from casp_quip_sharp.trellis.columns import (
     descend_columns,
@@ -20,6 +21,7 @@ from casp_quip_sharp.trellis.walks import _search, nearest_walks, walk_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from casp.errors import UserError
 from casp.kernels import operators
 
 needs_kernels = pytest.mark.skipif(operators() is None, reason="needs quiptools")
@@ -220,3 +222,38 @@ def test_layer_of_few_rows(correlated, rows, states):
             walk = symbols[first : first + STRIP, column].tolist()
             expected = values[torch.tensor(cyclic_windows(walk, 2, states))]
             assert torch.equal(points[first : first + STRIP, column], expected)
+
+
+@pytest.fixture
+def no_search(monkeypatch):
+    """Tables at once: those that the package holds."""
+    monkeypatch.setattr(train, "make", lambda states, bits, seed, effort: table(states, bits))
+
+
+@needs_kernels
+def test_tables_replace_nothing_but_tables(no_search, tmp_path):
+    """Said before the search, which takes hours: what lies there is a user's, or cannot be replaced."""
+    mine = tmp_path / "mine.json"
+    mine.write_text('[{"mine": 1}]')
+    (tmp_path / "circle").symlink_to("circle")
+    for place in (mine, tmp_path, mine / "tables.json", tmp_path / "circle", tmp_path / ("x" * 300)):
+        with pytest.raises(UserError, match=r"choose another --output|give a file|correct the path"):
+            train.main(["--output", str(place)])
+    assert mine.read_text() == '[{"mine": 1}]'
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["circle", "mine.json"]
+
+
+@needs_kernels
+def test_tables_are_made_anew(no_search, tmp_path):
+    file = tmp_path / "new" / "tables.json"
+    for _ in range(2):  # its own tables may be written again
+        train.main(["--output", str(file)])
+        assert [(one["states"], one["bits"]) for one in json.loads(file.read_text())] == MADE
+        file.write_text(file.read_text().replace('"states"', ' "states"'))
+
+
+@needs_kernels
+@pytest.mark.parametrize("flags", [["--only", "²,1"], ["--only", "8"], ["--only", "9,9"], ["--seed", str(2**70)]])
+def test_what_names_no_table_or_seed(flags):
+    with pytest.raises(UserError):
+        train.main(flags)

@@ -21,8 +21,10 @@ from tqdm import tqdm
 from casp.cli import Parser, run_main
 from casp.errors import UserError
 from casp.kernels import operators
+from casp.numbers import seed as any_seed
 from casp.reading.documents import read_json
-from casp.run.files import write_atomically
+from casp.reading.files import is_there
+from casp.run.files import try_to_write, write_atomically
 from casp.run.outputs import refuse_inputs
 from casp_quip_sharp.trellis.layout import STRIP
 from casp_quip_sharp.trellis.tables import FILE, UNIT, Table, entry_numbers
@@ -165,28 +167,36 @@ def make(states: int, bits: int, seed: int, effort: Effort, masks: tuple[int, ..
     return finish(states, bits, masks, effort, torch.Generator().manual_seed(seed + 1))
 
 
+def check_place(output: Path) -> None:
+    """UserError, before hours of search, where `output` holds anything but tables or cannot be written."""
+    refuse_inputs(output, [])
+    if is_there(output):
+        tables = read_json(output, "the file of tables", list, remedy="choose another --output")
+        if not all(isinstance(one, dict) and {"states", "masks", "entries"} <= one.keys() for one in tables):
+            raise UserError(f"{output} exists and holds no tables of this script; choose another --output.")
+    try:
+        try_to_write(output)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written ({error.strerror}); choose another --output.") from error
+
+
 def main(argv: list[str] | None = None) -> None:
     """Write the tables of all trellises."""
     flags = Parser(prog="python -m casp_quip_sharp.trellis.train", description=__doc__.splitlines()[0])
     flags.add_argument("--output", type=Path, default=FILE, help="the file to write (default: that of the package)")
-    flags.add_argument("--seed", type=int, default=0, help="of maps and Gaussian numbers (default: %(default)s)")
+    flags.add_argument("--seed", type=any_seed, default=0, help="of maps and Gaussian numbers (default: %(default)s)")
     flags.add_argument("--only", metavar="STATES,BITS", help="make this table alone, print it and write nothing")
     args: argparse.Namespace = flags.parse_args(argv)
     if operators() is None:
         raise UserError("tables are made with the kernels; build quiptools first (bash setup.sh).")
     if args.only is not None:
-        states, _, bits = args.only.partition(",")
-        if not (states.isdigit() and bits.isdigit() and (int(states), int(bits)) in MADE):
-            names = ", ".join(f"{made[0]},{made[1]}" for made in MADE)
-            raise UserError(f"--only {args.only} names no table that is made here; use one of {names}.")
-        states, bits = int(states), int(bits)
+        offered = {f"{states},{bits}": (states, bits) for states, bits in MADE}
+        if args.only not in offered:
+            raise UserError(f"--only {args.only} names no table that is made here; use one of {' '.join(offered)}.")
+        states, bits = offered[args.only]
         print(json.dumps(asdict(make(states, bits, args.seed, EFFORTS[states]))))
         return
-    refuse_inputs(args.output, [])
-    if args.output.exists():
-        tables = read_json(args.output, "the file of tables", list, remedy="choose another --output")
-        if not all(isinstance(one, dict) and {"states", "masks", "entries"} <= one.keys() for one in tables):
-            raise UserError(f"{args.output} exists and holds no tables of this script; choose another --output.")
+    check_place(args.output)
     lines = [json.dumps(asdict(make(states, bits, args.seed, EFFORTS[states]))) for states, bits in MADE]
     write_atomically(args.output, ("[\n" + ",\n".join(lines) + "\n]\n").encode())
 

@@ -170,6 +170,38 @@ def test_pricing_resumes_with_the_same_costs(tiny_llama, moments, planned, tmp_p
     assert (tmp_path / "plan.json").read_bytes() == planned.read_bytes()
 
 
+def first_option(place, value):
+    return lambda linears: linears[0]["options"][0].__setitem__(place, value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda linears: linears.pop(),
+        lambda linears: linears.append(linears[0]),
+        lambda linears: linears[0].update(role="v", path=linears[0]["path"] + "x"),
+        lambda linears: linears[0]["shape"].reverse(),
+        lambda linears: linears[0].update(influence=None),
+        lambda linears: linears[0].update(options=[]),
+        lambda linears: linears[-1]["options"][0][1][0].update(bits=99),
+        first_option(0, 10**12),
+        first_option(1, []),
+        first_option(2, 1),
+        first_option(3, float("nan")),
+    ],
+)
+def test_prices_that_were_edited_are_not_believed(tiny_llama, moments, planned, tmp_path, change):
+    costs = shutil.copytree(next(planned.parent.glob("costs-*")), tmp_path / "costs")
+    file = costs / "block-00001.json"
+    linears = json.loads(file.read_text())
+    linears.sort(key=lambda linear: linear["role"] != "k")  # not square
+    change(linears)
+    file.write_text(json.dumps(linears))
+    flags = ["--model", str(tiny_llama), "--moments", str(moments), "--backend", "quip-sharp", "--bits", "2.6"]
+    with pytest.raises(UserError, match=r"block-00001\.json is damaged"):
+        plan([*flags, "--costs", str(costs), "--output", str(tmp_path / "plan.json")])
+
+
 def test_compress_announces_and_does_the_whole_job(tiny_llava, tmp_path, capfd):
     from PIL import Image
 
