@@ -114,6 +114,7 @@ def check_place(output: Path, inputs: Sequence[Path]) -> None:
         raise UserError(f"{output} cannot be written ({error.strerror}); choose another --output.") from error
 
 
+@torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     """Compare on every matrix asked for; the file is complete after each."""
     args = parser().parse_args(argv)
@@ -125,7 +126,6 @@ def main(argv: list[str] | None = None) -> None:
     moments.check(content_hash(decoder.folder), decoder, ON_THE_WAY)
     wanted = places(decoder, args.matrices)
     check_place(args.output, [decoder.folder, args.moments])
-    torch.set_grad_enabled(False)
     warm = torch.randn(32, 4 * scheme.group, generator=torch.Generator().manual_seed(0))
     quantize_additive(warm, warm.T @ warm, scheme, torch.Generator().manual_seed(0), max_rounds=1)  # compiles the loops
     results = []

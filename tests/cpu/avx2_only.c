@@ -2,12 +2,15 @@
 //
 // The kernel lets a process make CPUID fault (flag cpuid_fault in /proc/cpuinfo). The handler executes the
 // instruction, takes from its answer what a Haswell lacks, and goes on behind it. Every library that asks the CPU is
-// told the same, those of PyTorch and LLVM too; instructions that nobody asks about are not hindered.
+// told the same, those of PyTorch and LLVM too; instructions that nobody asks about are not hindered. Of the processes
+// that inherit it only Python is told so: compilers put a handler of their own in the place of ours.
 #define _GNU_SOURCE
 #include <cpuid.h>
+#include <errno.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/syscall.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -52,6 +55,7 @@ static void on_fault(int number, siginfo_t *info, void *context) {
 }
 
 __attribute__((constructor(101))) static void begin(void) {
+  if (strncmp(program_invocation_short_name, "python", 6) != 0) return;
   struct sigaction action = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO | SA_NODEFER};
   if (sigaction(SIGSEGV, &action, NULL) != 0 || allow_cpuid(0) != 0) {
     fprintf(stderr, "error: this CPU or kernel cannot make CPUID fault; run on an Intel CPU with cpuid_fault.\n");
