@@ -25,6 +25,9 @@ from casp.moments.second_moment import SecondMoment
 from casp.moments.weights import gradient_weights, tempered, typical_energy
 
 NO_LABEL = -100
+SUREST = 0.9
+"""Probability of a label above which a position is taken to be less sure than it is."""
+_HOTTEST, _HALVINGS = 64.0, 14  # the temperature is found to a part in 4,000
 
 
 def next_tokens(ids: Tensor, predicting: Tensor) -> Tensor:
@@ -39,7 +42,9 @@ def head_gradient(decoder: Decoder, hidden: Tensor, labels: Tensor) -> tuple[Ten
     """The gradient of the summed loss at the last block's outputs, and that loss in nats.
 
     hidden: (batch, tokens, hidden), what the last block puts out, on the device where everything outside the blocks is
-    loaded; labels: (batch, tokens), see `next_tokens`. The gradient has the shape and dtype of `hidden`.
+    loaded; labels: (batch, tokens), see `next_tokens`. The gradient has the shape and dtype of `hidden`; at the logits
+    it is `softmax(logits / temperature)` less the label, with the `temperatures` of positions that are too sure. The
+    loss told is that of the model as it is.
     """
     gradient, total = torch.zeros_like(hidden), 0.0
     places = (labels != NO_LABEL).nonzero()
@@ -47,12 +52,36 @@ def head_gradient(decoder: Decoder, hidden: Tensor, labels: Tensor) -> tuple[Ten
         rows, columns = part.unbind(1)
         with torch.enable_grad():
             leaf = hidden[rows, columns].detach().requires_grad_()
-            logits = head_logits(decoder, leaf).float()
-            loss = F.cross_entropy(logits, labels[rows, columns], reduction="sum")
-            (found,) = torch.autograd.grad(loss, leaf)
+            logits, wanted = head_logits(decoder, leaf).float(), labels[rows, columns]
+            heat = temperatures(logits.detach(), wanted)
+            softened = heat * F.cross_entropy(logits / heat[:, None], wanted, reduction="none")
+            (found,) = torch.autograd.grad(softened.sum(), leaf)
         gradient[rows, columns] = found
-        total += loss.item()
+        total += F.cross_entropy(logits.detach(), wanted, reduction="sum").item()
     return gradient, total
+
+
+def temperatures(logits: Tensor, labels: Tensor) -> Tensor:
+    """(positions,): 1 where the label has a probability of at most SUREST, else the temperature that gives it that.
+
+    logits: (positions, vocabulary); labels: (positions,). A model that is sure has next to no gradient and seems to
+    bear anything, while errors as large as those of two bits make it err: noise on the logits flattens a distribution
+    about as a temperature does (MacKay 1992, "The evidence framework applied to classification networks").
+    """
+
+    def too_sure(heat: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        return (logits / heat[:, None]).softmax(-1).gather(1, labels[:, None])[:, 0] > SUREST
+
+    found = torch.ones_like(logits[:, 0])
+    rows = too_sure(found, logits, labels)
+    logits, labels = logits[rows], labels[rows]
+    least, most = torch.ones_like(logits[:, 0]), torch.full_like(logits[:, 0], _HOTTEST)
+    for _ in range(_HALVINGS):
+        middle = (least * most).sqrt()
+        above = too_sure(middle, logits, labels)
+        least, most = torch.where(above, middle, least), torch.where(above, most, middle)
+    found[rows] = most
+    return found
 
 
 class GradientStatistics:

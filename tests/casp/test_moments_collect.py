@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ import casp.moments.collect
 from casp.errors import UserError
 from casp.model.batch import predicting
 from casp.model.decoder import Decoder
+from casp.model.head import head_logits
 from casp.moments.__main__ import main, wanted_weightings
-from casp.moments.backward import NO_LABEL, next_tokens
+from casp.moments.backward import NO_LABEL, SUREST, head_gradient, next_tokens, temperatures
 from casp.moments.collect import collect
 from casp.moments.find import COLLECTED, ON_THE_WAY, choose_weighting
 from casp.moments.store import Moments, gradients_file, inputs_file
@@ -140,6 +142,36 @@ def test_image_tokens_and_padding_have_no_loss():
     tokens = torch.tensor([[1, 1, 1, 1, 1, 1, 0]])
     labels = next_tokens(ids, predicting(tokens.bool() & (ids != 3)))
     assert labels.tolist() == [[NO_LABEL, NO_LABEL, NO_LABEL, 6, 7, NO_LABEL, NO_LABEL]]
+
+
+def test_no_position_is_surer_than_the_surest():
+    """Against the closed form for two tokens: at temperature t the label has `sigmoid(margin / t)`."""
+    margins = torch.tensor([-3.0, 0.0, 1.0, 2.0, 2.19, 2.2, 5.0, 20.0])
+    logits = torch.stack([margins, torch.zeros_like(margins)], 1)
+    found = temperatures(logits, torch.zeros(len(margins), dtype=torch.long))
+    torch.testing.assert_close(found, (margins / math.log(SUREST / (1 - SUREST))).clamp_min(1), rtol=1e-3, atol=1e-3)
+    assert (found[:5] == 1).all()  # whoever is not too sure is taken as it is
+
+
+def test_a_sure_model_has_a_gradient(tiny_llama):
+    """At the logits it is the softened distribution less the label, and the loss told is that of the model itself."""
+    decoder = Decoder.open(tiny_llama)
+    decoder.load_rest(torch.device("cpu"), torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    decoder.model.get_output_embeddings().weight.data *= 60
+    leaf = torch.randn(2, 5, decoder.text_config.hidden_size, generator=generator).requires_grad_()
+    logits = head_logits(decoder, leaf)
+    labels = logits.argmax(-1)
+    labels[0, 3:] = NO_LABEL
+    gradient, loss = head_gradient(decoder, leaf.detach(), labels)
+    kept = labels != NO_LABEL
+    assert 0 < (logits.softmax(-1).amax(-1)[kept] > SUREST).sum() < kept.sum()
+    assert loss == pytest.approx(F.cross_entropy(logits[kept], labels[kept], reduction="sum").item(), rel=1e-4)
+    heat = temperatures(logits[kept].detach(), labels[kept])[:, None]
+    at_logits = torch.zeros_like(logits)
+    at_logits[kept] = (logits[kept] / heat).softmax(-1) - F.one_hot(labels[kept], logits.shape[-1])
+    (expected,) = torch.autograd.grad(logits, leaf, at_logits.detach())
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_predicted_damage_is_that_of_a_small_perturbation(tiny_llama, tmp_path):
