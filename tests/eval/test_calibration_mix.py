@@ -58,7 +58,7 @@ def test_a_file_of_others_is_not_replaced(tiny_llama, tmp_path):
         (["demo-text@2", "--device", "cuda:99"], "CUDA devices here"),
         (["demo-text@2", "--work", "/"], "the root of the file system"),
         (["demo-text@2", "--work", "{model}/work"], "an input of this run"),
-        (["demo-text@2", "--work", "{dir}/notes.txt"], "cannot be read"),
+        (["demo-text@2", "--work", "{dir}/notes.txt"], "cannot be made"),
         (["demo-text@2", "--output", "{dir}/work/compared-validation/report.json"], "an input of this run"),
         (["demo-text@2", "--output", "{dir}/notes.txt/mix.json"], "cannot be"),
         (["demo-text@2", "--output", "{dir}/beside.json"], "beside.md"),
