@@ -7,6 +7,7 @@ whole.
 """
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import os
@@ -38,6 +39,7 @@ from casp.model.decoder import Decoder
 from casp.moments.store import Moments
 from casp.moments.weights import USUAL, weighting_parts
 from casp.numbers import whole
+from casp.plan.allocate import check_budget
 from casp.plan.budget import other_bytes
 from casp.plan.file import SHAPE, read_plan, shapes
 from casp.plan.flags import (
@@ -49,7 +51,7 @@ from casp.plan.flags import (
     prices_of,
     wanted_entries,
 )
-from casp.plan.options import chosen_formats
+from casp.plan.options import LOW_RANK_ROLES, chosen_formats, layouts
 from casp.run.digest import content_hash
 from casp.run.files import make_folder, write_json
 from casp.run.folder import check_places
@@ -229,7 +231,7 @@ def steps(job: Job, decoder: Decoder, output: Path, budget: int) -> list[Step]:
     return found
 
 
-def check(job: Job, decoder: Decoder, output: Path) -> None:
+def check(job: Job, decoder: Decoder, output: Path, budget: int) -> None:
     """UserError, before the first stage runs for hours, where a later one would not read or write what it shall."""
     moments, costs = job.prices.moments_folder(), job.prices.costs_folder()
     inputs = [decoder.folder, *job.calibration.files(), *([job.plan] if job.plan else [])]
@@ -240,6 +242,7 @@ def check(job: Job, decoder: Decoder, output: Path) -> None:
     plan = job.plan_file(output)
     if job.plan is None:
         check_formats(job.prices, decoder)
+        check_least(job, decoder, budget)
         check_places(costs, [*inputs, moments], "--costs")
         refuse_inputs(output, [costs])
         check_file(plan, [SHAPE], [*inputs, moments, costs])
@@ -258,6 +261,23 @@ def check_formats(prices: Prices, decoder: Decoder) -> None:
     for path, shape in shapes(decoder).items():
         if not chosen_formats(backend, *shape, prices.tuned, wanted):
             raise UserError(f"--format {' '.join(prices.format)} leaves no format for {path}; ask for less.")
+
+
+def check_least(job: Job, decoder: Decoder, budget: int) -> None:
+    """UserError where the smallest options of all linears take more than the budget, whatever they will cost."""
+    backend, wanted = load_backend(job.prices.backend), wanted_entries(job.prices.format)
+    tuned, sizes = bool(job.ft_epochs or job.prices.tuned), shapes(decoder)
+
+    @functools.cache
+    def least(shape: tuple[int, int], low_rank: bool) -> int:
+        return min(option.bytes for option in layouts(backend, *shape, low_rank, tuned, wanted))
+
+    smallest = sum(
+        least(sizes[f"{block}.{path}"], job.goal.low_rank and role in LOW_RANK_ROLES)
+        for index, block in enumerate(decoder.blocks)
+        for role, path in decoder.linears(index).items()
+    )
+    check_budget(smallest, budget, decoder.original_weights())
 
 
 def report_folder(output: Path) -> Path:
@@ -301,7 +321,7 @@ def todo(args: argparse.Namespace) -> list[Step]:
     if output.name in ("", ".."):  # said by dots alone
         output = Path(os.path.abspath(output))
     check_folder(output)  # the root, which has nothing beside it, least of all a plan and a recipe
-    check(job, decoder, output)
+    check(job, decoder, output, budget)
     recipe = recipe_file(output)
     check_file(recipe, [{"recipe", "steps"}], [decoder.folder])
     found = steps(job, decoder, output, budget)

@@ -33,10 +33,9 @@ def frontier(options: Sequence[Option]) -> list[Option]:
     return kept
 
 
-def check_budget(smallest: int, budget: int, linears: Sequence[LinearOptions]) -> None:
-    """UserError where `smallest`, the fewest bytes possible, exceeds `budget`."""
+def check_budget(smallest: int, budget: int, weights: int) -> None:
+    """UserError where `smallest`, the fewest bytes possible for so many weights, exceeds `budget`."""
     if smallest > budget:
-        weights = sum(linear.weights for linear in linears)
         raise UserError(
             f"the smallest plan takes {smallest} bytes ({8 * smallest / weights:.3f} bits a weight), more than the "
             f"budget of {budget}; allow more bits."
@@ -46,7 +45,7 @@ def check_budget(smallest: int, budget: int, linears: Sequence[LinearOptions]) -
 def knapsack(linears: Sequence[LinearOptions], budget: int) -> dict[str, Option]:
     """The options of least total cost within the budget, exactly: a multiple-choice knapsack as an integer program."""
     choices = [frontier(linear.options) for linear in linears]
-    check_budget(sum(options[0].bytes for options in choices), budget, linears)
+    check_budget(sum(options[0].bytes for options in choices), budget, sum(linear.weights for linear in linears))
     flat = [option for options in choices for option in options]
     owner = np.repeat(np.arange(len(choices)), [len(options) for options in choices])
     size = np.array([option.bytes for option in flat], dtype=float)
@@ -105,7 +104,7 @@ def _distinct(options: Sequence[Option]) -> list[Option]:
 
 
 def _spread(linears: Sequence[LinearOptions], ladders: list[list[Option]], budget: int) -> dict[str, Option]:
-    check_budget(sum(ladder[0].bytes for ladder in ladders), budget, linears)
+    check_budget(sum(ladder[0].bytes for ladder in ladders), budget, sum(linear.weights for linear in linears))
     rung = 0
     while sum(ladder[min(rung + 1, len(ladder) - 1)].bytes for ladder in ladders) <= budget:
         rung += 1
@@ -134,7 +133,7 @@ def closed_form(linears: Sequence[LinearOptions], budget: int) -> dict[str, Opti
     be low-rank keep `PAPER_KEEP_RATIO` of their weights, their factors in formats as alike as can be.
     """
     ladders = [_fixed_ranks(linear) for linear in linears]
-    check_budget(sum(ladder[0].bytes for ladder in ladders), budget, linears)
+    check_budget(sum(ladder[0].bytes for ladder in ladders), budget, sum(linear.weights for linear in linears))
     stored = [_stored_weights(linear, ladder[0].rank) for linear, ladder in zip(linears, ladders, strict=True)]
     shift = [0.5 * math.log2(max(linear.influence, 1e-12)) for linear in linears]
     rates = [[8 * option.bytes / weights for option in ladder] for ladder, weights in zip(ladders, stored, strict=True)]

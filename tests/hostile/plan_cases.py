@@ -73,11 +73,7 @@ def budget_cases() -> Iterator[Case]:
     """Budgets that nothing fits, words that no backend knows, schemes that are none."""
     for command in ("plan", "compress"):
         for value in BUDGETS:
-            # A command that only announces has not asked what the smallest plan takes.
-            fine = command == "compress" and value in ("0.001", "1e-300")
-            yield Case(
-                "budgets", f"{command} --bits={value}", command, "llama", nothing, (f"--bits={value}",), not fine
-            )
+            yield Case("budgets", f"{command} --bits={value}", command, "llama", nothing, (f"--bits={value}",))
         for value in SIZES:
             flags = (f"--size={value}",)
             yield Case("budgets", f"{command} --size={value[:20]}", command, "llama", nothing, flags)

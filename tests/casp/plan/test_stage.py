@@ -244,6 +244,7 @@ def test_compress_announces_and_does_the_whole_job(tiny_llava, tmp_path, capfd):
         (["--output", "{dir}/out", "--costs", "{dir}/out"], "is an input of this run"),
         (["--output", "{dir}/out", "--moments", "{dir}/m", "--costs", "{dir}/m"], "is an input of this run"),
         (["--output", "{dir}/out", "--format", "thesis"], "is no pair"),
+        (["--output", "{dir}/out", "--bits", "0.5"], "the smallest plan takes"),
         (["--output", "{dir}/out", "--format", "codebook=x"], "not understood by backend 'gptq'"),
         (["--output", "{dir}/out", "--format", "group_size=0"], "groups of 0 columns"),
         (["--output", "{dir}/out", "--token-weights", "thesis"], "'thesis' is not one"),
