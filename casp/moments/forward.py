@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor
 
 from casp.model.attention import AttentionCall
@@ -9,8 +10,9 @@ from casp.model.inputs import BatchInputs
 from casp.moments.density import AttentionDensity
 from casp.moments.influence import BlockInfluence
 from casp.moments.pool import top_up
-from casp.moments.second_moment import SecondMoment
+from casp.moments.second_moment import SecondMoment, Summands, absorb_all
 from casp.moments.weights import checked_attention
+from casp.ranks import Message
 from casp.walk import Visit, shared_inputs
 
 
@@ -18,16 +20,24 @@ class InputStatistics:
     """What a block's forward passes tell, added up batch by batch.
 
     paths: of the block's linears, relative to it; weightings: of "none" and "attention", those wanted;
-    density_batches: how many batches the attention's density is measured on.
+    density_batches: how many batches the attention's density is measured on; moment: what products are added to, a
+    `SecondMoment`, or `Summands` for a few batches that are to be added elsewhere, by `message` and `absorb`.
 
     groups: paths of linears that share an input, in the order of computation; moments: of each group's input, by the
     group's first path and the weighting; tokens: how many entered, padding left out.
     """
 
-    def __init__(self, paths: Iterable[str], weightings: Iterable[str], density_batches: int) -> None:
+    def __init__(
+        self,
+        paths: Iterable[str],
+        weightings: Iterable[str],
+        density_batches: int,
+        moment: Callable[[int, torch.device], SecondMoment | Summands] = SecondMoment,
+    ) -> None:
         self.paths, self.weightings, self.density_batches = list(paths), tuple(weightings), density_batches
+        self._moment = moment
         self.groups: list[list[str]] = []
-        self.moments: dict[str, dict[str, SecondMoment]] = {}
+        self.moments: dict[str, dict[str, SecondMoment | Summands]] = {}
         self.tokens, self.batches = 0, 0
         self.influence, self.density = BlockInfluence(), AttentionDensity()
 
@@ -48,7 +58,7 @@ class InputStatistics:
                 self.groups = shared_inputs(inputs, self.paths, visit.index)
                 sizes = {group[0]: inputs[group[0]].shape[-1] for group in self.groups}
                 self.moments = {
-                    path: {name: SecondMoment(size, visit.device) for name in self.weightings}
+                    path: {name: self._moment(size, visit.device) for name in self.weightings}
                     for path, size in sizes.items()
                 }
             for path, by_weighting in self.moments.items():
@@ -64,6 +74,28 @@ class InputStatistics:
 
         observers = {path: lambda x, seen, path=path: entered.update({path: (x, seen)}) for path in self.paths}
         visit.replay(observers, attention=attend, output=leave, advance=True)
+
+    def message(self) -> Message:
+        """What was told by the batches of this one, whose moments are `Summands`, for `absorb`."""
+        kept = [(path, name, moment) for path, named in self.moments.items() for name, moment in named.items()]
+        header = {
+            "tokens": self.tokens,
+            "batches": self.batches,
+            "influence": self.influence.state(),
+            "density": self.density.state(),
+            "moments": [[path, name, moment.counts] for path, name, moment in kept],
+        }
+        return Message(header, (product for _, _, moment in kept for product in moment.products))
+
+    def absorb(self, message: Message) -> None:
+        """Add the batches of another one, which have the same groups: the outcome is that of having run them here."""
+        header, products = message.header, iter(message.tensors)
+        self.tokens += header["tokens"]
+        self.batches += header["batches"]
+        self.influence.absorb(header["influence"])
+        self.density.absorb(header["density"])
+        for path, name, counts in header["moments"]:
+            absorb_all(self.moments[path][name], counts, products)
 
     def top_up(self, index: int) -> None:
         """After all batches: experts of block `index` that saw few tokens borrow (`casp.moments.pool`)."""

@@ -1,0 +1,128 @@
+"""Ranks as processes forked from one that has imported everything, in the environment that torchrun would give them."""
+
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import all_stages  # noqa: F401 - what the processes begin with
+import casp_eval.compare
+import casp_eval.perplexity
+import casp_eval.questions  # noqa: F401
+import torch
+from small_stages import SMALL
+
+from casp.cli import run_main
+from casp.errors import UserError
+from casp.ranks import Message, here
+
+Outcome = tuple[int, str, str]
+"""Exit status, what was printed, and what was printed as errors."""
+
+
+class Started:
+    """Ranks that are running; what each prints goes to files in `folder`."""
+
+    def __init__(self, context, folder: Path, size: int, work, *args) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.folder = folder
+        self.processes = [
+            context.Process(target=_as_rank, args=(rank, size, port, folder, work, args)) for rank in range(size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def ended(self, timeout: float = 120, by_torchrun: bool = True) -> list[Outcome]:
+        """The outcome of each rank; all but those that were stopped end in time.
+
+        by_torchrun: as torchrun does, tell the others to end when one has ended badly.
+        """
+        until = time.monotonic() + timeout
+        while time.monotonic() < until and any(process.exitcode is None for process in self._going()):
+            if by_torchrun and any(process.exitcode for process in self.processes):
+                by_torchrun = False
+                for process in self.processes:
+                    process.terminate()
+            time.sleep(0.05)
+        running = [process.pid for process in self._going() if process.is_alive()]
+        for process in self.processes:
+            process.kill()
+            process.join()
+        ranks = range(len(self.processes))
+        texts = [[(self.folder / f"{rank}.{kind}").read_text() for kind in ("out", "err")] for rank in ranks]
+        assert not running, (running, texts)
+        return [(process.exitcode, *text) for process, text in zip(self.processes, texts, strict=True)]
+
+    def _going(self) -> list:
+        """Those that were not stopped."""
+        states = {p: Path(f"/proc/{p.pid}/stat").read_text().split()[2] for p in self.processes if p.is_alive()}
+        return [process for process in self.processes if states.get(process) != "T"]
+
+
+def _as_rank(rank: int, size: int, port: int, folder: Path, work, args: tuple) -> None:
+    os.setsid()
+    for number, kind in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{rank}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": 1}
+    os.environ.update({name: str(value) for name, value in (place | meeting).items()})
+    try:
+        run_main(lambda: work(*args), shared=work is not not_shared)
+    finally:
+        sys.stdout.flush()
+
+
+def moments(model: Path, text: Path, root: Path) -> None:
+    """Five batches: of two ranks and of three some have more than others."""
+    from casp.moments.__main__ import main
+
+    flags = ["--model", str(model), "--dataset", str(text), *SMALL, "--samples", "10", "--from-original"]
+    main([*flags, "--token-weights", "none", "attention", "gradient", "--output", str(root / "out")])
+
+
+SHARED = {"moments": moments}
+"""What several ranks share, small; each writes to `ROOT/out`."""
+
+
+def stage(name: str, *places: Path) -> None:
+    """One of `SHARED`."""
+    SHARED[name](*places)
+
+
+def exchange(count: int) -> None:
+    """Prints what the ranks tell each other, on rank 0."""
+    ranks = here()
+    found: list = []
+
+    def away(item: int) -> Message:
+        return Message({"item": item}, iter([torch.full((2,), item / 3), torch.empty(0, 5), torch.tensor([item])]))
+
+    def absorb(message: Message) -> None:
+        found.append([message.header["item"], *(tensor.tolist() for tensor in message.tensors)])
+
+    ranks.in_order(count, lambda item: absorb(away(item)), away, absorb)
+    print(found)
+    print(ranks.by_item([item * item for item in ranks.mine(count)]), ranks.told(lambda: ["of", ranks.rank]))
+
+
+def not_shared() -> None:
+    """A command that is one process by its nature."""
+
+
+def fails(how: str, rank: int) -> None:
+    """Rank `rank`, or each where it is -1, ends badly while the others wait for it."""
+    ranks = here()
+    ranks.wait()
+    if rank in (ranks.rank, -1):
+        if how == "bad input":
+            raise UserError("this cannot be used; give something else.")
+        if how == "mistake":
+            raise TypeError("nobody foresaw this")
+        os.kill(os.getpid(), getattr(signal, how))
+    ranks.wait()
