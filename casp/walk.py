@@ -133,14 +133,16 @@ def walk(
     device: torch.device,
     dtype: torch.dtype,
     advance: Callable[[int], bool] = lambda index: True,
+    only: Iterable[int] | None = None,
 ) -> Iterator[Visit]:
     """Visit the blocks in order: each is loaded, yielded, run to make the next block's inputs, forgotten.
 
     A visitor changes the block in place between two yields. `advance(index)` False leaves the inputs alone.
-    `inputs` is consumed: at the end it holds the last block's outputs.
+    `inputs` is consumed: at the end it holds the last block's outputs. only: the blocks to visit, all by default; some
+    of them where there are no inputs.
     """
     last = len(decoder.blocks) - 1
-    for index in range(last + 1):
+    for index in range(last + 1) if only is None else only:
         block = decoder.load_block(index, device, dtype)
         visit = Visit(index, block, decoder.linears(index), inputs, device)
         yield visit

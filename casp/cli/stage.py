@@ -27,6 +27,7 @@ from casp.moments.store import REMEDY, Moments
 from casp.plan.file import Plan as RankPlan
 from casp.plan.file import read_plan
 from casp.quantize import Method, measure_block_influence, quantize_blocks
+from casp.ranks import here, require_one
 from casp.reading.documents import parse_json, read_json
 from casp.run.digest import content_hash
 from casp.run.files import write_json, write_shard
@@ -175,7 +176,7 @@ def quantize_stage(
     while quantizing. Moments collected before are those that `casp.moments.find` finds; fine-tuning is towards the
     model that `asked.model` names.
     """
-    tuning = asked.tuning
+    tuning, ranks = asked.tuning, here()
     decoder = Decoder.open(stage_input(asked.model, "svd", asked.from_original or asked.plan is not None))
     if decoder.holds(QuantizedLinear):
         raise UserError(f"{decoder.folder} is already quantized; give the original model or the output of stage svd.")
@@ -197,6 +198,11 @@ def quantize_stage(
     budget = budget_of(asked, decoder, backend, ladder[0]) if obeyed is None else Budget(obeyed.bytes)
     batches = []
     if moments is None or tuning.wanted:
+        require_one(
+            ranks,
+            f"blocks that see data wait for each other; collect moments before with {REMEDY}, give --moments, and "
+            "leave fine-tuning out (--ft-epochs 0)",
+        )
         batches = asked.calibration.batches(decoder.folder, compute.seed)
     original = model_folder(asked.model) if tuning.wanted else decoder.folder
     # What a flag says stands in the record where it has a say: data, say, where any is run through the model.
@@ -216,7 +222,7 @@ def quantize_stage(
     if beside is not None:
         check_places(beside(output), [decoder.folder, *inputs])
     run = RunFolder(
-        output, decoder, stage, base_model(decoder.folder, asked.model), record, fingerprint(batches), inputs
+        output, decoder, stage, base_model(decoder.folder, asked.model), record, fingerprint(batches), inputs, ranks
     )
     if run.done:
         print(f"{output} is finished already with these settings")

@@ -115,11 +115,19 @@ class RunFolder(WorkFolder):
 
         Finished blocks are read back, also right after they were saved: what feeds the following blocks is
         always what is on disk, so an interrupted run and an uninterrupted one end with the same bytes.
+
+        Several ranks share out the blocks, which they can where no data makes one wait for another: each visits its
+        own, and its walk ends when all have done theirs.
         """
-        depth = len(self.decoder.blocks)
-        done = sum(self.finished(index) for index in range(depth))
-        if done == depth:
+        depth, ranks = len(self.decoder.blocks), self.ranks
+        left = ranks.told(lambda: [index for index in range(depth) if not self.finished(index)])
+        done = depth - len(left)
+        if not left:
             return
+        if ranks.size > 1 and batches is not None:
+            raise ValueError("several ranks cannot share out blocks that see data, one after the other")
+        costs = [self.decoder.block_weights(index) if index in left else 0 for index in range(depth)]
+        mine = ranks.shared_out(costs)
         if done:
             print(f"resuming {self.folder}: {done} of {depth} blocks are finished")
         if batches is None:
@@ -128,15 +136,16 @@ class RunFolder(WorkFolder):
             inputs = [replace(batch) for batch in captured]  # the walk puts other hidden states into its own
         else:
             inputs = capture_inputs(self.decoder, batches, device, dtype)
-        progress = Blocks(self.stage, depth - done)
-        for visit in walk(self.decoder, inputs, device, dtype):
-            if not self.finished(visit.index):
+        progress = Blocks(self.stage, len(set(mine) & set(left)))
+        for visit in walk(self.decoder, inputs, device, dtype, only=mine):
+            if visit.index in left:
                 began = time.perf_counter()
                 yield visit
                 self.log(f"block {visit.index} finished in {time.perf_counter() - began:.1f} s")
                 progress.update()
             self._restore(visit.index, device, dtype)
         progress.close()
+        ranks.wait()
 
     def load_finished(self, device: torch.device, dtype: torch.dtype) -> None:
         """Load all blocks as the finished shards hold them, compressed, all at once."""
@@ -167,8 +176,18 @@ class RunFolder(WorkFolder):
         """Complete the checkpoint (rest of the weights, config, tokenizer, card) and rename it to `output`.
 
         rest_changes: tensors outside the blocks, by the model's names, that the stage has changed; details: more
-        entries of the stage's report; step: of the recipe that the checkpoint carries (`casp.run.recipe`).
+        entries of the stage's report; step: of the recipe that the checkpoint carries (`casp.run.recipe`). Of several
+        ranks the first does it.
         """
+        return self.close(self.ranks.told(lambda: self._complete(rest_changes, details, step)))
+
+    def _complete(
+        self,
+        rest_changes: Mapping[str, Tensor] | None,
+        details: Mapping[str, Any] | None,
+        step: Mapping[str, Any] | None,
+    ) -> list[str]:
+        """All files of the checkpoint that no block has; the names of all."""
         decoder, depth = self.decoder, len(self.decoder.blocks)
         modules: dict[str, dict[str, Any]] = {}
         blocks = []
@@ -210,7 +229,7 @@ class RunFolder(WorkFolder):
             write_json(self.result / RECIPE_FILE, carried(decoder.folder, step))
         write_json(self.result / "config.json", config)
         shards = [self._shard(index).name for index in range(depth + 1)]
-        return self.close({*_WRITTEN, *shards, *(file.name for file in copied)})
+        return [*_WRITTEN, *shards, *(file.name for file in copied)]
 
     def _write_index(self, shards: int) -> None:
         weight_map, total = {}, 0

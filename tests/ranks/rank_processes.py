@@ -5,6 +5,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import chdir
 from pathlib import Path
 
 import all_stages  # noqa: F401 - what the processes begin with
@@ -86,7 +87,71 @@ def moments(model: Path, text: Path, root: Path) -> None:
     main([*flags, "--token-weights", "none", "attention", "gradient", "--output", str(root / "out")])
 
 
-SHARED = {"moments": moments}
+def _collected(model: Path, text: Path) -> list[str]:
+    """Flags that name the model, with moments that are collected once, beside it, before any rank starts."""
+    place = model.parent / "collected"
+    if not (place / "out").exists():
+        moments(model, text, place)
+    return ["--model", str(model), "--moments", str(place / "out"), "--device", "cpu"]
+
+
+def gptq(model: Path, text: Path, root: Path) -> None:
+    from casp_gptq.__main__ import main
+
+    flags = ["--from-original", "--group-size", "32", "--bits", "4", "--export", "gptq"]
+    main([*_collected(model, text), *flags, "--output", str(root / "out")])
+
+
+def quip(model: Path, text: Path, root: Path) -> None:
+    from casp_quip_sharp.__main__ import main
+
+    flags = ["--from-original", "--sweeps", "0", "--ft-epochs", "0"]
+    main([*_collected(model, text), *flags, "--output", str(root / "out")])
+
+
+def aqlm(model: Path, text: Path, root: Path) -> None:
+    from casp_aqlm.__main__ import main
+
+    flags = ["--from-original", "--scheme", "1x4g4", "--max-rounds", "1", "--ft-epochs", "0"]
+    main([*_collected(model, text), *flags, "--output", str(root / "out")])
+
+
+def svd(model: Path, text: Path, root: Path) -> None:
+    from casp_svd.__main__ import main
+
+    main([*_collected(model, text), "--whitening", "gradient", "--output", str(root / "out")])
+
+
+def planned(model: Path, text: Path, root: Path) -> None:
+    """Ranks and formats of a plan, by QuIP#; the recipe in the checkpoint names the plan as it is given."""
+    from casp_quip_sharp.__main__ import main
+
+    from casp.plan.__main__ import main as make_plan
+
+    budget = ["--backend", "quip-sharp", "--bits", "2.5", "--format", "codebook=e8p"]
+    root.mkdir(parents=True, exist_ok=True)
+    with chdir(root):
+        make_plan([*_collected(model, text), *budget, "--costs", "costs", "--output", "plan.json"])
+        flags = ["--plan", "plan.json", "--sweeps", "0", "--ft-epochs", "0", "--output", "out"]
+        main([*_collected(model, text), *flags])
+
+
+def gptq_with_data(model: Path, text: Path, root: Path) -> None:
+    """Without moments, which several ranks cannot share."""
+    from casp_gptq.__main__ import main
+
+    flags = ["--model", str(model), "--dataset", str(text), *SMALL, "--group-size", "32", "--from-original"]
+    main([*flags, "--output", str(root / "out")])
+
+
+SHARED = {
+    "moments": moments,
+    "GPTQ with export": gptq,
+    "QuIP#": quip,
+    "AQLM": aqlm,
+    "SVD": svd,
+    "plan and QuIP#": planned,
+}
 """What several ranks share, small; each writes to `ROOT/out`."""
 
 

@@ -6,14 +6,16 @@ import signal
 import time
 
 import pytest
-from rank_processes import SHARED, Started, stage
+from rank_processes import SHARED, Started, gptq_with_data, moments, stage
 from small_stages import contents, tiny_inputs
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """Model and text of all runs here."""
-    return tiny_inputs(tmp_path_factory.mktemp("inputs"))
+    model, text = tiny_inputs(tmp_path_factory.mktemp("inputs"), blocks=4)
+    moments(model, text, model.parent / "collected")
+    return model, text
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +33,14 @@ def alone(inputs, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("moments", 2),
+        *((name, 3) for name in SHARED),
+        *(pytest.param(name, 4, marks=pytest.mark.slow) for name in SHARED),
+    ],
+)
 def test_the_same_bytes_from_any_number_of_ranks(name, size, inputs, alone, tmp_path, together):
     outcomes = together(size, stage, name, *inputs, tmp_path / "root")
     assert outcomes[0][0] == 0, outcomes[0][2]
@@ -53,6 +61,14 @@ def test_a_run_goes_on_with_another_number_of_ranks_after_a_kill(inputs, alone, 
     assert first == 0
     assert "resuming" in said
     assert contents(root) == alone("moments")
+
+
+def test_blocks_that_wait_for_each_other_are_not_shared_out(inputs, tmp_path, together):
+    (status, _, told), other = together(2, gptq_with_data, *inputs, tmp_path / "root")
+    assert (status, other[1:]) == (2, ("", ""))
+    assert told.startswith("error: 2 ranks cannot share this run: blocks that see data wait for each other; collect")
+    assert len(told.splitlines()) == 1
+    assert not (tmp_path / "root").exists()
 
 
 @pytest.mark.slow
