@@ -19,6 +19,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import torch
+from casp_entry.torchrun import PROCESSES, processes
 
 from casp.backend import ENTRY_POINT_GROUP, load_backend
 from casp.cli import (
@@ -31,7 +32,7 @@ from casp.cli import (
     pick_device,
     run_main,
 )
-from casp.cli.quantizing import MOST_EPOCHS
+from casp.cli.quantizing import MOST_EPOCHS, fine_tuning_of
 from casp.data import sources
 from casp.errors import UserError
 from casp.model.decoder import Decoder
@@ -58,6 +59,7 @@ from casp.run.recipe import COMMAND, VERSION, with_recipe
 
 NAME, QUANTIZE = "compress", "quantize"
 EVALUATION = "casp_eval.compare"
+LAUNCHER = "casp_entry.torchrun"
 TOKENS_EVALUATED = 50_000
 TOKENS_A_CHAT = 100  # where chats are the calibration data: only estimates of time ask
 _MATRIX = 1024
@@ -65,12 +67,21 @@ _MATRIX = 1024
 
 @dataclass(frozen=True)
 class Step:
-    """One stage: what it is called, its command, the file or folder that it leaves, and how long it may take."""
+    """One stage: what it is called, its command, the file or folder that it leaves, and how long it may take.
+
+    shared: whether several processes can share it.
+    """
 
     name: str
     command: list[str]
     outcome: Path
     seconds: float
+    shared: bool = True
+
+    def started(self, count: int) -> list[str]:
+        """The command that starts it in so many processes, where these can share it."""
+        python, *words = self.command
+        return [python, "-m", LAUNCHER, *words] if self.shared and count > 1 else self.command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -163,6 +174,11 @@ def tunes(package: str) -> bool:
     return hasattr(flags, "ft_epochs")
 
 
+def tuned(package: str, words: list[str]) -> bool:
+    """Whether the quantizing stage of `package` with these flags fine-tunes, which is one process."""
+    return tunes(package) and fine_tuning_of(parser_of(package).parse_args(words)).wanted
+
+
 def recipe_file(output: Path) -> Path:
     """Where the recipe is written, beside OUTPUT, for the quantizing stage to put into the checkpoint."""
     return output.with_name(output.name + "-recipe.json")
@@ -220,7 +236,9 @@ def steps(job: Job, decoder: Decoder, output: Path, budget: int) -> list[Step]:
     command = [*python, package, *run, *data, "--plan", str(plan), "--moments", str(moments), "--output", str(output)]
     command += ["--token-weights", prices.token_weights, "--from-original", "--carry", str(recipe_file(output))]
     command += ["--ft-epochs", str(job.ft_epochs)] if tunes(package) else []
-    found.append(Step(QUANTIZE, [*command, *job.quantizing], output, rounding + 12 * job.ft_epochs * walk))
+    command += job.quantizing
+    seconds = rounding + 12 * job.ft_epochs * walk
+    found.append(Step(QUANTIZE, command, output, seconds, shared=not tuned(package, command[3:])))
     if job.evaluate:
         report = report_folder(output)
         command = [*python, EVALUATION, prices.model, str(output), *job.machine]
@@ -272,8 +290,8 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def announce(todo: list[Step], decoder: Decoder, budget: int, prices: Prices) -> None:
-    """Print what will be done, with sizes and times."""
+def announce(todo: list[Step], decoder: Decoder, budget: int, prices: Prices, count: int) -> None:
+    """Print what will be done in `count` processes, with sizes and times."""
     weights, other = decoder.original_weights(), other_bytes(decoder)
     linears = sum(decoder.shards.entries[name].bytes for name in decoder.shards.entries) - other
     print(
@@ -282,12 +300,18 @@ def announce(todo: list[Step], decoder: Decoder, budget: int, prices: Prices) ->
         f"weight); with the {other / 1e6:.1f} MB that stay as they are, a checkpoint of {(budget + other) / 1e6:.1f} MB"
     )
     for number, step in enumerate(todo, 1):
-        state = "done already" if step.outcome.exists() else f"about {duration(step.seconds)}"
-        print(f"  {number} {step.name}: {step.outcome} ({state})")
+        several = count > 1 and step.shared
+        state = f"about {duration(step.seconds / (count if several else 1))}"
+        if count > 1:
+            state += f" in {count} processes" if several else " in one process: fine-tuning is not shared out"
+        print(f"  {number} {step.name}: {step.outcome} ({'done already' if step.outcome.exists() else state})")
 
 
-def todo(args: argparse.Namespace) -> list[Step]:
-    """What `args` ask for, announced; the last step but an evaluation leaves the checkpoint."""
+def todo(args: argparse.Namespace, count: int = 1) -> list[Step]:
+    """What `args` ask for, announced; the last step but an evaluation leaves the checkpoint.
+
+    count: of processes that share each stage.
+    """
     job = Job.of(args)
     backend_name = job.prices.backend
     backend = load_backend(backend_name)  # a misspelt one is told before anything is computed, and so is a bad plan
@@ -305,7 +329,7 @@ def todo(args: argparse.Namespace) -> list[Step]:
     recipe = recipe_file(output)
     check_file(recipe, [{"recipe", "steps"}], [decoder.folder])
     found = steps(job, decoder, output, budget)
-    announce(found, decoder, budget, job.prices)
+    announce(found, decoder, budget, job.prices, count)
     if not args.dry_run:
         try:
             make_folder(output.parent)
@@ -330,12 +354,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Announce the stages and run them."""
     words = with_recipe(sys.argv[1:] if arguments is None else arguments, parser(), NAME)
     args = parser().parse_args(words)
-    found = todo(args)
+    count = processes(os.environ.get(PROCESSES) or "1")
+    found = todo(args, count)
     if args.dry_run:
         return
     for number, step in enumerate(found, 1):
         print(f"\n== {number}/{len(found)} {step.name}: {shlex.join(step.command[1:])}", flush=True)
-        status = subprocess.run(step.command).returncode
+        status = subprocess.run(step.started(count)).returncode
         if status:
             raise SystemExit(status)  # the stage has said why
 

@@ -12,7 +12,9 @@ from typing import NoReturn
 
 PROCESSES, THREADS = "CASP_PROCESSES", "OMP_NUM_THREADS"
 MOST = 1024
-SHARED = {"casp.moments", "casp.plan", "casp_eval.compare", "casp_eval.perplexity", "casp_eval.questions"}
+SHARED = {"casp.moments", "casp.plan"} | {
+    f"casp_eval.{name}" for name in ("compare", "divergence", "perplexity", "questions")
+}
 """Commands that several ranks share, besides the stages, each of which is a package's own."""
 
 

@@ -144,7 +144,41 @@ def gptq_with_data(model: Path, text: Path, root: Path) -> None:
     main([*flags, "--output", str(root / "out")])
 
 
+def perplexity(model: Path, text: Path, root: Path) -> None:
+    from casp_eval.perplexity import main
+
+    how = ["--sequence-length", "16", "--windows", "9", "--batch-size", "2", "--device", "cpu"]
+    main(["--model", str(model), "--dataset", str(text), *how, "--output", str(root / "out.json")])
+
+
+def compare(model: Path, text: Path, root: Path) -> None:
+    """Of one model, whose perplexity is the figure; the report names its folder as it is given."""
+    from casp_eval.compare import main
+
+    root.mkdir(parents=True, exist_ok=True)
+    with chdir(root):
+        how = ["--sequence-length", "16", "--windows", "9", "--batch-size", "2", "--device", "cpu"]
+        main([str(model), "--text", str(text), *how, "--output", "out"])
+
+
+def divergence(model: Path, text: Path, root: Path) -> None:
+    from casp_eval.divergence import main
+
+    flags = ["--model", str(model), "--original", str(model), "--dataset", str(text), *SMALL, "--samples", "10"]
+    main([*flags, "--output", str(root / "out.json")])
+
+
+def questions(model: Path, asked: Path, root: Path) -> None:
+    from casp_eval.questions import main
+
+    how = ["--batch-size", "2", "--max-new-tokens", "3", "--device", "cpu"]
+    main(["--model", str(model), "--dataset", str(asked), *how, "--output", str(root / "out.json")])
+
+
 SHARED = {
+    "compare": compare,
+    "divergence": divergence,
+    "perplexity": perplexity,
     "moments": moments,
     "GPTQ with export": gptq,
     "QuIP#": quip,
@@ -156,8 +190,8 @@ SHARED = {
 
 
 def stage(name: str, *places: Path) -> None:
-    """One of `SHARED`."""
-    SHARED[name](*places)
+    """One of `SHARED`, or "questions"."""
+    (SHARED | {"questions": questions})[name](*places)
 
 
 def exchange(count: int) -> None:

@@ -1,9 +1,6 @@
 """What ranks tell each other does not depend on how many there are; one that ends badly ends all, with one sentence."""
 
-import os
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
@@ -123,11 +120,3 @@ def test_who_started_the_ranks_says_which_one_this_is(environment, place):
 def test_an_environment_that_does_not_say(environment, word):
     with pytest.raises(UserError, match=word):
         place_of(environment)
-
-
-@pytest.mark.parametrize("word", ["abc", "0", "-1", "1.5", "99999", "²"])
-def test_casp_processes_is_a_number_of_processes(word):
-    command = [sys.executable, "-m", "casp_entry.torchrun", "-m", "casp.moments", "--help"]
-    done = subprocess.run(command, env=os.environ | {"CASP_PROCESSES": word}, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr == f"error: CASP_PROCESSES={word} is no number of processes; give 1 to 1024.\n"

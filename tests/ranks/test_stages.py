@@ -1,12 +1,14 @@
 """1, 2 and 3 ranks give the same bytes, in every stage that ranks share, also where their number changes on the way."""
 
+import json
 import os
 import random
 import signal
 import time
 
 import pytest
-from rank_processes import SHARED, Started, gptq_with_data, moments, stage
+from PIL import Image
+from rank_processes import SHARED, Started, gptq_with_data, moments, questions, stage
 from small_stages import contents, tiny_inputs
 
 
@@ -37,7 +39,7 @@ def alone(inputs, tmp_path_factory):
     ("name", "size"),
     [
         ("moments", 2),
-        *((name, 3) for name in SHARED),
+        *((name, 3) for name in SHARED if name != "compare"),  # whose plots take the time of all others
         *(pytest.param(name, 4, marks=pytest.mark.slow) for name in SHARED),
     ],
 )
@@ -46,6 +48,16 @@ def test_the_same_bytes_from_any_number_of_ranks(name, size, inputs, alone, tmp_
     assert outcomes[0][0] == 0, outcomes[0][2]
     assert outcomes[1:] == [(0, "", "")] * (size - 1)
     assert contents(tmp_path / "root") == alone(name)
+
+
+def test_questions_are_shared_out(tiny_llava, tmp_path, together):
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    rows = [{"image": "red.png", "question": f"What {word}?", "answer": word, "kind": "a"} for word in "abcde"]
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions(tiny_llava, asked, tmp_path / "alone")
+    assert [status for status, _, _ in together(2, stage, "questions", tiny_llava, asked, tmp_path / "root")] == [0, 0]
+    assert contents(tmp_path / "root") == contents(tmp_path / "alone")
 
 
 def test_a_run_goes_on_with_another_number_of_ranks_after_a_kill(inputs, alone, tmp_path, forks, together):
