@@ -32,7 +32,7 @@ from casp.cli import (
     pick_device,
     run_main,
 )
-from casp.cli.quantizing import MOST_EPOCHS, fine_tuning_of
+from casp.cli.quantizing import MOST_EPOCHS
 from casp.data import sources
 from casp.errors import UserError
 from casp.model.decoder import Decoder
@@ -67,21 +67,17 @@ _MATRIX = 1024
 
 @dataclass(frozen=True)
 class Step:
-    """One stage: what it is called, its command, the file or folder that it leaves, and how long it may take.
-
-    shared: whether several processes can share it.
-    """
+    """One stage: what it is called, its command, the file or folder that it leaves, and how long it may take."""
 
     name: str
     command: list[str]
     outcome: Path
     seconds: float
-    shared: bool = True
 
     def started(self, count: int) -> list[str]:
-        """The command that starts it in so many processes, where these can share it."""
+        """The command that starts it in so many processes."""
         python, *words = self.command
-        return [python, "-m", LAUNCHER, *words] if self.shared and count > 1 else self.command
+        return [python, "-m", LAUNCHER, *words] if count > 1 else self.command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -174,11 +170,6 @@ def tunes(package: str) -> bool:
     return hasattr(flags, "ft_epochs")
 
 
-def tuned(package: str, words: list[str]) -> bool:
-    """Whether the quantizing stage of `package` with these flags fine-tunes, which is one process."""
-    return tunes(package) and fine_tuning_of(parser_of(package).parse_args(words)).wanted
-
-
 def recipe_file(output: Path) -> Path:
     """Where the recipe is written, beside OUTPUT, for the quantizing stage to put into the checkpoint."""
     return output.with_name(output.name + "-recipe.json")
@@ -236,9 +227,7 @@ def steps(job: Job, decoder: Decoder, output: Path, budget: int) -> list[Step]:
     command = [*python, package, *run, *data, "--plan", str(plan), "--moments", str(moments), "--output", str(output)]
     command += ["--token-weights", prices.token_weights, "--from-original", "--carry", str(recipe_file(output))]
     command += ["--ft-epochs", str(job.ft_epochs)] if tunes(package) else []
-    command += job.quantizing
-    seconds = rounding + 12 * job.ft_epochs * walk
-    found.append(Step(QUANTIZE, command, output, seconds, shared=not tuned(package, command[3:])))
+    found.append(Step(QUANTIZE, [*command, *job.quantizing], output, rounding + 12 * job.ft_epochs * walk))
     if job.evaluate:
         report = report_folder(output)
         command = [*python, EVALUATION, prices.model, str(output), *job.machine]
@@ -300,10 +289,7 @@ def announce(todo: list[Step], decoder: Decoder, budget: int, prices: Prices, co
         f"weight); with the {other / 1e6:.1f} MB that stay as they are, a checkpoint of {(budget + other) / 1e6:.1f} MB"
     )
     for number, step in enumerate(todo, 1):
-        several = count > 1 and step.shared
-        state = f"about {duration(step.seconds / (count if several else 1))}"
-        if count > 1:
-            state += f" in {count} processes" if several else " in one process: fine-tuning is not shared out"
+        state = f"about {duration(step.seconds / count)}" + (f" in {count} processes" if count > 1 else "")
         print(f"  {number} {step.name}: {step.outcome} ({'done already' if step.outcome.exists() else state})")
 
 

@@ -96,7 +96,9 @@ class Share:
             see(number, alone)
             return alone.message()
 
-        self.ranks.in_order(self.count, lambda number: see(number, found), told, lambda message: found.absorb(message))
+        self.ranks.in_order(
+            range(self.count), lambda number: see(number, found), told, lambda message: found.absorb(message)
+        )
         return found
 
 

@@ -1,6 +1,7 @@
 """Moments of the inputs of a block's linears, from running it forward."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -119,18 +120,39 @@ def block_moments(visit: Visit, groups: list[list[str]], weights: list[Tensor] |
     """The second moment of each group's shared input, (in, in), over all tokens that are not padding.
 
     Of the block as it is now; dtype as `SecondMoment.value`. weights: of the tokens, (batch, tokens) for each batch.
+    Ranks that visit it together share out the batches, and all of them get the moments.
     """
-    moments = [SecondMoment(visit.block.get_submodule(group[0]).in_features, device=visit.device) for group in groups]
+    ranks, sizes = visit.ranks, [visit.block.get_submodule(group[0]).in_features for group in groups]
 
-    def observer(moment: SecondMoment) -> Callable[[Tensor, BatchInputs], None]:
-        remaining = iter(weights or [])
+    def see(number: int, moments: list[SecondMoment] | list[Summands]) -> None:
+        place = number // ranks.size
 
-        def see(x: Tensor, batch: BatchInputs) -> None:
-            weight = None if weights is None else batch.of_rows(next(remaining))[batch.tokens]
-            moment.add(x[batch.tokens], weight)
+        def observer(moment: SecondMoment | Summands) -> Callable[[Tensor, BatchInputs], None]:
+            def add(x: Tensor, batch: BatchInputs) -> None:
+                moment.add(x[batch.tokens], None if weights is None else batch.of_rows(weights[place])[batch.tokens])
 
-        return see
+            return add
 
-    visit.replay({group[0]: observer(moment) for group, moment in zip(groups, moments, strict=True)})
-    top_up({group[0]: moment for group, moment in zip(groups, moments, strict=True)}, f"block {visit.index}")
-    return [moment.checked(f"block {visit.index}, {group[0]}") for group, moment in zip(groups, moments, strict=True)]
+        one = replace(visit, inputs=[visit.inputs[place]])
+        one.replay({group[0]: observer(moment) for group, moment in zip(groups, moments, strict=True)})
+
+    def away(number: int) -> Message:
+        moments = [Summands(size, visit.device) for size in sizes]
+        see(number, moments)
+        kept = (product for moment in moments for product in moment.products)
+        return Message([moment.counts for moment in moments], kept)
+
+    def absorb(message: Message) -> None:
+        products = iter(message.tensors)
+        for moment, counts in zip(moments, message.header, strict=True):
+            absorb_all(moment, counts, products)
+
+    moments = [SecondMoment(size, visit.device) for size in sizes] if ranks.first else []
+    batches = sum(ranks.gathered(len(visit.inputs)))
+    ranks.in_order(range(batches), lambda number: see(number, moments), away, absorb)
+    found = None
+    if ranks.first:
+        named = {group[0]: moment for group, moment in zip(groups, moments, strict=True)}
+        top_up(named, f"block {visit.index}")
+        found = Message(None, [moment.checked(f"block {visit.index}, {path}") for path, moment in named.items()])
+    return [moment.to(visit.device) for moment in ranks.everywhere(found).tensors]

@@ -54,7 +54,7 @@ class SecondMoment:
         """Add one `add` of a `Summands`: how much its tokens count, and its products, as many as there are panels."""
         self.count += count
         for panel, product in zip(self._panels, products, strict=True):
-            panel += product
+            panel += product.to(panel.device)
 
     @classmethod
     def total(cls, parts: Sequence["SecondMoment"]) -> "SecondMoment":

@@ -67,17 +67,17 @@ class Ranks:
 
     def in_order(
         self,
-        count: int,
+        items: Iterable[int],
         here: Callable[[int], None],
         away: Callable[[int], Message],
         absorb: Callable[[Message], None],
     ) -> None:
-        """All of `count` items, of which each rank does its own at the same time as the others.
+        """All of `items`, of which each rank does its own, as `mine` says, at the same time as the others.
 
         here(item) on rank 0 does an item and adds it to what there is, away(item) on another does it and tells, and
         absorb(message) on rank 0 adds that: in the order of the items. One item is held at a time.
         """
-        for item in range(count):
+        for item in items:
             owner = item % self.size
             if owner == self.rank:
                 if self.first:
@@ -99,6 +99,25 @@ class Ranks:
         """What was found of each of the items that are shared out as `mine` says, in their order, for all ranks."""
         parts = self.gathered(list(found))
         return [parts[item % self.size][item // self.size] for item in range(sum(map(len, parts)))]
+
+    def everywhere(self, message: Message | None) -> Message:
+        """What rank 0 found, for all ranks; None on the others."""
+        if self.size == 1:
+            return message
+        tensors = [self._outgoing(tensor) for tensor in message.tensors] if self.first else []
+        words = _words(message.header, tensors) if self.first else b""
+        with self._waiting(), _contact():
+            length = torch.tensor([len(words)])
+            dist.broadcast(length, 0)
+            letters = torch.frombuffer(bytearray(words), dtype=torch.uint8) if self.first else _letters(length)
+            dist.broadcast(letters, 0)
+            header, form = json.loads(letters.numpy().tobytes().decode(_JSON))
+            if not self.first:
+                tensors = [_empty(*one) for one in form]
+            for tensor in tensors:
+                if tensor.numel():
+                    dist.broadcast(tensor, 0)
+        return Message(header, tensors)
 
     def told(self, of_first: Callable[[], Any]) -> Any:
         """What rank 0 alone finds by `of_first`, JSON-able, for all ranks."""
@@ -131,8 +150,7 @@ class Ranks:
 
     def _send(self, message: Message) -> None:
         tensors = [self._outgoing(tensor) for tensor in message.tensors]
-        form = [[str(t.dtype).removeprefix("torch."), list(t.shape), t.device.type] for t in tensors]
-        words = json.dumps([message.header, form]).encode(_JSON)
+        words = _words(message.header, tensors)
         with self._waiting(), _contact():
             dist.send(torch.tensor([len(words)]), 0)
             dist.send(torch.frombuffer(bytearray(words), dtype=torch.uint8), 0)
@@ -144,7 +162,7 @@ class Ranks:
         with self._waiting(), _contact():
             length = torch.zeros(1, dtype=torch.long)
             dist.recv(length, rank)
-            words = torch.empty(int(length), dtype=torch.uint8)
+            words = _letters(length)
             dist.recv(words, rank)
         header, form = json.loads(words.numpy().tobytes().decode(_JSON))
         return Message(header, self._incoming(rank, form))
@@ -153,8 +171,8 @@ class Ranks:
         return (tensor if self._direct else tensor.cpu()).contiguous()
 
     def _incoming(self, rank: int, form: list[tuple[str, list[int], str]]) -> Iterator[Tensor]:
-        for dtype, shape, device in form:
-            found = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+        for one in form:
+            found = _empty(*one)
             if found.numel():
                 with self._waiting(), _contact():
                     dist.recv(found, rank)
@@ -167,6 +185,20 @@ class Ranks:
             yield
         finally:
             self.waited += time.perf_counter() - began
+
+
+def _words(header: Any, tensors: Sequence[Tensor]) -> bytes:
+    """What travels before the tensors: the header, and type, shape and device of each."""
+    form = [[str(t.dtype).removeprefix("torch."), list(t.shape), t.device.type] for t in tensors]
+    return json.dumps([header, form]).encode(_JSON)
+
+
+def _letters(length: Tensor) -> Tensor:
+    return torch.empty(int(length), dtype=torch.uint8)
+
+
+def _empty(dtype: str, shape: list[int], device: str) -> Tensor:
+    return torch.empty(shape, dtype=getattr(torch, dtype), device=device)
 
 
 @contextmanager

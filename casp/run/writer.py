@@ -15,6 +15,7 @@ from casp.model.decoder import Decoder
 from casp.model.inputs import BatchInputs
 from casp.model.shards import INDEX
 from casp.model.swap import describe_modules, swap_modules
+from casp.ranks import ALONE
 from casp.reading.compression import INSTEAD_OF_WEIGHTS, WEIGHTS_KEY
 from casp.reading.documents import read_json
 from casp.reading.header import read_header
@@ -64,8 +65,11 @@ class RunFolder(WorkFolder):
         """Write block `visit.index` as it is now; `report` is its entry in the stage's report.
 
         Compressed modules and the tensors named in `tuned` are written as they stand (parameters in the checkpoint's
-        dtype, packed buffers as they are), everything else of the block byte for byte as in the source.
+        dtype, packed buffers as they are), everything else of the block byte for byte as in the source. Of ranks that
+        visit it together the first does.
         """
+        if not visit.ranks.first:
+            return
         decoder, prefix = self.decoder, decoder_prefix(self.decoder, visit.index)
         source = set(decoder.shards.names(prefix))
         modules = describe_modules(visit.block)
@@ -111,23 +115,22 @@ class RunFolder(WorkFolder):
         """Visit the blocks that are not finished yet; each must be `save`d before the next is asked for.
 
         batches: calibration data for the blocks to see; None for a stage that looks at weights alone. captured: what
-        the first block is fed with these batches, where it is known already.
+        the first block is fed with this rank's of these batches, where it is known already.
 
         Finished blocks are read back, also right after they were saved: what feeds the following blocks is
         always what is on disk, so an interrupted run and an uninterrupted one end with the same bytes.
 
-        Several ranks share out the blocks, which they can where no data makes one wait for another: each visits its
-        own, and its walk ends when all have done theirs.
+        Several ranks share out the blocks where no data makes one wait for another: each visits its own, and its walk
+        ends when all have done theirs. With data all visit each block together, and share out the batches.
         """
         depth, ranks = len(self.decoder.blocks), self.ranks
         left = ranks.told(lambda: [index for index in range(depth) if not self.finished(index)])
         done = depth - len(left)
         if not left:
             return
-        if ranks.size > 1 and batches is not None:
-            raise ValueError("several ranks cannot share out blocks that see data, one after the other")
         costs = [self.decoder.block_weights(index) if index in left else 0 for index in range(depth)]
-        mine = ranks.shared_out(costs)
+        mine = ranks.shared_out(costs) if batches is None else range(depth)
+        together = ALONE if batches is None else ranks
         if done:
             print(f"resuming {self.folder}: {done} of {depth} blocks are finished")
         if batches is None:
@@ -135,12 +138,14 @@ class RunFolder(WorkFolder):
         elif captured is not None:
             inputs = [replace(batch) for batch in captured]  # the walk puts other hidden states into its own
         else:
-            inputs = capture_inputs(self.decoder, batches, device, dtype)
+            shared = [batches[number] for number in ranks.mine(len(batches))]
+            inputs = capture_inputs(self.decoder, shared, device, dtype, ranks.first)
         progress = Blocks(self.stage, len(set(mine) & set(left)))
-        for visit in walk(self.decoder, inputs, device, dtype, only=mine):
+        for visit in walk(self.decoder, inputs, device, dtype, only=mine, ranks=together):
             if visit.index in left:
                 began = time.perf_counter()
                 yield visit
+                together.wait()
                 self.log(f"block {visit.index} finished in {time.perf_counter() - began:.1f} s")
                 progress.update()
             self._restore(visit.index, device, dtype)

@@ -15,7 +15,7 @@ import casp_eval.questions  # noqa: F401
 import torch
 from small_stages import SMALL
 
-from casp.cli import run_main
+from casp.cli import pick_device, run_main
 from casp.errors import UserError
 from casp.ranks import Message, here
 
@@ -109,6 +109,23 @@ def quip(model: Path, text: Path, root: Path) -> None:
     main([*_collected(model, text), *flags, "--output", str(root / "out")])
 
 
+def _tuned(model: Path, text: Path, root: Path, *more: str) -> None:
+    """Six steps of fine-tuning, of three batches each: of two ranks and of three some have more than others."""
+    from casp_quip_sharp.__main__ import main
+
+    data = ["--dataset", str(text), "--samples", "18", "--sequence-length", "16", "--batch-size", "3"]
+    flags = ["--from-original", "--sweeps", "0", "--block-lr", "1e-2", "--e2e-lr", "1e-1"]
+    main([*_collected(model, text), *data, *flags, *more, "--output", str(root / "out")])
+
+
+def tuned_in_the_blocks(model: Path, text: Path, root: Path) -> None:
+    _tuned(model, text, root, "--block-epochs", "1", "--e2e-epochs", "0")
+
+
+def tuned_end_to_end(model: Path, text: Path, root: Path) -> None:
+    _tuned(model, text, root, "--block-epochs", "0", "--e2e-epochs", "2")
+
+
 def aqlm(model: Path, text: Path, root: Path) -> None:
     from casp_aqlm.__main__ import main
 
@@ -137,11 +154,19 @@ def planned(model: Path, text: Path, root: Path) -> None:
 
 
 def gptq_with_data(model: Path, text: Path, root: Path) -> None:
-    """Without moments, which several ranks cannot share."""
+    """Without moments: each matrix sees what the quantized ones before it put out."""
     from casp_gptq.__main__ import main
 
-    flags = ["--model", str(model), "--dataset", str(text), *SMALL, "--group-size", "32", "--from-original"]
-    main([*flags, "--output", str(root / "out")])
+    data = ["--dataset", str(text), *SMALL, "--samples", "10", "--token-weights", "attention"]
+    flags = ["--model", str(model), "--group-size", "32", "--from-original", "--sweeps", "0", "--clip-search", "4"]
+    main([*flags, *data, "--output", str(root / "out")])
+
+
+def svd_with_data(model: Path, text: Path, root: Path) -> None:
+    """Without moments, which several ranks cannot share."""
+    from casp_svd.__main__ import main
+
+    main(["--model", str(model), "--dataset", str(text), *SMALL, "--output", str(root / "out")])
 
 
 def perplexity(model: Path, text: Path, root: Path) -> None:
@@ -181,7 +206,10 @@ SHARED = {
     "perplexity": perplexity,
     "moments": moments,
     "GPTQ with export": gptq,
+    "GPTQ without moments": gptq_with_data,
     "QuIP#": quip,
+    "QuIP#, tuned in the blocks": tuned_in_the_blocks,
+    "QuIP#, tuned end to end": tuned_end_to_end,
     "AQLM": aqlm,
     "SVD": svd,
     "plan and QuIP#": planned,
@@ -205,13 +233,21 @@ def exchange(count: int) -> None:
     def absorb(message: Message) -> None:
         found.append([message.header["item"], *(tensor.tolist() for tensor in message.tensors)])
 
-    ranks.in_order(count, lambda item: absorb(away(item)), away, absorb)
-    print(found)
+    ranks.in_order(range(count), lambda item: absorb(away(item)), away, absorb)
+    whole = ranks.everywhere(Message(found, [torch.arange(3)]) if ranks.first else None)
+    if whole.tensors[0].tolist() != [0, 1, 2]:
+        raise UserError("what rank 0 found is not everywhere.")
+    print(found if ranks.first else None)
     print(ranks.by_item([item * item for item in ranks.mine(count)]), ranks.told(lambda: ["of", ranks.rank]))
 
 
 def not_shared() -> None:
     """A command that is one process by its nature."""
+
+
+def on_one_gpu() -> None:
+    """Names a GPU that all ranks would take."""
+    pick_device("cuda:0")
 
 
 def fails(how: str, rank: int) -> None:

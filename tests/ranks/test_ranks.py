@@ -4,7 +4,7 @@ import socket
 import time
 
 import pytest
-from rank_processes import exchange, fails, not_shared
+from rank_processes import exchange, fails, not_shared, on_one_gpu
 
 from casp.errors import UserError
 from casp.ranks import ALONE, Ranks
@@ -15,7 +15,7 @@ HOST = socket.gethostname()
 
 def test_alone_nothing_is_exchanged():
     found = []
-    ALONE.in_order(3, found.append, lambda item: pytest.fail("sent"), lambda message: pytest.fail("received"))
+    ALONE.in_order(range(3), found.append, lambda item: pytest.fail("sent"), lambda message: pytest.fail("received"))
     assert found == [0, 1, 2]
     assert ALONE.by_item([4, 5]) == [4, 5]
     assert ALONE.told(lambda: 7) == 7
@@ -77,6 +77,14 @@ def test_a_rank_that_is_killed_or_stopped_ends_the_run_within_a_minute(how, by_t
     assert told.startswith(f"error: rank 1 on {HOST} does not answer any more")
     assert len(told.splitlines()) == 1
     assert outcomes[2][0] != 0
+
+
+def test_a_gpu_for_all_ranks_is_none(together):
+    ((status, _, told), *_) = together(2, on_one_gpu)
+    assert (status, told) == (
+        2,
+        "error: --device cuda:0 is one GPU for all 2 ranks; give cuda, and each takes its own.\n",
+    )
 
 
 def test_a_command_that_is_one_process_says_so(together):

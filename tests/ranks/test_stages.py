@@ -8,7 +8,7 @@ import time
 
 import pytest
 from PIL import Image
-from rank_processes import SHARED, Started, gptq_with_data, moments, questions, stage
+from rank_processes import SHARED, Started, moments, questions, stage, svd_with_data
 from small_stages import contents, tiny_inputs
 
 
@@ -75,8 +75,8 @@ def test_a_run_goes_on_with_another_number_of_ranks_after_a_kill(inputs, alone, 
     assert contents(root) == alone("moments")
 
 
-def test_blocks_that_wait_for_each_other_are_not_shared_out(inputs, tmp_path, together):
-    (status, _, told), other = together(2, gptq_with_data, *inputs, tmp_path / "root")
+def test_blocks_whose_attention_is_watched_are_not_shared_out(inputs, tmp_path, together):
+    (status, _, told), other = together(2, svd_with_data, *inputs, tmp_path / "root")
     assert (status, other[1:]) == (2, ("", ""))
     assert told.startswith("error: 2 ranks cannot share this run: blocks that see data wait for each other; collect")
     assert len(told.splitlines()) == 1
