@@ -10,4 +10,7 @@ if [[ ! -x "$python" ]]; then
     fi
     python=python3
 fi
+if [[ -n "${CASP_PROCESSES:-}" ]]; then
+    exec "$python" -m casp_entry.torchrun "$@" # so many ranks of what can be shared out among them: docs/scale.md
+fi
 exec "$python" "$@"

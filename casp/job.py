@@ -20,6 +20,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import torch
+from casp_entry.torchrun import PROCESSES, processes
 
 from casp.backend import ENTRY_POINT_GROUP, load_backend
 from casp.cli import (
@@ -60,6 +61,7 @@ from casp.run.recipe import COMMAND, VERSION, with_recipe
 
 NAME, QUANTIZE = "compress", "quantize"
 EVALUATION = "casp_eval.compare"
+LAUNCHER = "casp_entry.torchrun"
 TOKENS_EVALUATED = 50_000
 TOKENS_A_CHAT = 100  # where chats are the calibration data: only estimates of time ask
 _MATRIX = 1024
@@ -73,6 +75,11 @@ class Step:
     command: list[str]
     outcome: Path
     seconds: float
+
+    def started(self, count: int) -> list[str]:
+        """The command that starts it in so many processes."""
+        python, *words = self.command
+        return [python, "-m", LAUNCHER, *words] if count > 1 else self.command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -292,8 +299,8 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def announce(todo: list[Step], decoder: Decoder, budget: int, prices: Prices) -> None:
-    """Print what will be done, with sizes and times."""
+def announce(todo: list[Step], decoder: Decoder, budget: int, prices: Prices, count: int) -> None:
+    """Print what will be done in `count` processes, with sizes and times."""
     weights, other = decoder.original_weights(), other_bytes(decoder)
     linears = sum(decoder.shards.entries[name].bytes for name in decoder.shards.entries) - other
     print(
@@ -302,12 +309,15 @@ def announce(todo: list[Step], decoder: Decoder, budget: int, prices: Prices) ->
         f"weight); with the {other / 1e6:.1f} MB that stay as they are, a checkpoint of {(budget + other) / 1e6:.1f} MB"
     )
     for number, step in enumerate(todo, 1):
-        state = "done already" if step.outcome.exists() else f"about {duration(step.seconds)}"
-        print(f"  {number} {step.name}: {step.outcome} ({state})")
+        state = f"about {duration(step.seconds / count)}" + (f" in {count} processes" if count > 1 else "")
+        print(f"  {number} {step.name}: {step.outcome} ({'done already' if step.outcome.exists() else state})")
 
 
-def todo(args: argparse.Namespace) -> list[Step]:
-    """What `args` ask for, announced; the last step but an evaluation leaves the checkpoint."""
+def todo(args: argparse.Namespace, count: int = 1) -> list[Step]:
+    """What `args` ask for, announced; the last step but an evaluation leaves the checkpoint.
+
+    count: of processes that share each stage.
+    """
     job = Job.of(args)
     backend_name = job.prices.backend
     backend = load_backend(backend_name)  # a misspelt one is told before anything is computed, and so is a bad plan
@@ -325,7 +335,7 @@ def todo(args: argparse.Namespace) -> list[Step]:
     recipe = recipe_file(output)
     check_file(recipe, [{"recipe", "steps"}], [decoder.folder])
     found = steps(job, decoder, output, budget)
-    announce(found, decoder, budget, job.prices)
+    announce(found, decoder, budget, job.prices, count)
     if not args.dry_run:
         try:
             make_folder(output.parent)
@@ -350,12 +360,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Announce the stages and run them."""
     words = with_recipe(sys.argv[1:] if arguments is None else arguments, parser(), NAME)
     args = parser().parse_args(words)
-    found = todo(args)
+    count = processes(os.environ.get(PROCESSES) or "1")
+    found = todo(args, count)
     if args.dry_run:
         return
     for number, step in enumerate(found, 1):
         print(f"\n== {number}/{len(found)} {step.name}: {shlex.join(step.command[1:])}", flush=True)
-        status = subprocess.run(step.command).returncode
+        status = subprocess.run(step.started(count)).returncode
         if status:
             raise SystemExit(status)  # the stage has said why
 

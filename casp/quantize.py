@@ -155,7 +155,7 @@ def quantize_block(
     targets: what the block should put out, per batch, for `method.block_training`.
     """
     roles = {path: role for role, path in decoder.linears(visit.index, factors=True).items()}
-    groups = visit.input_groups(list(roles)) if moments is None else moments.groups
+    groups = visit.ranks.told(lambda: visit.input_groups(list(roles))) if moments is None else moments.groups
     one_by_one = method.true_sequential or method.block_training is not None
     weights = token_weights(visit, method.weighting) if moments is None else None
     prefix = decoder.blocks[visit.index]

@@ -19,6 +19,7 @@ from casp.model.decoder import Decoder
 from casp.model.inputs import BatchInputs, first_output, moved, require_finite
 from casp.model.split import every_expert, expert_of
 from casp.moments.influence import BlockInfluence
+from casp.ranks import ALONE, Ranks
 
 
 class _Enough(Exception):
@@ -27,13 +28,17 @@ class _Enough(Exception):
 
 @dataclass
 class Visit:
-    """One block, loaded, with its cached inputs."""
+    """One block, loaded, with its cached inputs.
+
+    ranks: who visit it together, each with inputs of its own batches, as `Ranks.mine` shares them out.
+    """
 
     index: int
     block: nn.Module
     linears: Mapping[str, str]
     inputs: list[BatchInputs]
     device: torch.device
+    ranks: Ranks = ALONE
 
     @torch.no_grad()
     def replay(
@@ -133,16 +138,19 @@ def walk(
     device: torch.device,
     dtype: torch.dtype,
     advance: Callable[[int], bool] = lambda index: True,
+    only: Iterable[int] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Visit]:
     """Visit the blocks in order: each is loaded, yielded, run to make the next block's inputs, forgotten.
 
     A visitor changes the block in place between two yields. `advance(index)` False leaves the inputs alone.
-    `inputs` is consumed: at the end it holds the last block's outputs.
+    `inputs` is consumed: at the end it holds the last block's outputs. only: the blocks to visit, all by default; some
+    of them where there are no inputs. ranks: who do so together, see `Visit`.
     """
     last = len(decoder.blocks) - 1
-    for index in range(last + 1):
+    for index in range(last + 1) if only is None else only:
         block = decoder.load_block(index, device, dtype)
-        visit = Visit(index, block, decoder.linears(index), inputs, device)
+        visit = Visit(index, block, decoder.linears(index), inputs, device, ranks)
         yield visit
         if index < last and advance(index):
             visit.advance()

@@ -13,6 +13,7 @@ from casp.cli.quantizing import (
 )
 from casp.cli.stage import quantize_stage
 from casp.numbers import real, whole
+from casp.ranks import here
 from casp_aqlm.backend import AQLM, OFFERED
 from casp_aqlm.export import check_exportable, export_aqlm, export_folder
 from casp_aqlm.options import Rounds
@@ -85,9 +86,9 @@ def main(argv: list[str] | None = None) -> None:
         check_exportable if args.export else None,
         export_folder if args.export else None,
     )
-    if args.export:
+    if args.export and here().first:
         print(f"wrote {export_aqlm(output, export_folder(output))} for the package aqlm")
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, shared=True)

@@ -7,6 +7,7 @@ from casp.cli.quantizing import add_damping_argument, add_quantizing_arguments, 
 from casp.cli.stage import quantize_stage
 from casp.errors import UserError
 from casp.numbers import whole
+from casp.ranks import here
 from casp_gptq.backend import GPTQ
 from casp_gptq.export import check_exportable, export_folder, export_gptq
 from casp_gptq.grid import BITS
@@ -90,9 +91,9 @@ def main(argv: list[str] | None = None) -> None:
     check, beside = (check_exportable, export_folder) if args.export else (None, None)
     label = f"gptq-{args.bits}bit"
     output = quantize_stage(asked, backend, ladder, search, label, check, beside, ON_THE_WAY)
-    if args.export:
+    if args.export and here().first:
         print(f"wrote {export_gptq(output, export_folder(output), args.symmetric)} for gptqmodel")
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, shared=True)

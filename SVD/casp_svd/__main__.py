@@ -31,6 +31,7 @@ from casp.moments.density import attention_density, density_batches
 from casp.moments.find import add_moments_argument, find_moments
 from casp.moments.store import REMEDY, BlockMoments
 from casp.numbers import real
+from casp.ranks import here, require_one
 from casp.run.notes import warnings_of
 from casp.run.recipe import COMMAND, earlier_steps
 from casp.run.writer import RunFolder
@@ -194,6 +195,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--whitening gradient needs moments collected before; run {REMEDY}, or give --moments.")
     batches = None
     if moments is None or factoring.whitening == "attention":
+        require_one(
+            here(),
+            f"blocks that see data wait for each other; collect moments before with {REMEDY}, give --moments and "
+            "--whitening gradient or input",
+        )
         batches = calibration.batches(decoder.folder, compute.seed)
     settings = union(
         factoring.record(),
@@ -211,6 +217,7 @@ def main(argv: list[str] | None = None) -> None:
         settings,
         fingerprint(batches or []),
         [*calibration.files(), *([] if moments is None else [moments.folder])],
+        here(),
     )
     if run.done:
         print(f"{output} is finished already")
@@ -240,4 +247,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, shared=True)

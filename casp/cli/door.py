@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from casp.errors import UserError
 from casp.interrupts import raise_again
+from casp.ranks import opened
 from casp.run.recipe import given
 
 
@@ -64,25 +65,35 @@ class _AboveBars(logging.Handler):
 _ABOVE_BARS = _AboveBars(logging.WARNING)
 
 
-def run_main(main: Callable[[], None]) -> NoReturn:
-    """Run a stage; bad input and a full disk end in one sentence on stderr and exit status 2."""
+def ending(error: BaseException) -> tuple[str, int] | None:
+    """The one sentence that an error is told in and the exit status; None for what nobody foresaw."""
+    if isinstance(error, UserError):
+        return f"error: {error}", 2
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; the same command resumes.", 130
+    if isinstance(error, OSError | SafetensorError):
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        if full or isinstance(error, PermissionError):
+            denied = f"no permission ({getattr(error, 'filename', None)}); choose another folder"
+            reason = "the disk is full; free some space" if full else denied
+            return f"error: {reason} and run the same command again: it resumes.", 2
+    return None
+
+
+def run_main(main: Callable[[], None], shared: bool = False) -> NoReturn:
+    """Run a stage; bad input and a full disk end in one sentence on stderr and exit status 2.
+
+    shared: whether several ranks may run it together (`casp.ranks`).
+    """
     logging.getLogger("casp").addHandler(_ABOVE_BARS)
     try:
         raise_again()
-        main()
-    except UserError as error:
-        tell(f"error: {error}")
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        tell("interrupted; the same command resumes.")
-        raise SystemExit(130) from None
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        if not full and not isinstance(error, PermissionError):
+        with opened(ending, tell, shared):
+            main()
+    except BaseException as error:
+        told = ending(error)
+        if told is None:
             raise
-        reason = (
-            "the disk is full; free some space" if full else f"no permission ({error.filename}); choose another folder"
-        )
-        tell(f"error: {reason} and run the same command again: it resumes.")
-        raise SystemExit(2) from None
+        tell(told[0])
+        raise SystemExit(told[1]) from None
     raise SystemExit(0)

@@ -10,6 +10,7 @@ from casp.demo import NAMES
 from casp.errors import UserError
 from casp.model.modality import Visual
 from casp.numbers import count, seed
+from casp.ranks import here
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -103,6 +104,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except (RuntimeError, ValueError, OverflowError) as error:
         raise UserError(f"--device {name} is unknown; use auto, cpu, cuda or cuda:N.") from error
+    if device.index is not None and here().size > 1:
+        raise UserError(f"--device {name} is one GPU for all {here().size} ranks; give cuda, and each takes its own.")
     if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index is not None):
         raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

@@ -14,6 +14,7 @@ from casp.moments.find import ON_THE_WAY, add_moments_argument, add_token_weight
 from casp.numbers import real, whole
 
 MOST_EPOCHS, MOST_RATE = 10_000, 1.0  # a rate of 1 moves every number by its own size in a step
+PARTS = 4
 BLOCK_RATE, END_TO_END_RATE = 1e-3, 3e-4
 
 
@@ -29,6 +30,11 @@ class FineTuning:
     def wanted(self) -> bool:
         """Whether anything is to be tuned."""
         return self.block is not None or self.end_to_end is not None
+
+    @property
+    def batches(self) -> int:
+        """How many batches make a step; 1 where nothing is tuned."""
+        return max((training.batches for training in (self.block, self.end_to_end) if training), default=1)
 
     @property
     def words(self) -> list[str]:
@@ -168,6 +174,11 @@ def add_tuning_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def parts_of(batch_size: int) -> int:
+    """In how many batches a step of so many samples is computed, such that as many ranks can share it: about 4."""
+    return batch_size // max(1, batch_size // PARTS)
+
+
 def fine_tuning_of(args: argparse.Namespace) -> FineTuning:
     """What the flags of `add_tuning_arguments` ask for."""
     parts = []
@@ -175,7 +186,7 @@ def fine_tuning_of(args: argparse.Namespace) -> FineTuning:
         epochs, rate = getattr(args, f"{part}_epochs"), getattr(args, f"{part}_lr")
         if epochs is None:
             epochs = args.ft_epochs
-        parts.append(Training(epochs, rate) if epochs else None)
+        parts.append(Training(epochs, rate, parts_of(args.batch_size)) if epochs else None)
     return FineTuning(*parts, checkpointing=args.gradient_checkpointing)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from casp.moments.store import REMEDY, Moments
 from casp.plan.file import Plan as RankPlan
 from casp.plan.file import read_plan
 from casp.quantize import Method, measure_block_influence, quantize_blocks
+from casp.ranks import here
 from casp.reading.documents import parse_json, read_json
 from casp.run.digest import content_hash
 from casp.run.files import write_json, write_shard
@@ -67,15 +69,19 @@ def block_influence(
     if moments is not None:
         return [moments.read(index).influence for index in range(depth)]
     kept = run.folder / INFLUENCE_FILE
-    if not kept.exists():
-        print("measuring the influence of each block")
-        few, samples = [], 0
-        for batch in batches:
-            if samples < INFLUENCE_SAMPLES:
-                few.append(batch)
-                samples += len(batch["input_ids"])
-        write_json(kept, measure_block_influence(run.decoder, few, compute.device, compute.dtype))
-    found = read_json(kept, "the influence of the blocks", list, run.anew)
+
+    def measured() -> list[float]:
+        if not kept.exists():
+            print("measuring the influence of each block")
+            few, samples = [], 0
+            for batch in batches:
+                if samples < INFLUENCE_SAMPLES:
+                    few.append(batch)
+                    samples += len(batch["input_ids"])
+            write_json(kept, measure_block_influence(run.decoder, few, compute.device, compute.dtype))
+        return read_json(kept, "the influence of the blocks", list, run.anew)
+
+    found = run.ranks.told(measured)
     if len(found) != depth or not all(isinstance(value, float | int) for value in found):
         raise UserError(f"{kept} is not what this run wrote; {run.anew}.")
     return found
@@ -102,10 +108,12 @@ def end_to_end(
 ) -> tuple[dict[str, Tensor], Curve]:
     """Fine-tune the quantized blocks of `run` together; returns what changed outside the blocks, and the curve.
 
+    batches: this rank's.
+
     What was learned stays in the run folder until that is finished: a rerun goes on from the last epoch.
     """
-    decoder, learned_file = run.decoder, run.folder / END_TO_END_FILE
-    if not learned_file.exists():
+    decoder, learned_file, ranks = run.decoder, run.folder / END_TO_END_FILE, run.ranks
+    if not ranks.told(learned_file.exists):
         targets = teacher.advance_to(len(decoder.blocks) - 1)
         inputs = capture_inputs(decoder, batches, compute.device, compute.dtype, check=False)
         run.load_finished(compute.device, compute.dtype)
@@ -120,11 +128,15 @@ def end_to_end(
             compute.device,
             run.folder / END_TO_END_STATE,
             tuning.checkpointing,
+            ranks,
         )
-        write_shard(learned_file, learned, {"curve": json.dumps(curve)})
+        if ranks.first:
+            write_shard(learned_file, learned, {"curve": json.dumps(curve)})
+        ranks.wait()
     learned, metadata = run.read_shard(learned_file)
     curve = parse_json(metadata.get("curve", ""), f"the curve in {learned_file}", run.anew, list)
-    run.replace(learned)
+    if ranks.first:
+        run.replace(learned)
     return {name: tensor for name, tensor in learned.items() if not name.startswith(decoder.blocks_path + ".")}, curve
 
 
@@ -175,7 +187,7 @@ def quantize_stage(
     while quantizing. Moments collected before are those that `casp.moments.find` finds; fine-tuning is towards the
     model that `asked.model` names.
     """
-    tuning = asked.tuning
+    tuning, ranks = asked.tuning, here()
     decoder = Decoder.open(stage_input(asked.model, "svd", asked.from_original or asked.plan is not None))
     if decoder.holds(QuantizedLinear):
         raise UserError(f"{decoder.folder} is already quantized; give the original model or the output of stage svd.")
@@ -197,7 +209,9 @@ def quantize_stage(
     budget = budget_of(asked, decoder, backend, ladder[0]) if obeyed is None else Budget(obeyed.bytes)
     batches = []
     if moments is None or tuning.wanted:
-        batches = asked.calibration.batches(decoder.folder, compute.seed)
+        data = replace(asked.calibration, batch_size=asked.calibration.batch_size // tuning.batches)
+        batches = data.batches(decoder.folder, compute.seed)
+    mine = [batches[number] for number in ranks.mine(len(batches))]
     original = model_folder(asked.model) if tuning.wanted else decoder.folder
     # What a flag says stands in the record where it has a say: data, say, where any is run through the model.
     record = union(
@@ -216,16 +230,16 @@ def quantize_stage(
     if beside is not None:
         check_places(beside(output), [decoder.folder, *inputs])
     run = RunFolder(
-        output, decoder, stage, base_model(decoder.folder, asked.model), record, fingerprint(batches), inputs
+        output, decoder, stage, base_model(decoder.folder, asked.model), record, fingerprint(batches), inputs, ranks
     )
     if run.done:
         print(f"{output} is finished already with these settings")
         return output
-    ranks: dict[str, int] = {}
+    low: dict[str, int] = {}
     if obeyed is not None:
         plan = stored_formats(obeyed)
-        ranks = {path: option.rank for path, option in obeyed.linears.items() if option.rank is not None}
-        print(f"{obeyed.bits:.3f} bits per weight as {asked.plan} says, {len(ranks)} linears of low rank")
+        low = {path: option.rank for path, option in obeyed.linears.items() if option.rank is not None}
+        print(f"{obeyed.bits:.3f} bits per weight as {asked.plan} says, {len(low)} linears of low rank")
     else:
         plan = uniform_plan(decoder, ladder[0])
         shapes = matrices(decoder)
@@ -233,13 +247,15 @@ def quantize_stage(
             influence = block_influence(run, batches, compute, moments)
             plan = promote(plan, shapes, backend, ladder, influence, budget.bytes)
         print(describe_plan(plan, shapes, backend, decoder))
-    teacher = Teacher(Decoder.open(original), batches, compute.device, compute.dtype) if tuning.wanted else None
-    method = Method(backend, plan, search.record(), compute.seed, asked.true_sequential, tuning.block, weighting, ranks)
+    teacher = None
+    if tuning.wanted:
+        teacher = Teacher(Decoder.open(original), mine, compute.device, compute.dtype, ranks.first)
+    method = Method(backend, plan, search.record(), compute.seed, asked.true_sequential, tuning.block, weighting, low)
     quantize_blocks(decoder, run, batches, method, compute.device, compute.dtype, moments, teacher)
     if tuning.end_to_end is None:
         run.finish(step=step)
     else:
-        outside, curve = end_to_end(run, backend, batches, teacher, tuning, compute)
+        outside, curve = end_to_end(run, backend, mine, teacher, tuning, compute)
         run.finish(outside, {"end_to_end": curve}, step)
     result = size(output)
     print(

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from casp.backend import Backend
-from casp.finetune.in_block import Curve, Masters, Training, run_block, train, tunable_tensors
+from casp.finetune.in_block import Curve, Lessons, Masters, Training, run_block, train, tunable_tensors
 from casp.model.decoder import Decoder
 from casp.model.head import POSITIONS, head_logits
 from casp.model.inputs import BatchInputs
+from casp.ranks import ALONE, Ranks
 
 
 def final_norms(decoder: Decoder) -> dict[str, Tensor]:
@@ -64,13 +65,15 @@ def distill(
     device: torch.device,
     state: Path,
     checkpointing: bool = True,
+    ranks: Ranks = ALONE,
 ) -> tuple[dict[str, Tensor], Curve]:
     """Train the compressed model, entirely loaded in `decoder`, towards `targets`.
 
     inputs: what the first block is fed; targets: the original model's last hidden states, one (batch, tokens, hidden)
     per batch. Tokens of pictures and video count as context only. state: file that keeps the training after each epoch
-    and from which it resumes; checkpointing: recompute each block for its gradient. Returns the learned tensors by the
-    model's names, float32, and the curve in nats a token.
+    and from which it resumes; checkpointing: recompute each block for its gradient; ranks: who share out the batches,
+    of which `inputs` and `targets` are this rank's. Returns the learned tensors by the model's names, float32, and the
+    curve in nats a token.
     """
     masters = Masters(model_tensors(decoder, backend))
     prefixes = [path + "." for path in decoder.blocks]
@@ -81,15 +84,16 @@ def distill(
         return checkpoint(run_block, *arguments, use_reentrant=False) if checkpointing else run_block(*arguments)
 
     def loss(number: int) -> Tensor:
-        batch, tensors = inputs[number], masters.in_use()
+        batch, target, tensors = inputs[number // ranks.size], targets[number // ranks.size], masters.in_use()
         hidden = batch.hidden.to(device)
         for index, prefix in enumerate(prefixes):
             own = {name.removeprefix(prefix): leaf for name, leaf in tensors.items() if name.startswith(prefix)}
             hidden = batch.entering(index + 1, run(index, hidden, own, batch))
         read = batch.text.to(device)
         outside = {name: leaf for name, leaf in tensors.items() if not name.startswith(tuple(prefixes))}
-        return divergence(decoder, hidden[read], targets[number].to(device)[read], outside)
+        return divergence(decoder, hidden[read], target.to(device)[read], outside)
 
     with torch.enable_grad():
-        curve = train(masters, loss, len(inputs), training, generator, state, progress="end to end")
+        lessons = Lessons(ranks.by_item([int(batch.text.sum()) for batch in inputs]), ranks)
+        curve = train(masters, loss, lessons, training, generator, state, progress="end to end")
     return masters.snapshot(), curve

@@ -8,9 +8,10 @@ model has after this block, so that a block also repairs what those before it di
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -22,6 +23,7 @@ from casp.backend import Backend
 from casp.errors import UserError, told_as
 from casp.linear import QuantizedLinear
 from casp.model.inputs import BatchInputs, first_output, moved
+from casp.ranks import ALONE, Message, Ranks
 from casp.reading.documents import parse_json
 from casp.run.files import write_shard
 from casp.walk import Visit
@@ -36,10 +38,81 @@ Curve = list[dict[str, float | None]]
 
 @dataclass(frozen=True)
 class Training:
-    """How long and how fast: passes over the training batches, and the step of Adam relative to a tensor's size."""
+    """How long and how fast: passes over the training batches, and the step of Adam relative to a tensor's size.
+
+    batches: how many make a step together.
+    """
 
     epochs: int
     learning_rate: float
+    batches: int = 1
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What is trained on: of each batch the number of tokens that its loss is the mean over, and who shares them out.
+
+    The loss of a step is the mean over the tokens of all its batches. Its gradient is the sum of theirs, added in their
+    order, so that it does not depend on which rank computes which.
+    """
+
+    tokens: Sequence[int]
+    ranks: Ranks = ALONE
+
+    def steps(self, size: int) -> list[list[int]]:
+        """Numbers of the batches of each step of `size`, those without tokens left out."""
+        numbers = [number for number, tokens in enumerate(self.tokens) if tokens]
+        return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+
+    def share(self, number: int, step: Sequence[int]) -> float:
+        """What batch `number` of a step counts in it."""
+        return self.tokens[number] / sum(self.tokens[other] for other in step)
+
+    def descend(self, masters: "Masters", loss: Callable[[int], Tensor], step: Sequence[int]) -> float | None:
+        """Leave the gradient of a step in the leaves, on all ranks; its loss, on rank 0."""
+        leaves, total = list(masters.leaves.values()), 0.0
+
+        def packed(gradients: Sequence[Tensor | None], header: Any = None) -> Message:
+            """One tensor that holds all gradients there are: many small ones would take long on the way."""
+            used = [place for place, gradient in enumerate(gradients) if gradient is not None]
+            return Message([used, header], [torch.cat([gradients[place].flatten() for place in used])])
+
+        def add(message: Message) -> None:
+            used, (row,) = message.header[0], message.tensors
+            parts = row.split([leaves[place].numel() for place in used])
+            for leaf, part in zip((leaves[place] for place in used), parts, strict=True):
+                gradient = part.view_as(leaf).to(leaf.device)
+                leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
+
+        def here(number: int) -> None:
+            nonlocal total
+            value = loss(number) * self.share(number, step)
+            value.backward()
+            total += value.item()
+
+        def away(number: int) -> Message:
+            value = loss(number) * self.share(number, step)
+            return packed(torch.autograd.grad(value, leaves, allow_unused=True), value.item())
+
+        def absorb(message: Message) -> None:
+            nonlocal total
+            total += message.header[1]
+            add(message)
+
+        self.ranks.in_order(step, here, away, absorb)
+        if self.ranks.size > 1:
+            whole = self.ranks.everywhere(packed([leaf.grad for leaf in leaves]) if self.ranks.first else None)
+            if not self.ranks.first:
+                add(whole)
+        return total if self.ranks.first else None
+
+    @torch.no_grad()
+    def measure(self, loss: Callable[[int], Tensor], steps: Sequence[Sequence[int]]) -> list[float]:
+        """The loss of each of `steps`, on all ranks."""
+        ranks, wanted = self.ranks, [number for step in steps for number in step]
+        mine = [[number, loss(number).item()] for number in wanted if number % ranks.size == ranks.rank]
+        found = {number: value for part in ranks.gathered(mine) for number, value in part}
+        return [sum(found[number] * self.share(number, step) for number in step) for step in steps]
 
 
 def split(count: int) -> tuple[list[int], list[int]]:
@@ -110,14 +183,14 @@ def cosine(step: int, steps: int) -> float:
 def train(
     masters: Masters,
     loss: Callable[[int], Tensor],
-    batches: int,
+    lessons: Lessons,
     training: Training,
     generator: torch.Generator,
     state: Path | None = None,
     progress: str | None = None,
     name: str = "end to end",
 ) -> Curve:
-    """Adam on `loss(batch number)`; the leaves end as they were at the best validation loss.
+    """Adam on `loss(number)` of the batches of `lessons`; the leaves end as they were at the best validation loss.
 
     Returns the curve: one entry per epoch, that before the first included, {"training", "validation"} (the loss of
     training is the mean during the epoch, None before the first). Stops early after two epochs without a better
@@ -125,14 +198,16 @@ def train(
     end; progress: a label for the bar, None for no bar; name: of what is trained, for the UserError that a loss of NaN
     or infinity is.
     """
-    learn, check = split(batches)
+    ranks, every_step = lessons.ranks, lessons.steps(training.batches)
+    if not every_step:
+        raise UserError(f"{name}: the calibration data has no token to learn from; give other data.")
+    learn, check = split(len(every_step))
     optimizer = torch.optim.Adam(masters.groups(training.learning_rate), betas=(0.9, 0.95))
     steps = max(training.epochs * len(learn), 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, steps))
     orders = [torch.randperm(len(learn), generator=generator).tolist() for _ in range(training.epochs)]
 
-    def measured(value: Tensor) -> float:
-        found = value.item()
+    def finite(found: float) -> float:
         if not math.isfinite(found):
             raise UserError(
                 f"{name}: the loss of fine-tuning is {found}; lower its learning rate, or run in a wider --dtype."
@@ -140,10 +215,9 @@ def train(
         return found
 
     def validation() -> float:
-        with torch.no_grad():
-            return sum(measured(loss(i)) for i in check) / len(check)
+        return sum(map(finite, lessons.measure(loss, [every_step[i] for i in check]))) / len(check)
 
-    if state is not None and state.exists():
+    if state is not None and ranks.told(state.exists):
         curve, best = load_state(state, masters, optimizer, schedule)
     else:
         curve, best = [{"training": None, "validation": validation()}], masters.snapshot()
@@ -152,18 +226,18 @@ def train(
         total = 0.0
         for place in orders[len(curve) - 1]:
             optimizer.zero_grad()
-            value = loss(learn[place])
-            now = measured(value)
-            value.backward()
+            now = lessons.descend(masters, loss, every_step[learn[place]])
             optimizer.step()
             schedule.step()
-            total += now
+            if now is not None:
+                total += finite(now)
+                bar.set_postfix_str(f"training {now:.4f}, validation {curve[-1]['validation']:.4f}")
             bar.update()
-            bar.set_postfix_str(f"training {now:.4f}, validation {curve[-1]['validation']:.4f}")
-        curve.append({"training": total / len(learn), "validation": validation()})
+        mean = total / len(learn)
+        curve.append({"training": ranks.told(lambda mean=mean: mean), "validation": validation()})
         if curve[-1]["validation"] < min(entry["validation"] for entry in curve[:-1]):
             best = masters.snapshot()
-        if state is not None:
+        if state is not None and ranks.first:
             save_state(state, masters, optimizer, curve, best)
     bar.close()
     masters.load(best)
@@ -216,17 +290,21 @@ def tune_block(
 ) -> Curve:
     """Teach the block, as far as it is quantized, to put out `targets`; returns the curve of `train`.
 
-    targets: one (batch, tokens, hidden) per batch of `visit.inputs`. The block's tensors are changed in place.
+    targets: one (batch, tokens, hidden) per batch of `visit.inputs`. The block's tensors are changed in place. Ranks
+    that visit it together share out the batches, and all of them learn the same.
     """
+    ranks = visit.ranks
     masters = Masters(tunable_tensors(visit.block, backend))
 
+    lessons = Lessons(ranks.by_item([int(batch.tokens.sum()) for batch in visit.inputs]), ranks)
+
     def loss(number: int) -> Tensor:
-        batch = visit.inputs[number]
+        batch, target = visit.inputs[number // ranks.size], targets[number // ranks.size]
         output = run_block(visit.block, masters.in_use(), batch, visit.index, batch.hidden.to(visit.device))
-        return relative_error(output, targets[number].to(visit.device), batch.tokens.to(visit.device))
+        return relative_error(output, target.to(visit.device), batch.tokens.to(visit.device))
 
     with torch.enable_grad():
-        curve = train(masters, loss, len(visit.inputs), training, generator, name=f"block {visit.index}")
+        curve = train(masters, loss, lessons, training, generator, name=f"block {visit.index}")
     masters.write()
     return curve
 

@@ -15,10 +15,16 @@ class Teacher:
     """
 
     def __init__(
-        self, decoder: Decoder, batches: list[dict[str, Tensor]], device: torch.device, dtype: torch.dtype
+        self,
+        decoder: Decoder,
+        batches: list[dict[str, Tensor]],
+        device: torch.device,
+        dtype: torch.dtype,
+        check: bool = True,
     ) -> None:
+        """check: see `capture_inputs`."""
         self.decoder, self.device, self.dtype = decoder, device, dtype
-        self.inputs = capture_inputs(decoder, batches, device, dtype)
+        self.inputs = capture_inputs(decoder, batches, device, dtype, check)
         self.index = 0
 
     @property

@@ -263,6 +263,11 @@ class Decoder:
         """Number of weights that the decoder's linears had in the original model."""
         return self._weights()[0]
 
+    def block_weights(self, index: int) -> int:
+        """The same of one block: what work on it costs, in units that all blocks share."""
+        modules = map(self.block(index).get_submodule, self.linears(index).values())
+        return sum(module.in_features * module.out_features for module in modules)
+
     def _weights(self) -> tuple[int, int]:
         """Weights of all linears in the original model, and of all matrices and larger tensors beside them."""
         linears = others = 0

@@ -20,6 +20,7 @@ from casp.model.decoder import Decoder
 from casp.moments.collect import collect
 from casp.moments.find import stage_name
 from casp.moments.weights import EXPLAINED, USUAL, by_gradient, weighting_parts
+from casp.ranks import here
 from casp.run.folder import WorkFolder
 
 
@@ -85,6 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         settings,
         fingerprint(batches),
         calibration.files(),
+        here(),
     )
     if work.done:
         print(f"{output} is finished already with these settings")
@@ -95,4 +97,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, shared=True)

@@ -9,8 +9,9 @@ in place of the Hessian, ``1/2 E[(g^T D x)^2]`` a token; with x and g independen
 (YAQA, arXiv 2505.22988), and with rows of D alike ``tr(D H_g D^T) / (2 out)``, H_g = E[|g|^2 x x^T].
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from itertools import chain, islice
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,9 @@ from casp.model.head import POSITIONS, head_logits
 from casp.model.inputs import BatchInputs, first_output, moved
 from casp.model.split import every_expert, expert_of
 from casp.moments.pool import top_up
-from casp.moments.second_moment import SecondMoment
+from casp.moments.second_moment import SecondMoment, Summands, absorb_all
 from casp.moments.weights import gradient_weights, tempered, typical_energy
+from casp.ranks import Message
 
 NO_LABEL = -100
 SUREST = 0.9
@@ -88,7 +90,7 @@ class GradientStatistics:
     """What a block's backward passes tell, added up batch by batch.
 
     sizes: path of each linear, relative to the block -> (out_features, in_features); weightings: of "gradient" and
-    "gradient-norm", those wanted.
+    "gradient-norm", those wanted; moment: as in `casp.moments.forward.InputStatistics`.
 
     inputs: of each linear's input, by path and weighting; outputs: of the gradient at each linear's output, every
     sequence at a mean square of 1 (`casp.moments.weights.tempered`); tokens: how many entered, padding left out. The
@@ -96,11 +98,15 @@ class GradientStatistics:
     """
 
     def __init__(
-        self, sizes: dict[str, tuple[int, int]], weightings: Iterable[str], device: torch.device | str = "cpu"
+        self,
+        sizes: dict[str, tuple[int, int]],
+        weightings: Iterable[str],
+        device: torch.device | str = "cpu",
+        moment: Callable[[int, torch.device | str], SecondMoment | Summands] = SecondMoment,
     ) -> None:
         names = tuple(weightings)
-        self.inputs = {path: {name: SecondMoment(size[1], device) for name in names} for path, size in sizes.items()}
-        self.outputs = {path: SecondMoment(size[0], device) for path, size in sizes.items()}
+        self.inputs = {path: {name: moment(size[1], device) for name in names} for path, size in sizes.items()}
+        self.outputs = {path: moment(size[0], device) for path, size in sizes.items()}
         self._energies: dict[str, list[Tensor]] = {path: [] for path in sizes}
         self._counts: dict[str, list[Tensor]] = {path: [] for path in sizes}
         self.tokens = 0
@@ -144,6 +150,29 @@ class GradientStatistics:
         self.outputs[path].add(scaled[tokens & (energies > 0)[:, None]])
         self._energies[path].append(energies.cpu())
         self._counts[path].append(tokens.sum(-1).cpu())
+
+    def message(self) -> Message:
+        """What was told by the batches of this one, whose moments are `Summands`, for `absorb`."""
+        kept = list(self._moments())
+        sequences = {path: len(parts) for path, parts in self._counts.items()}
+        header = {"tokens": self.tokens, "moments": [moment.counts for moment in kept], "sequences": sequences}
+        seen = (part for path in sequences for part in (*self._energies[path], *self._counts[path]))
+        return Message(header, chain(seen, (product for moment in kept for product in moment.products)))
+
+    def absorb(self, message: Message) -> None:
+        """Add the batches of another one of the same sizes: the outcome is that of having run them here."""
+        tensors = iter(message.tensors)
+        self.tokens += message.header["tokens"]
+        for path, count in message.header["sequences"].items():
+            self._energies[path] += [part.cpu() for part in islice(tensors, count)]
+            self._counts[path] += [part.cpu() for part in islice(tensors, count)]
+        for moment, counts in zip(self._moments(), message.header["moments"], strict=True):
+            absorb_all(moment, counts, tensors)
+
+    def _moments(self) -> Iterator[SecondMoment | Summands]:
+        """All of them, in a fixed order."""
+        for path, of_input in self.inputs.items():
+            yield from (*of_input.values(), self.outputs[path])
 
     def energy(self, path: str) -> float:
         """E|g|^2 over the tokens, g the gradient at the linear's output: `casp.moments.weights.typical_energy`."""

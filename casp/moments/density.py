@@ -41,6 +41,16 @@ class AttentionDensity:
                 self._visible[kind] += int(of_kind.sum())
                 self._used[kind] += int((in_use & of_kind).sum())
 
+    def state(self) -> list[dict[str, int]]:
+        """What was counted, JSON-able, for `absorb`."""
+        return [self._used, self._visible]
+
+    def absorb(self, state: list[dict[str, int]]) -> None:
+        """Add what another has counted."""
+        for mine, others in zip((self._used, self._visible), state, strict=True):
+            for kind, count in others.items():
+                mine[kind] += count
+
     def value(self) -> dict[str, float | None]:
         """{"image", "text"}: the shares, None where there was no key of that kind; "video" too where there was one.
 

@@ -1,7 +1,9 @@
 """Moments of the inputs of a block's linears, from running it forward."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from casp.model.attention import AttentionCall
@@ -9,8 +11,9 @@ from casp.model.inputs import BatchInputs
 from casp.moments.density import AttentionDensity
 from casp.moments.influence import BlockInfluence
 from casp.moments.pool import top_up
-from casp.moments.second_moment import SecondMoment
+from casp.moments.second_moment import SecondMoment, Summands, absorb_all
 from casp.moments.weights import checked_attention
+from casp.ranks import Message
 from casp.walk import Visit, shared_inputs
 
 
@@ -18,16 +21,24 @@ class InputStatistics:
     """What a block's forward passes tell, added up batch by batch.
 
     paths: of the block's linears, relative to it; weightings: of "none" and "attention", those wanted;
-    density_batches: how many batches the attention's density is measured on.
+    density_batches: how many batches the attention's density is measured on; moment: what products are added to, a
+    `SecondMoment`, or `Summands` for a few batches that are to be added elsewhere, by `message` and `absorb`.
 
     groups: paths of linears that share an input, in the order of computation; moments: of each group's input, by the
     group's first path and the weighting; tokens: how many entered, padding left out.
     """
 
-    def __init__(self, paths: Iterable[str], weightings: Iterable[str], density_batches: int) -> None:
+    def __init__(
+        self,
+        paths: Iterable[str],
+        weightings: Iterable[str],
+        density_batches: int,
+        moment: Callable[[int, torch.device], SecondMoment | Summands] = SecondMoment,
+    ) -> None:
         self.paths, self.weightings, self.density_batches = list(paths), tuple(weightings), density_batches
+        self._moment = moment
         self.groups: list[list[str]] = []
-        self.moments: dict[str, dict[str, SecondMoment]] = {}
+        self.moments: dict[str, dict[str, SecondMoment | Summands]] = {}
         self.tokens, self.batches = 0, 0
         self.influence, self.density = BlockInfluence(), AttentionDensity()
 
@@ -48,7 +59,7 @@ class InputStatistics:
                 self.groups = shared_inputs(inputs, self.paths, visit.index)
                 sizes = {group[0]: inputs[group[0]].shape[-1] for group in self.groups}
                 self.moments = {
-                    path: {name: SecondMoment(size, visit.device) for name in self.weightings}
+                    path: {name: self._moment(size, visit.device) for name in self.weightings}
                     for path, size in sizes.items()
                 }
             for path, by_weighting in self.moments.items():
@@ -64,6 +75,28 @@ class InputStatistics:
 
         observers = {path: lambda x, seen, path=path: entered.update({path: (x, seen)}) for path in self.paths}
         visit.replay(observers, attention=attend, output=leave, advance=True)
+
+    def message(self) -> Message:
+        """What was told by the batches of this one, whose moments are `Summands`, for `absorb`."""
+        kept = [(path, name, moment) for path, named in self.moments.items() for name, moment in named.items()]
+        header = {
+            "tokens": self.tokens,
+            "batches": self.batches,
+            "influence": self.influence.state(),
+            "density": self.density.state(),
+            "moments": [[path, name, moment.counts] for path, name, moment in kept],
+        }
+        return Message(header, (product for _, _, moment in kept for product in moment.products))
+
+    def absorb(self, message: Message) -> None:
+        """Add the batches of another one, which have the same groups: the outcome is that of having run them here."""
+        header, products = message.header, iter(message.tensors)
+        self.tokens += header["tokens"]
+        self.batches += header["batches"]
+        self.influence.absorb(header["influence"])
+        self.density.absorb(header["density"])
+        for path, name, counts in header["moments"]:
+            absorb_all(self.moments[path][name], counts, products)
 
     def top_up(self, index: int) -> None:
         """After all batches: experts of block `index` that saw few tokens borrow (`casp.moments.pool`)."""
@@ -87,18 +120,39 @@ def block_moments(visit: Visit, groups: list[list[str]], weights: list[Tensor] |
     """The second moment of each group's shared input, (in, in), over all tokens that are not padding.
 
     Of the block as it is now; dtype as `SecondMoment.value`. weights: of the tokens, (batch, tokens) for each batch.
+    Ranks that visit it together share out the batches, and all of them get the moments.
     """
-    moments = [SecondMoment(visit.block.get_submodule(group[0]).in_features, device=visit.device) for group in groups]
+    ranks, sizes = visit.ranks, [visit.block.get_submodule(group[0]).in_features for group in groups]
 
-    def observer(moment: SecondMoment) -> Callable[[Tensor, BatchInputs], None]:
-        remaining = iter(weights or [])
+    def see(number: int, moments: list[SecondMoment] | list[Summands]) -> None:
+        place = number // ranks.size
 
-        def see(x: Tensor, batch: BatchInputs) -> None:
-            weight = None if weights is None else batch.of_rows(next(remaining))[batch.tokens]
-            moment.add(x[batch.tokens], weight)
+        def observer(moment: SecondMoment | Summands) -> Callable[[Tensor, BatchInputs], None]:
+            def add(x: Tensor, batch: BatchInputs) -> None:
+                moment.add(x[batch.tokens], None if weights is None else batch.of_rows(weights[place])[batch.tokens])
 
-        return see
+            return add
 
-    visit.replay({group[0]: observer(moment) for group, moment in zip(groups, moments, strict=True)})
-    top_up({group[0]: moment for group, moment in zip(groups, moments, strict=True)}, f"block {visit.index}")
-    return [moment.checked(f"block {visit.index}, {group[0]}") for group, moment in zip(groups, moments, strict=True)]
+        one = replace(visit, inputs=[visit.inputs[place]])
+        one.replay({group[0]: observer(moment) for group, moment in zip(groups, moments, strict=True)})
+
+    def away(number: int) -> Message:
+        moments = [Summands(size, visit.device) for size in sizes]
+        see(number, moments)
+        kept = (product for moment in moments for product in moment.products)
+        return Message([moment.counts for moment in moments], kept)
+
+    def absorb(message: Message) -> None:
+        products = iter(message.tensors)
+        for moment, counts in zip(moments, message.header, strict=True):
+            absorb_all(moment, counts, products)
+
+    moments = [SecondMoment(size, visit.device) for size in sizes] if ranks.first else []
+    batches = sum(ranks.gathered(len(visit.inputs)))
+    ranks.in_order(range(batches), lambda number: see(number, moments), away, absorb)
+    found = None
+    if ranks.first:
+        named = {group[0]: moment for group, moment in zip(groups, moments, strict=True)}
+        top_up(named, f"block {visit.index}")
+        found = Message(None, [moment.checked(f"block {visit.index}, {path}") for path, moment in named.items()])
+    return [moment.to(visit.device) for moment in ranks.everywhere(found).tensors]

@@ -20,6 +20,15 @@ class BlockInfluence:
         self._total += cosine[tokens].double().sum().item()
         self._count += int(tokens.sum())
 
+    def state(self) -> list[float]:
+        """What was added, JSON-able, for `absorb`."""
+        return [self._total, self._count]
+
+    def absorb(self, state: list[float]) -> None:
+        """Add what another has added."""
+        self._total += state[0]
+        self._count += state[1]
+
     def value(self, index: int) -> float:
         """The influence of what was added, block `index`: 0 for one that changes nothing. UserError for NaN."""
         if not math.isfinite(self._total):

@@ -4,7 +4,8 @@ Every method here weighs an error ``D`` of a weight by ``tr(D H D^T)`` with ``H 
 the calibration tokens of the outer product of the layer's input (GPTQ, arXiv 2210.17323; CASP, 2503.05936).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -47,18 +48,13 @@ class SecondMoment:
         A token of weight 0 (padding) is left out, not multiplied by 0: whatever it holds, NaN included,
         counts for nothing. A weight of NaN is no padding: it makes the mean NaN, which `checked` tells.
         """
-        device = self._panels[0].device
-        x = x.detach().reshape(-1, self.size).to(device, torch.float32)
-        if weights is None:
-            self.count += x.shape[0]
-        else:
-            weights = weights.detach().reshape(-1).to(device, torch.float32)
-            kept = weights != 0
-            x, weights = x[kept], weights[kept]
-            self.count += weights.sum(dtype=torch.float64).item()
-            x = x * weights.sqrt()[:, None]
-        for rows, panel in zip(_panels(self.size), self._panels, strict=True):
-            panel += x[:, rows].T @ x[:, rows.start :]
+        self.absorb(*_products(x, weights, self.size, self._panels[0].device))
+
+    def absorb(self, count: float, products: Iterable[Tensor]) -> None:
+        """Add one `add` of a `Summands`: how much its tokens count, and its products, as many as there are panels."""
+        self.count += count
+        for panel, product in zip(self._panels, products, strict=True):
+            panel += product.to(panel.device)
 
     @classmethod
     def total(cls, parts: Sequence["SecondMoment"]) -> "SecondMoment":
@@ -108,6 +104,41 @@ class SecondMoment:
         if not torch.isfinite(found).all():
             raise UserError(f"{name}: {NOT_FINITE}")
         return found
+
+
+class Summands:
+    """In the place of a `SecondMoment`, what is to be added to one elsewhere: the products of each `add`, float32."""
+
+    def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
+        self.size, self._device = size, torch.device(device)
+        self.counts: list[float] = []
+        self.products: list[Tensor] = []
+
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """As `SecondMoment.add`."""
+        count, products = _products(x, weights, self.size, self._device)
+        self.counts.append(count)
+        self.products += products
+
+
+def absorb_all(moment: SecondMoment, counts: Sequence[float], products: Iterator[Tensor]) -> None:
+    """Add to `moment` what a `Summands` of its size kept; products: read as far as they are its own."""
+    panels = len(list(_panels(moment.size)))
+    for count in counts:
+        moment.absorb(count, islice(products, panels))
+
+
+def _products(x: Tensor, weights: Tensor | None, size: int, device: torch.device) -> tuple[float, Iterator[Tensor]]:
+    """How much the tokens count together, and of each panel its rows of the weighted sum of ``x x^T``, float32."""
+    x = x.detach().reshape(-1, size).to(device, torch.float32)
+    count = float(x.shape[0])
+    if weights is not None:
+        weights = weights.detach().reshape(-1).to(device, torch.float32)
+        kept = weights != 0
+        x, weights = x[kept], weights[kept]
+        count = weights.sum(dtype=torch.float64).item()
+        x = x * weights.sqrt()[:, None]
+    return count, (x[:, rows].T @ x[:, rows.start :] for rows in _panels(size))
 
 
 def packed(matrix: Tensor) -> Tensor:

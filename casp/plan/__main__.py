@@ -5,6 +5,7 @@ from pathlib import Path
 
 from casp.backend import load_backend
 from casp.cli import (
+    Budget,
     Compute,
     Parser,
     add_device_arguments,
@@ -33,6 +34,7 @@ from casp.plan.flags import (
 from casp.plan.measure import STAGE, CostsFolder, measure, read_costs, with_low_rank
 from casp.plan.options import LOW_RANK_ROLES
 from casp.plan.table import describe
+from casp.ranks import here
 from casp.run.digest import content_hash
 from casp.run.outputs import check_file
 
@@ -74,7 +76,7 @@ def open_costs(prices: Prices, compute: Compute, decoder: Decoder) -> Path:
     )
     record = union(pricing.record(), compute.record(), {"moments": moments.identity(decoder)})
     base, inputs = base_model(decoder.folder, prices.model), [moments.folder]
-    work = CostsFolder(prices.costs_folder(), decoder, STAGE, base, record, "", inputs)
+    work = CostsFolder(prices.costs_folder(), decoder, STAGE, base, record, "", inputs, here())
     if not work.done:
         measure(decoder, work, moments, pricing, compute.device, compute.dtype)
         print(f"priced all options {work.account()}: {work.output}")
@@ -88,6 +90,11 @@ def make_plan(prices: Prices, goal: Goal, compute: Compute, output: Path | None)
     if output is not None:
         check_file(output, [SHAPE], [decoder.folder, prices.moments_folder()])
     costs = open_costs(prices, compute.of(decoder.dtype), decoder)
+    return Path(here().told(lambda: str(allocate(prices, goal, budget, decoder, costs, output))))
+
+
+def allocate(prices: Prices, goal: Goal, budget: Budget, decoder: Decoder, costs: Path, output: Path | None) -> Path:
+    """Choose among the options that the folder `costs` holds, write and print the plan; returns its file."""
     priced = read_costs(costs, decoder, load_backend(prices.backend))
     linears = with_low_rank(priced, LOW_RANK_ROLES if goal.low_rank else ())
     options = ALLOCATIONS[goal.allocation](linears, budget.bytes)
@@ -107,4 +114,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, shared=True)

@@ -42,13 +42,15 @@ def measure(
 ) -> Path:
     """Price the options of all linears into `work`; blocks of an earlier attempt are taken as they are.
 
-    Memory: one block's weights, and of one linear at a time its moments and a few copies in float64.
+    Several ranks share out the blocks. Memory: one block's weights, and of one linear at a time its moments and a few
+    copies in float64.
     """
-    depth = len(decoder.blocks)
-    missing = [index for index in range(depth) if not (work.result / costs_file(index)).exists()]
+    depth, ranks = len(decoder.blocks), work.ranks
+    missing = ranks.told(lambda: [index for index in range(depth) if not (work.result / costs_file(index)).exists()])
     if 0 < len(missing) < depth:
         print(f"resuming {work.folder}: {depth - len(missing)} of {depth} blocks are priced")
-    for index in counted(missing, STAGE):
+    mine = [missing[place] for place in ranks.shared_out([decoder.block_weights(index) for index in missing])]
+    for index in counted(mine, STAGE):
         began = time.perf_counter()
         block, known = decoder.load_block(index, device, dtype), moments.read(index)
         entries: list[dict[str, Any]] = []

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from casp.errors import UserError, in_brief
 from casp.model.decoder import Decoder
+from casp.ranks import ALONE, Ranks
 from casp.reading.header import read_header_with_metadata
 from casp.run.digest import file_digest, hash_of, read_files, state
 from casp.run.files import is_temporary, lock, make_folder, publish, write_atomically, write_json
@@ -84,7 +85,8 @@ class WorkFolder:
 
     settings: everything that decides the outcome, JSON-able, for the record and the fingerprint;
     calibration: fingerprint of the calibration batches ("" when the stage uses none); inputs: what the stage reads
-    besides the model, folders and files, none of which the output may touch.
+    besides the model, folders and files, none of which the output may touch; ranks: whose run it is. Rank 0 alone
+    locks, logs and commits; each writes files of its own, which no other writes, and all must see one file system.
     """
 
     kind = "moments"  # of `casp.run.outputs.KINDS`
@@ -98,13 +100,16 @@ class WorkFolder:
         settings: dict[str, Any],
         calibration: str,
         inputs: Iterable[Path] = (),
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.output, self.decoder, self.stage = Path(output), decoder, stage
+        self.output, self.decoder, self.stage, self.ranks = Path(output), decoder, stage, ranks
         self.base_model, self.settings = base_model, settings
         inputs = [decoder.folder, *inputs]
         _check_paths(self.output, inputs)
         self.folder = work_place(self.output)
         self.result = self.folder / RESULT
+        # Rank 0 reads the model first: its digests are kept for the others on its machine.
+        ranks.told(lambda: [file_digest(file) for file in read_files(decoder.folder)])
         self._sources = {file: (state(file), file_digest(file)) for file in read_files(decoder.folder)}
         self.fingerprint = {
             "stage": stage,
@@ -112,9 +117,12 @@ class WorkFolder:
             "calibration": calibration,
             "settings": settings,
         }
+        other = _difference(ranks.told(lambda: self.fingerprint), self.fingerprint)
+        if other:
+            raise UserError(f"this rank does not see what rank 0 does (differs in: {other}); give all ranks one disk.")
         self.began = time.perf_counter()
         self._lock: IO[bytes] | None = None
-        self.done = self._enter()
+        self.done: bool = ranks.told(self._enter)
 
     def _enter(self) -> bool:
         """Take the run's folder; True where the result stands already and there is nothing to do."""
@@ -202,7 +210,9 @@ class WorkFolder:
             return load_file(file), metadata
 
     def log(self, line: str) -> None:
-        """Append a line with the time of day to the run's log."""
+        """Append a line with the time of day to the run's log, on rank 0."""
+        if not self.ranks.first:
+            return
         with (self.folder / LOG_FILE).open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
@@ -215,13 +225,22 @@ class WorkFolder:
         return words
 
     def close(self, names: Collection[str]) -> Path:
-        """Commit: `result`, which must hold the files `names` and no others, becomes `output`."""
+        """Commit, when all ranks are here: `result`, with the files `names` and no others, becomes `output`."""
+        words = f"{self.account()}, {self.ranks.waited:.0f} s of them waiting for others"
+        accounts = self.ranks.gathered(f"rank {self.ranks.rank} on {self.ranks.host}: {words}")
+        self.ranks.told(lambda: self._commit(names, accounts if self.ranks.size > 1 else []))
+        self.done = True
+        return self.output
+
+    def _commit(self, names: Collection[str], accounts: Iterable[str]) -> None:
         self.check_sources()
         for file in sorted(self.result.iterdir()):
             if is_temporary(file):
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
             elif file.name not in {*names, RUN_FILE, LOG_FILE}:
                 raise UserError(f"{file} was not written by this run; move it away and run the same command again.")
+        for account in accounts:
+            self.log(account)
         self.log(f"finished {self.account()}")
         write_atomically(self.result / LOG_FILE, (self.folder / LOG_FILE).read_bytes())
         self._write_record(self.result)
@@ -232,9 +251,7 @@ class WorkFolder:
                 f"{self.output} could not be put in place ({error.strerror}); move away what stands there and run the "
                 "same command again: it resumes."
             ) from error
-        self.done = True
         self._remove()
-        return self.output
 
     def _clear_up(self) -> None:
         """Remove what the run that made `output` left of its work, unless its process is still at it."""

@@ -15,6 +15,7 @@ from casp.model.decoder import Decoder
 from casp.model.inputs import BatchInputs
 from casp.model.shards import INDEX
 from casp.model.swap import describe_modules, swap_modules
+from casp.ranks import ALONE
 from casp.reading.compression import INSTEAD_OF_WEIGHTS, WEIGHTS_KEY
 from casp.reading.documents import read_json
 from casp.reading.header import read_header
@@ -64,8 +65,11 @@ class RunFolder(WorkFolder):
         """Write block `visit.index` as it is now; `report` is its entry in the stage's report.
 
         Compressed modules and the tensors named in `tuned` are written as they stand (parameters in the checkpoint's
-        dtype, packed buffers as they are), everything else of the block byte for byte as in the source.
+        dtype, packed buffers as they are), everything else of the block byte for byte as in the source. Of ranks that
+        visit it together the first does.
         """
+        if not visit.ranks.first:
+            return
         decoder, prefix = self.decoder, decoder_prefix(self.decoder, visit.index)
         source = set(decoder.shards.names(prefix))
         modules = describe_modules(visit.block)
@@ -111,15 +115,22 @@ class RunFolder(WorkFolder):
         """Visit the blocks that are not finished yet; each must be `save`d before the next is asked for.
 
         batches: calibration data for the blocks to see; None for a stage that looks at weights alone. captured: what
-        the first block is fed with these batches, where it is known already.
+        the first block is fed with this rank's of these batches, where it is known already.
 
         Finished blocks are read back, also right after they were saved: what feeds the following blocks is
         always what is on disk, so an interrupted run and an uninterrupted one end with the same bytes.
+
+        Several ranks share out the blocks where no data makes one wait for another: each visits its own, and its walk
+        ends when all have done theirs. With data all visit each block together, and share out the batches.
         """
-        depth = len(self.decoder.blocks)
-        done = sum(self.finished(index) for index in range(depth))
-        if done == depth:
+        depth, ranks = len(self.decoder.blocks), self.ranks
+        left = ranks.told(lambda: [index for index in range(depth) if not self.finished(index)])
+        done = depth - len(left)
+        if not left:
             return
+        costs = [self.decoder.block_weights(index) if index in left else 0 for index in range(depth)]
+        mine = ranks.shared_out(costs) if batches is None else range(depth)
+        together = ALONE if batches is None else ranks
         if done:
             print(f"resuming {self.folder}: {done} of {depth} blocks are finished")
         if batches is None:
@@ -127,16 +138,19 @@ class RunFolder(WorkFolder):
         elif captured is not None:
             inputs = [replace(batch) for batch in captured]  # the walk puts other hidden states into its own
         else:
-            inputs = capture_inputs(self.decoder, batches, device, dtype)
-        progress = Blocks(self.stage, depth - done)
-        for visit in walk(self.decoder, inputs, device, dtype):
-            if not self.finished(visit.index):
+            shared = [batches[number] for number in ranks.mine(len(batches))]
+            inputs = capture_inputs(self.decoder, shared, device, dtype, ranks.first)
+        progress = Blocks(self.stage, len(set(mine) & set(left)))
+        for visit in walk(self.decoder, inputs, device, dtype, only=mine, ranks=together):
+            if visit.index in left:
                 began = time.perf_counter()
                 yield visit
+                together.wait()
                 self.log(f"block {visit.index} finished in {time.perf_counter() - began:.1f} s")
                 progress.update()
             self._restore(visit.index, device, dtype)
         progress.close()
+        ranks.wait()
 
     def load_finished(self, device: torch.device, dtype: torch.dtype) -> None:
         """Load all blocks as the finished shards hold them, compressed, all at once."""
@@ -167,8 +181,18 @@ class RunFolder(WorkFolder):
         """Complete the checkpoint (rest of the weights, config, tokenizer, card) and rename it to `output`.
 
         rest_changes: tensors outside the blocks, by the model's names, that the stage has changed; details: more
-        entries of the stage's report; step: of the recipe that the checkpoint carries (`casp.run.recipe`).
+        entries of the stage's report; step: of the recipe that the checkpoint carries (`casp.run.recipe`). Of several
+        ranks the first does it.
         """
+        return self.close(self.ranks.told(lambda: self._complete(rest_changes, details, step)))
+
+    def _complete(
+        self,
+        rest_changes: Mapping[str, Tensor] | None,
+        details: Mapping[str, Any] | None,
+        step: Mapping[str, Any] | None,
+    ) -> list[str]:
+        """All files of the checkpoint that no block has; the names of all."""
         decoder, depth = self.decoder, len(self.decoder.blocks)
         modules: dict[str, dict[str, Any]] = {}
         blocks = []
@@ -210,7 +234,7 @@ class RunFolder(WorkFolder):
             write_json(self.result / RECIPE_FILE, carried(decoder.folder, step))
         write_json(self.result / "config.json", config)
         shards = [self._shard(index).name for index in range(depth + 1)]
-        return self.close({*_WRITTEN, *shards, *(file.name for file in copied)})
+        return [*_WRITTEN, *shards, *(file.name for file in copied)]
 
     def _write_index(self, shards: int) -> None:
         weight_map, total = {}, 0

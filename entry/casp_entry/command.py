@@ -5,8 +5,11 @@ Commands are entry points of the group `casp.commands`, functions that take a li
 """
 
 import importlib
+import os
 import sys
 from importlib.metadata import entry_points, version
+
+from casp_entry import torchrun
 
 COMMANDS, BACKENDS = "casp.commands", "casp.backends"
 QUANTIZE = "quantize"
@@ -39,6 +42,12 @@ def _quantizer(words: list[str]) -> tuple[str | None, list[str]]:
     return None, words
 
 
+def in_processes(module: str, words: list[str]) -> None:
+    """Where CASP_PROCESSES is set, go on as `python -m MODULE WORDS...` in as many ranks as can share it."""
+    if os.environ.get(torchrun.PROCESSES):
+        torchrun.main(["-m", module, *words])
+
+
 def main() -> int:
     """Run the command that the arguments name; returns or raises its exit status."""
     words = sys.argv[1:]
@@ -56,15 +65,18 @@ def main() -> int:
             known = ", ".join(sorted(entry_points(group=BACKENDS).names))
             return _fail(f"casp {QUANTIZE} needs --backend, one of {known}; the other flags are that backend's.")
         (point,) = found
+        module = point.module.partition(".")[0]
+        in_processes(module, rest)
         from casp.cli import run_main
 
-        stage = importlib.import_module(f"{point.module.partition('.')[0]}.__main__").main
+        stage = importlib.import_module(f"{module}.__main__").main
     else:
         found = entry_points(group=COMMANDS, name=name)
         if not found:
             return _fail(f"casp has no command {name[:40]!r}; `casp --help` lists them.")
+        (point,) = found
+        in_processes(point.module.removesuffix(".__main__"), rest)
         from casp.cli import run_main
 
-        (point,) = found
         stage = point.load()
     run_main(lambda: stage(rest))

@@ -27,6 +27,7 @@ from casp.demo import NAMES
 from casp.errors import UserError
 from casp.model.checkpoint import size
 from casp.model.modality import is_multimodal
+from casp.ranks import ALONE, Ranks, here
 from casp.reading.config import open_config, quantization_of
 from casp.reading.documents import read_json
 from casp.run.digest import file_digest
@@ -67,23 +68,30 @@ class Subject:
 class Figures:
     """Measured figures on disk, one small JSON file each, addressed by what they depend on."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, ranks: Ranks = ALONE) -> None:
+        """ranks: who measure each together, and of whom the first keeps it."""
+        self.folder, self.ranks = folder, ranks
 
     def get(self, key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The figure kept under `key`, or the one that `measure` returns, kept from now on."""
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
         path = self.folder / f"{key['figure']}-{name}.json"
+        kept = self.ranks.told(lambda: self._kept(path, key))
+        if kept is not None:
+            return kept
+        result = measure()
+        if self.ranks.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"key": key, "result": result})
+        return result
+
+    def _kept(self, path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
+        """The figure in `path`; None where it was not measured yet, or is not a whole file."""
         try:
             kept = read_json(path, "the kept figure")
-            if kept["key"] == key:
-                return kept["result"]
+            return kept["result"] if kept["key"] == key else None
         except (UserError, KeyError):
-            pass  # not measured yet, or not a whole file: measure
-        result = measure()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"key": key, "result": result})
-        return result
+            return None
 
 
 def content_fingerprint(folder: Path) -> str:
@@ -133,7 +141,13 @@ class Evaluation:
         return self.figures.get(
             key,
             lambda: text_perplexity(
-                self.checkpoint(), text, how.sequence_length, how.windows, how.batch_size, self._bar("text")
+                self.checkpoint(),
+                text,
+                how.sequence_length,
+                how.windows,
+                how.batch_size,
+                self._bar("text"),
+                self.figures.ranks,
             ),
         )
 
@@ -142,7 +156,7 @@ class Evaluation:
         return self.figures.get(
             key,
             lambda: questions.answer_perplexity(
-                self.checkpoint(), items, self.scoring.batch_size, self._bar("answers scored")
+                self.checkpoint(), items, self.scoring.batch_size, self._bar("answers scored"), self.figures.ranks
             ),
         )
 
@@ -152,7 +166,8 @@ class Evaluation:
 
         def measure() -> dict[str, Any]:
             bar = self._bar("questions asked")
-            given = questions.answers(self.checkpoint(), items, self.scoring.batch_size, length, bar)
+            size, ranks = self.scoring.batch_size, self.figures.ranks
+            given = questions.answers(self.checkpoint(), items, size, length, bar, ranks)
             return questions.accuracy(items, given)
 
         return self.figures.get(key, measure)
@@ -275,13 +290,16 @@ def main(arguments: list[str] | None = None) -> None:
         options.batch_size,
         options.max_new_tokens,
     )
-    evaluations = [Evaluation(subject, Figures(options.output / "figures"), scoring) for subject in subjects]
+    figures = Figures(options.output / "figures", here())
+    evaluations = [Evaluation(subject, figures, scoring) for subject in subjects]
     items: list[Chat] = []
     if any(is_multimodal(evaluation.config) for evaluation in evaluations):
         items = sources.evaluation_chats(questions_name, options.questions, options.seed)
     fingerprint = chats_fingerprint(items)
     make_output(options.output)
     rows = [evaluation.row(texts, items, fingerprint) for evaluation in evaluations]
+    if not here().first:
+        return
     settings = {
         "texts": ", ".join(texts),
         "windows": f"{options.windows or 'all'} of {options.sequence_length} tokens",
@@ -307,4 +325,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, shared=True)

@@ -18,6 +18,7 @@ from casp.errors import UserError
 from casp.model.batch import predicting
 from casp.model.modality import visual_tokens
 from casp.numbers import seed
+from casp.ranks import ALONE, Ranks, here
 from casp_eval.loading import Checkpoint, open_checkpoint
 from casp_eval.options import add_model_argument, add_output_argument, check_output, write_figure
 
@@ -40,10 +41,16 @@ def require_same_tokens(original: Checkpoint, other: Checkpoint) -> None:
 
 
 @torch.inference_mode()
-def divergence(original: Checkpoint, other: Checkpoint, batches: list[dict[str, Tensor]]) -> tuple[float, int]:
-    """Mean KL(original || other) in nats over `positions`, and how many they are. UserError where it is not finite."""
-    total, count = 0.0, 0
-    for batch in tqdm(batches, desc="divergence", dynamic_ncols=True):
+def divergence(
+    original: Checkpoint, other: Checkpoint, batches: list[dict[str, Tensor]], ranks: Ranks = ALONE
+) -> tuple[float, int]:
+    """Mean KL(original || other) in nats over `positions`, and how many they are. UserError where it is not finite.
+
+    ranks: who share out the batches.
+    """
+    mine = []
+    for number in tqdm(ranks.mine(len(batches)), desc="divergence", dynamic_ncols=True):
+        batch = batches[number]
         read = positions(batch, original.config)
         logs = []
         for checkpoint in (original, other):
@@ -54,11 +61,13 @@ def divergence(original: Checkpoint, other: Checkpoint, batches: list[dict[str, 
             with checkpoint.running():
                 seen = checkpoint.model(**given, use_cache=False).logits[read.to(checkpoint.device)]
             logs.append(seen.float().log_softmax(-1))
-        total += functional.kl_div(logs[1], logs[0], log_target=True, reduction="sum").item()
-        count += int(read.sum())
+        lost = functional.kl_div(logs[1], logs[0], log_target=True, reduction="sum").item()
+        mine.append([lost, int(read.sum())])
+    found = ranks.by_item(mine)
+    count = sum(positions for _, positions in found)
     if not count:
         raise UserError("the data has no text that text follows; choose another --dataset.")
-    mean = total / count
+    mean = sum(lost for lost, _ in found) / count
     if mean != mean or mean == float("inf"):
         raise UserError(f"{other.folder} predicts NaN or infinity: its weights or scales are damaged, make it again")
     return mean, count
@@ -79,10 +88,11 @@ def main(arguments: list[str] | None = None) -> None:
     calibration, compute = calibration_of(options), (options.device, options.dtype)
     original, other = open_checkpoint(options.original, *compute), open_checkpoint(options.model, *compute)
     require_same_tokens(original, other)
-    found, count = divergence(original, other, calibration.batches(original.folder, options.seed))
+    found, count = divergence(original, other, calibration.batches(original.folder, options.seed), here())
     figure = {"model": options.model, "original": options.original, "seed": options.seed, **calibration.record()}
-    write_figure({**figure, "divergence": found, "positions": count}, options.output)
+    if here().first:
+        write_figure({**figure, "divergence": found, "positions": count}, options.output)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, shared=True)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from casp.cli import Parser, add_device_arguments, run_main
 from casp.data.sources import EVALUATION_TEXTS, evaluation_text
 from casp.errors import UserError
+from casp.ranks import ALONE, Ranks, here
 from casp.reading.pretrained import check_ids
 from casp_eval.loading import Checkpoint, open_checkpoint
 from casp_eval.options import (
@@ -47,21 +48,24 @@ def text_windows(tokenizer: Any, text: str, length: int, count: int) -> Tensor:
     return ids[: windows * length].view(windows, length)
 
 
-def mean_loss(model: nn.Module, windows: Tensor, batch_size: int, progress: str | None = None) -> float:
+def mean_loss(
+    model: nn.Module, windows: Tensor, batch_size: int, progress: str | None = None, ranks: Ranks = ALONE
+) -> float:
     """Mean negative log-likelihood, in nats a token, of every token but the first of each window.
 
-    windows: token ids (windows, length). progress: a label for the bar, None for no bar.
+    windows: token ids (windows, length). progress: a label for the bar, None for no bar; ranks: who share out the
+    batches.
     """
     device = next(model.parameters()).device
-    total, tokens = 0.0, 0
-    for batch in tqdm(windows.split(batch_size), desc=progress, disable=progress is None, leave=False):
-        ids = batch.to(device)
+    batches, mine = windows.split(batch_size), []
+    for number in tqdm(ranks.mine(len(batches)), desc=progress, disable=progress is None, leave=False):
+        ids = batches[number].to(device)
         keep = torch.ones_like(ids, dtype=torch.bool)
         keep[:, -1] = False
         losses = token_losses(model, {"input_ids": ids}, ids.roll(-1, dims=1), keep)
-        total += losses.double().sum().item()
-        tokens += losses.numel()
-    return total / tokens
+        mine.append([losses.double().sum().item(), losses.numel()])
+    found = ranks.by_item(mine)
+    return sum(loss for loss, _ in found) / sum(tokens for _, tokens in found)
 
 
 def perplexity(loss: float, of: str) -> float:
@@ -72,13 +76,19 @@ def perplexity(loss: float, of: str) -> float:
 
 
 def text_perplexity(
-    checkpoint: Checkpoint, text: str, length: int, count: int, batch_size: int, progress: str | None = None
+    checkpoint: Checkpoint,
+    text: str,
+    length: int,
+    count: int,
+    batch_size: int,
+    progress: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """{"perplexity", "windows", "sequence_length", "tokens"} of a text; see the module for the protocol."""
     windows = text_windows(checkpoint.tokenizer, text, length, count)
     check_ids(windows, checkpoint.config, checkpoint.folder)
     with checkpoint.running():
-        loss = mean_loss(checkpoint.model, windows, batch_size, progress)
+        loss = mean_loss(checkpoint.model, windows, batch_size, progress, ranks)
     return {
         "perplexity": perplexity(loss, str(checkpoint.folder)),
         "windows": len(windows),
@@ -105,10 +115,11 @@ def main(arguments: list[str] | None = None) -> None:
     text = evaluation_text(options.dataset)
     checkpoint = open_checkpoint(options.model, options.device, options.dtype)
     figure = text_perplexity(
-        checkpoint, text, options.sequence_length, options.windows, options.batch_size, progress="text"
+        checkpoint, text, options.sequence_length, options.windows, options.batch_size, progress="text", ranks=here()
     )
-    write_figure({"model": options.model, "dataset": options.dataset, **figure}, options.output)
+    if here().first:
+        write_figure({"model": options.model, "dataset": options.dataset, **figure}, options.output)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, shared=True)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from casp.cli import Parser, add_device_arguments, add_frames_argument, model_folder, run_main
 from casp.data.chats import Chat
 from casp.data.sources import EVALUATION_SCENES, evaluation_chats
+from casp.ranks import ALONE, Ranks, here
 from casp.reading.config import open_config
 from casp_eval.loading import Checkpoint, open_checkpoint, require_images
 from casp_eval.options import (
@@ -64,11 +65,14 @@ def answer_length(tokenizer: Any, before: str, answer: str) -> int:
 
 
 def answer_loss(
-    checkpoint: Checkpoint, items: list[Chat], batch_size: int, progress: str | None = None
+    checkpoint: Checkpoint, items: list[Chat], batch_size: int, progress: str | None = None, ranks: Ranks = ALONE
 ) -> tuple[float, int]:
-    """Mean negative log-likelihood of the answers' tokens in nats, and how many tokens that were."""
-    total, tokens = 0.0, 0
-    for batch in tqdm(_batches(items, batch_size), desc=progress, disable=progress is None, leave=False):
+    """Mean negative log-likelihood of the answers' tokens in nats, and how many tokens that were.
+
+    ranks: who share out the batches.
+    """
+    mine = []
+    for batch in tqdm(_batches(items, batch_size, ranks), desc=progress, disable=progress is None, leave=False):
         batch = [item.opened() for item in batch]
         rendered = [checkpoint.prompt(item.asked(), item.answer()) for item in batch]
         inputs = checkpoint.encode(
@@ -81,9 +85,10 @@ def answer_loss(
             keep[row, end - 1 - answer_length(checkpoint.tokenizer, before, answer) : end - 1] = True
         with checkpoint.running():
             losses = token_losses(checkpoint.model, inputs, ids.roll(-1, dims=1), keep)
-        total += losses.double().sum().item()
-        tokens += losses.numel()
-    return total / tokens, tokens
+        mine.append([losses.double().sum().item(), losses.numel()])
+    found = ranks.by_item(mine)
+    tokens = sum(count for _, count in found)
+    return sum(loss for loss, _ in found) / tokens, tokens
 
 
 @torch.inference_mode()
@@ -108,13 +113,18 @@ def ask(checkpoint: Checkpoint, batch: list[Chat], **settings: Any) -> list[str]
 
 
 def answers(
-    checkpoint: Checkpoint, items: list[Chat], batch_size: int, max_new_tokens: int, progress: str | None = None
+    checkpoint: Checkpoint,
+    items: list[Chat],
+    batch_size: int,
+    max_new_tokens: int,
+    progress: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[str]:
-    """Greedy answers, one an item, decoded without special tokens."""
-    given: list[str] = []
-    for batch in tqdm(_batches(items, batch_size), desc=progress, disable=progress is None, leave=False):
-        given += ask(checkpoint, [item.opened() for item in batch], max_new_tokens=max_new_tokens)
-    return given
+    """Greedy answers, one an item, decoded without special tokens; `ranks` share out the batches."""
+    given = []
+    for batch in tqdm(_batches(items, batch_size, ranks), desc=progress, disable=progress is None, leave=False):
+        given.append(ask(checkpoint, [item.opened() for item in batch], max_new_tokens=max_new_tokens))
+    return [answer for of_batch in ranks.by_item(given) for answer in of_batch]
 
 
 def accuracy(items: list[Chat], given: list[str]) -> dict[str, Any]:
@@ -130,17 +140,18 @@ def accuracy(items: list[Chat], given: list[str]) -> dict[str, Any]:
 
 
 def answer_perplexity(
-    checkpoint: Checkpoint, items: list[Chat], batch_size: int, progress: str | None = None
+    checkpoint: Checkpoint, items: list[Chat], batch_size: int, progress: str | None = None, ranks: Ranks = ALONE
 ) -> dict[str, Any]:
     """{"perplexity", "tokens", "questions"}: exp of `answer_loss`."""
-    loss, tokens = answer_loss(checkpoint, items, batch_size, progress)
+    loss, tokens = answer_loss(checkpoint, items, batch_size, progress, ranks)
     return {"perplexity": perplexity(loss, str(checkpoint.folder)), "tokens": tokens, "questions": len(items)}
 
 
-def _batches(items: list[Chat], size: int) -> list[list[Chat]]:
-    """Questions in their order; a processor takes pictures for all of a batch or for none."""
+def _batches(items: list[Chat], size: int, ranks: Ranks) -> list[list[Chat]]:
+    """This rank's batches of questions in their order; a processor takes pictures for all of a batch or for none."""
     alike = [list(group) for _, group in groupby(items, key=lambda item: item.media())]
-    return [group[start : start + size] for group in alike for start in range(0, len(group), size)]
+    batches = [group[start : start + size] for group in alike for start in range(0, len(group), size)]
+    return [batches[number] for number in ranks.mine(len(batches))]
 
 
 def _pictures(batch: list[Chat]) -> list[list[Any]] | None:
@@ -180,11 +191,13 @@ def main(arguments: list[str] | None = None) -> None:
     folder = model_folder(options.model)
     require_images(folder, open_config(folder))
     checkpoint = open_checkpoint(options.model, options.device, options.dtype)
-    loss = answer_perplexity(checkpoint, items, options.batch_size, progress="answers scored")
-    given = answers(checkpoint, items, options.batch_size, options.max_new_tokens, progress="questions asked")
+    ranks = here()
+    loss = answer_perplexity(checkpoint, items, options.batch_size, "answers scored", ranks)
+    given = answers(checkpoint, items, options.batch_size, options.max_new_tokens, "questions asked", ranks)
     figure = {"model": options.model, "dataset": options.dataset, "perplexity": loss["perplexity"]}
-    write_figure({**figure, **accuracy(items, given)}, options.output)
+    if ranks.first:
+        write_figure({**figure, **accuracy(items, given)}, options.output)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, shared=True)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from casp.backend import load_backend
 from casp.budget import uniform_plan
 from casp.finetune.end_to_end import distill, divergence, final_norms, head_logits
-from casp.finetune.in_block import Masters, Training, relative_error, split, stalled, train, tunable_tensors
+from casp.finetune.in_block import Lessons, Masters, Training, relative_error, split, stalled, train, tunable_tensors
 from casp.finetune.teacher import Teacher
 from casp.model.capture import capture_inputs
 from casp.model.decoder import Decoder
@@ -35,7 +35,12 @@ class Quadratic:
 
     def train(self, epochs, rate=0.03, **kwargs):
         return train(
-            self.masters, self.loss, len(self.goals), Training(epochs, rate), torch.Generator().manual_seed(0), **kwargs
+            self.masters,
+            self.loss,
+            Lessons([1] * len(self.goals)),
+            Training(epochs, rate),
+            torch.Generator().manual_seed(0),
+            **kwargs,
         )
 
 

@@ -19,12 +19,12 @@ Stage = Callable[[Path, Path, Path], None]
 """model, text, root -> the stage's output in `root`."""
 
 
-def tiny_inputs(folder: Path) -> tuple[Path, Path]:
-    """A model of two blocks, a first and a last, and a text to calibrate on."""
+def tiny_inputs(folder: Path, blocks: int = 2) -> tuple[Path, Path]:
+    """A model of two blocks, a first and a last, or more, and a text to calibrate on."""
     spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).parents[1] / "conftest.py")
     tiny = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tiny)
-    config = LlamaConfig(**tiny.decoder_settings(num_hidden_layers=2))
+    config = LlamaConfig(**tiny.decoder_settings(num_hidden_layers=blocks))
     text = folder / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog, and sphinx of black quartz, judge my vow. " * 20)
     return tiny.text_checkpoint(LlamaForCausalLM, config, folder / "model", 1), text
