@@ -16,9 +16,11 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from casp_entry.torchrun import PROCESSES, processes
 
 from casp.cli import Parser, run_main
 from casp.demo.models import build
+from casp.job import LAUNCHER
 from casp.numbers import count
 from casp.reading.config import open_config
 from casp.reading.documents import read_json
@@ -61,9 +63,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def usage(arguments: Sequence[str], blocks: int) -> dict[str, float]:
-    """Seconds a block and peak bytes of `python -m ARGUMENTS`, run to its end; SystemExit where it fails."""
+    """Seconds a block and peak bytes of `python -m ARGUMENTS`, run to its end; SystemExit where it fails.
+
+    In as many processes as CASP_PROCESSES says: of their times the sum, of their peaks the highest.
+    """
     began = time.perf_counter()
-    child = subprocess.Popen([sys.executable, "-m", *arguments], stdout=sys.stderr)
+    child = subprocess.Popen([sys.executable, "-m", LAUNCHER, "-m", *arguments], stdout=sys.stderr)
     _, status, used = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
@@ -104,7 +109,8 @@ def measure(args: argparse.Namespace, scratch: Path) -> None:
         make_model(args, model)
     data = ["--samples", str(args.samples), "--sequence-length", str(args.sequence_length), "--dataset", "demo-text"]
     result = read_json(args.output, "the file of figures") if args.output.exists() else {"stages": {}}
-    result |= {"threads": torch.get_num_threads(), "shape": [args.hidden, args.intermediate, args.blocks]}
+    result |= {"processes": processes(os.environ.get(PROCESSES) or "1"), "threads": torch.get_num_threads()}
+    result |= {"shape": [args.hidden, args.intermediate, args.blocks]}
     for name in args.stages or [name for name in STAGES if name != "aqlm"]:
         target = scratch / name.replace(", ", "-")
         flags = [*STAGES[name], "--model", str(model)]

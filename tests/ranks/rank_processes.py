@@ -61,8 +61,15 @@ class Started:
 
     def _going(self) -> list:
         """Those that were not stopped."""
-        states = {p: Path(f"/proc/{p.pid}/stat").read_text().split()[2] for p in self.processes if p.is_alive()}
-        return [process for process in self.processes if states.get(process) != "T"]
+        return [process for process in self.processes if not _is_stopped(process.pid)]
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a process stands still after SIGSTOP."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False  # it has ended
 
 
 def _as_rank(rank: int, size: int, port: int, folder: Path, work, args: tuple) -> None:

@@ -89,6 +89,7 @@ def test_kills_of_random_ranks_at_random_moments(name, inputs, alone, tmp_path, 
     """Thirty of them, each followed by a run of another number of ranks that goes on."""
     root, chance, killed = tmp_path / "root", random.Random(name), 0
     alone(name)
+    together(2, stage, name, *inputs, tmp_path / "first")  # starts the process that the ranks are forked from
     began = time.monotonic()
     together(2, stage, name, *inputs, tmp_path / "timed")
     took = time.monotonic() - began
