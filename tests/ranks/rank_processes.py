@@ -32,6 +32,9 @@ class Started:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.folder = folder
+        for rank in range(size):
+            for kind in ("out", "err"):
+                (folder / f"{rank}.{kind}").touch()  # a rank may be ended before it has begun
         self.processes = [
             context.Process(target=_as_rank, args=(rank, size, port, folder, work, args)) for rank in range(size)
         ]
