@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -20,6 +21,7 @@ NAME = "casp"
 
 
 ROWS = 256  # queries whose attention is in memory together
+MOST_MASK = 1 << 26  # bytes of a mask of floats; a larger one is made for ROWS queries at a time
 
 
 @dataclass
@@ -106,7 +108,17 @@ def _attention(
         observer(call)
     if call.softcap is not None or call.sinks is not None:
         return _explicit(call, value), None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+    def fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)[0]
+
+    if attention_mask is None or 4 * attention_mask.numel() <= MOST_MASK or attention_mask.shape[2] == 1:
+        return fused(query, key, value, attention_mask), None
+    # The fused kernel makes a mask of floats of any other, for all the queries that it is given.
+    parts = [(query[:, :, rows], key, value, attention_mask[:, :, rows]) for rows in call.row_blocks()]
+    again = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    done = (checkpoint(fused, *part, use_reentrant=False) if again else fused(*part) for part in parts)
+    return torch.cat(list(done), dim=1), None
 
 
 def _explicit(call: AttentionCall, value: Tensor) -> Tensor:

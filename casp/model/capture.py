@@ -16,7 +16,7 @@ from casp.model.modality import visual_tokens
 
 _LOG = logging.getLogger("casp")
 
-MOST_MAP = 1 << 28  # bytes of attention maps from which the model's own attention is asked for in a form without them
+MOST_MAP = 1 << 25  # bytes of attention maps, of which eager attention holds several, from which it is not asked for
 TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 """How much of what a block adds may differ between its replay and the model's own forward."""
 

@@ -53,9 +53,8 @@ STAGE = [
     "--no-true-sequential",
     "--clip-search",
     "0",
-    "--dataset",
-    "demo-text",
 ]
+PLAN = ["--backend", "quip-sharp", "--bits", "2.1"]
 
 LENGTHS = (500, 1500, 5000)
 """Tokens of the longer samples."""
@@ -109,7 +108,7 @@ def formula_bytes(folder: Path, samples: int, sequence_length: int) -> int:
 
 
 def measure(config: PretrainedConfig, tokenizer_from: Path, samples: int, sequence_length: int) -> dict[str, int]:
-    """Sizes and the peak for one model, quantized in a process of its own."""
+    """Sizes and peaks of one model: quantized, its moments collected, its plan made, each in a process of its own."""
     scratch = Path(tempfile.mkdtemp(prefix="casp-memory-"))
     try:
         # A process of its own: what is forked from this one later starts with this one's peak as its own.
@@ -119,29 +118,41 @@ def measure(config: PretrainedConfig, tokenizer_from: Path, samples: int, sequen
         maker.join()
         if maker.exitcode:
             raise SystemExit(maker.exitcode)
-        arguments = ["-m", *STAGE, "--model", str(folder), "--output", str(scratch / "out"), "--samples", str(samples)]
-        peak = peak_bytes([*arguments, "--sequence-length", str(sequence_length)])
+        model = ["--model", str(folder)]
+        data = ["--dataset", "demo-text", "--samples", str(samples), "--sequence-length", str(sequence_length)]
+        peak = peak_bytes(["-m", *STAGE, *model, *data, "--output", str(scratch / "out")])
+        moments, plan = str(scratch / "moments"), str(scratch / "plan.json")
+        of_moments = peak_bytes(["-m", "casp.moments", *model, *data, "--output", moments])
+        costs = str(scratch / "costs")
+        of_plan = peak_bytes(
+            ["-m", "casp.plan", *model, *PLAN, "--moments", moments, "--costs", costs, "--output", plan]
+        )
         return {
             "checkpoint_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
             "formula_bytes": formula_bytes(folder, samples, sequence_length),
             "peak_bytes": peak,
+            "moments_peak_bytes": of_moments,
+            "plan_peak_bytes": of_plan,
         }
     finally:
         shutil.rmtree(scratch)
 
 
 def long_formula_bytes(decoder: Decoder, samples: int, tokens: int) -> int:
-    """What README's formula says beyond the libraries where samples are long: AT_ONCE padded ones a batch, float32."""
+    """What README's formula says beyond the libraries where samples are long: AT_ONCE padded ones a batch, float32.
+
+    Activations count twice: the C library keeps about as much of what was freed as is in use.
+    """
     counts = {name: parameter.numel() for name, parameter in decoder.model.named_parameters()}
     inside = decoder.blocks_path + "."
     rest = 4 * sum(count for name, count in counts.items() if not name.startswith(inside))
     block = 4 * sum(count for name, count in counts.items() if name.startswith(decoder.blocks[0] + "."))
     linears = [decoder.block(0).get_submodule(path) for path in decoder.linears(0).values()]
     moments = 4 * sum(linear.in_features**2 for linear in linears)
-    activations = 4 * AT_ONCE * tokens * sum(linear.out_features for linear in linears)
+    activations = 2 * 4 * AT_ONCE * tokens * sum(linear.out_features for linear in linears)
     attention = 3 * 4 * AT_ONCE * ROWS * tokens
     state = samples * (4 * tokens * decoder.hidden_size + tokens**2)
-    return max(rest + block, block + moments + activations + attention) + state
+    return max(rest + block + activations, block + moments + activations + attention) + state
 
 
 def write_chats(file: Path, samples: int, tokens: int) -> None:
