@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from casp.run.files import write_json
 from casp.run.outputs import check_file, make_output
 from casp_eval.memory import random_model
 from casp_eval.options import require_writable
+from casp_eval.scale_terms import Shape
 
 _QUANTIZE = ["--from-original", "--token-weights", "attention"]
 _TWO_BITS = ["--bits", "2", *_QUANTIZE]
@@ -41,7 +43,9 @@ STAGES: dict[str, list[str]] = {
     "aqlm": ["casp_aqlm", "--ft-epochs", "0", "--e2e-epochs", "0", *_QUANTIZE],
 }
 """Module and flags of each; from the quantizers on they read what "moments" collected. Nothing is fine-tuned."""
-_READERS = ("gptq", "quip-sharp", "plan", "aqlm")
+READERS = ("gptq", "quip-sharp", "plan", "aqlm")
+VOCABULARY = 49152
+"""Of demo-llama, and so of the random models, whose head is the embeddings."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,36 +66,53 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def usage(arguments: Sequence[str], blocks: int) -> dict[str, float]:
-    """Seconds a block and peak bytes of `python -m ARGUMENTS`, run to its end; SystemExit where it fails.
+@dataclass(frozen=True)
+class Usage:
+    """What a command took: seconds by the clock and of processors, and its peak bytes.
 
-    In as many processes as CASP_PROCESSES says: of their times the sum, of their peaks the highest.
+    Of several processes the sum of their processor seconds and the highest of their peaks.
+    """
+
+    seconds: float
+    processor_seconds: float
+    peak_bytes: int
+
+    def a_block(self, blocks: int) -> dict[str, float]:
+        """The record of a stage: seconds a block, and the peak."""
+        return {
+            "seconds_a_block": round(self.seconds / blocks, 1),
+            "processor_seconds_a_block": round(self.processor_seconds / blocks, 1),
+            "peak_bytes": self.peak_bytes,
+        }
+
+
+def usage(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Usage:
+    """Of `python -m ARGUMENTS`, run to its end in as many processes as CASP_PROCESSES says; SystemExit where it fails.
+
+    environment: more of it.
     """
     began = time.perf_counter()
-    child = subprocess.Popen([sys.executable, "-m", LAUNCHER, "-m", *arguments], stdout=sys.stderr)
+    command = [sys.executable, "-m", LAUNCHER, "-m", *arguments]
+    child = subprocess.Popen(command, stdout=sys.stderr, env={**os.environ, **(environment or {})})
     _, status, used = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise SystemExit(child.returncode)  # the stage has said why
-    return {
-        "seconds_a_block": round((time.perf_counter() - began) / blocks, 1),
-        "processor_seconds_a_block": round((used.ru_utime + used.ru_stime) / blocks, 1),
-        "peak_bytes": used.ru_maxrss * 1024,
-    }
+    return Usage(time.perf_counter() - began, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
 
 
-def make_model(args: argparse.Namespace, folder: Path) -> None:
-    """A random Llama of the shape asked for, bfloat16, with the tokenizer of demo-llama, in a process of its own."""
+def make_model(shape: Shape, folder: Path) -> None:
+    """A random Llama of a shape, bfloat16, with the tokenizer of demo-llama, in a process of its own."""
     small = build("demo-llama")
     config = open_config(small)
     config.update(
         {
-            "hidden_size": args.hidden,
-            "intermediate_size": args.intermediate,
-            "num_attention_heads": args.heads,
-            "num_key_value_heads": args.key_heads,
-            "num_hidden_layers": args.blocks,
-            "head_dim": args.hidden // args.heads,
+            "hidden_size": shape.hidden,
+            "intermediate_size": shape.intermediate,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.key_heads,
+            "num_hidden_layers": shape.blocks,
+            "head_dim": shape.hidden // shape.heads,
         }
     )
     # What is forked from this process later starts with its peak: the model must not be made in it.
@@ -102,26 +123,41 @@ def make_model(args: argparse.Namespace, folder: Path) -> None:
         raise SystemExit(maker.exitcode)
 
 
+def stage_flags(name: str, model: Path, scratch: Path, samples: int, length: int, batch: int = 8) -> list[str]:
+    """Module and flags of the stage `name`, which works in a folder of its name in `scratch`.
+
+    `scratch` holds the moments that some stages read.
+    """
+    target = scratch / name.replace(", ", "-")
+    flags = [*STAGES[name], "--model", str(model)]
+    if name == "plan":
+        flags += ["--output", str(target / "plan.json"), "--costs", str(target)]
+    else:
+        flags += ["--samples", str(samples), "--sequence-length", str(length), "--batch-size", str(batch)]
+        flags += ["--dataset", "demo-text", "--output", str(target)]
+    return flags + (["--moments", str(scratch / "moments")] if name in READERS else [])
+
+
+def shape_of(args: argparse.Namespace) -> Shape:
+    """The shape that the flags ask for, with the embeddings of demo-llama's vocabulary."""
+    return Shape(args.hidden, args.intermediate, args.heads, args.key_heads, args.blocks, VOCABULARY * args.hidden)
+
+
 def measure(args: argparse.Namespace, scratch: Path) -> None:
     """Run the stages, and write the output after each."""
-    model = scratch / "model"
+    model, shape = scratch / "model", shape_of(args)
     if not model.exists():
-        make_model(args, model)
-    data = ["--samples", str(args.samples), "--sequence-length", str(args.sequence_length), "--dataset", "demo-text"]
+        make_model(shape, model)
     result = read_json(args.output, "the file of figures") if args.output.exists() else {"stages": {}}
     result |= {"processes": processes(os.environ.get(PROCESSES) or "1"), "threads": torch.get_num_threads()}
     result |= {"shape": [args.hidden, args.intermediate, args.blocks]}
     for name in args.stages or [name for name in STAGES if name != "aqlm"]:
-        target = scratch / name.replace(", ", "-")
-        flags = [*STAGES[name], "--model", str(model)]
-        flags += ["--output", str(target / "plan.json"), "--costs", str(target)] if name == "plan" else data
-        flags += [] if name == "plan" else ["--output", str(target)]
-        flags += ["--moments", str(scratch / "moments")] if name in _READERS else []
-        result["stages"][name] = usage(flags, args.blocks)
+        flags = stage_flags(name, model, scratch, args.samples, args.sequence_length)
+        result["stages"][name] = usage(flags).a_block(args.blocks)
         print(name, result["stages"][name], flush=True)
         write_json(args.output, result)
         if name != "moments":
-            shutil.rmtree(target)
+            shutil.rmtree(scratch / name.replace(", ", "-"))
 
 
 def main() -> None:
