@@ -11,7 +11,8 @@ in place of the Hessian, ``1/2 E[(g^T D x)^2]`` a token; with x and g independen
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from itertools import chain, islice
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +23,13 @@ from casp.model.head import POSITIONS, head_logits
 from casp.model.inputs import BatchInputs, first_output, moved
 from casp.model.split import every_expert, expert_of
 from casp.moments.pool import top_up
-from casp.moments.second_moment import SecondMoment, Summands, absorb_all
+from casp.moments.second_moment import SecondMoment, Summands
+from casp.moments.statistics import Key, Statistics
 from casp.moments.weights import gradient_weights, tempered, typical_energy
-from casp.ranks import Message
 
 NO_LABEL = -100
+OUTPUTS = "outputs"
+"""The moment of the gradient at a linear's output."""
 SUREST = 0.9
 """Probability of a label above which a position is taken to be less sure than it is."""
 _HOTTEST, _HALVINGS = 64.0, 14  # the temperature is found to a part in 4,000
@@ -86,7 +89,7 @@ def temperatures(logits: Tensor, labels: Tensor) -> Tensor:
     return found
 
 
-class GradientStatistics:
+class GradientStatistics(Statistics):
     """What a block's backward passes tell, added up batch by batch.
 
     sizes: path of each linear, relative to the block -> (out_features, in_features); weightings: of "gradient" and
@@ -151,28 +154,25 @@ class GradientStatistics:
         self._energies[path].append(energies.cpu())
         self._counts[path].append(tokens.sum(-1).cpu())
 
-    def message(self) -> Message:
-        """What was told by the batches of this one, whose moments are `Summands`, for `absorb`."""
-        kept = list(self._moments())
-        sequences = {path: len(parts) for path, parts in self._counts.items()}
-        header = {"tokens": self.tokens, "moments": [moment.counts for moment in kept], "sequences": sequences}
-        seen = (part for path in sequences for part in (*self._energies[path], *self._counts[path]))
-        return Message(header, chain(seen, (product for moment in kept for product in moment.products)))
+    def moments_by_key(self) -> dict[Key, SecondMoment | Summands]:
+        """All moments, by path and weighting, and by path and OUTPUTS."""
+        found: dict[Key, SecondMoment | Summands] = {}
+        for path, of_input in self.inputs.items():
+            found |= {(path, name): moment for name, moment in of_input.items()} | {(path, OUTPUTS): self.outputs[path]}
+        return found
 
-    def absorb(self, message: Message) -> None:
-        """Add the batches of another one of the same sizes: the outcome is that of having run them here."""
-        tensors = iter(message.tensors)
-        self.tokens += message.header["tokens"]
-        for path, count in message.header["sequences"].items():
+    def told(self) -> tuple[dict[str, Any], Iterable[Tensor]]:
+        """How many tokens there were, and of each linear its sequences' energies and tokens."""
+        sequences = {path: len(parts) for path, parts in self._counts.items()}
+        seen = (part for path in sequences for part in (*self._energies[path], *self._counts[path]))
+        return {"tokens": self.tokens, "sequences": sequences}, seen
+
+    def hear(self, told: dict[str, Any], tensors: Iterator[Tensor]) -> None:
+        """Add what another one of the same sizes tells."""
+        self.tokens += told["tokens"]
+        for path, count in told["sequences"].items():
             self._energies[path] += [part.cpu() for part in islice(tensors, count)]
             self._counts[path] += [part.cpu() for part in islice(tensors, count)]
-        for moment, counts in zip(self._moments(), message.header["moments"], strict=True):
-            absorb_all(moment, counts, tensors)
-
-    def _moments(self) -> Iterator[SecondMoment | Summands]:
-        """All of them, in a fixed order."""
-        for path, of_input in self.inputs.items():
-            yield from (*of_input.values(), self.outputs[path])
 
     def energy(self, path: str) -> float:
         """E|g|^2 over the tokens, g the gradient at the linear's output: `casp.moments.weights.typical_energy`."""

@@ -1,7 +1,7 @@
 """Collecting moments: once forward through the blocks, then once backward, with one block in memory.
 
-Several ranks share out the batches. What a batch adds to the moments travels to rank 0, which adds it in the order of
-the batches, as one process alone does; the states of a batch are written and read by the rank whose it is.
+Several ranks share out the batches, and the moments: what a batch adds to one travels to the rank that adds that one up
+(`casp.moments.statistics`). The states of a batch are written and read by the rank whose it is.
 
 Every block's inputs are kept on disk, a file a batch in the compute dtype, until the backward pass has been there:
 samples x tokens x hidden size x bytes of the dtype for each block. The gradient that comes out of a block at its
@@ -29,7 +29,7 @@ from casp.moments.forward import InputStatistics
 from casp.moments.second_moment import SecondMoment, Summands
 from casp.moments.store import gradients_file, inputs_file, write_gradients, write_inputs
 from casp.moments.weights import by_gradient
-from casp.ranks import Message, Ranks
+from casp.ranks import Ranks
 from casp.reading.documents import read_json
 from casp.run.files import write_json, write_shard
 from casp.run.folder import WORK_PREFIX, WorkFolder
@@ -89,17 +89,33 @@ class Share:
         new(kind, number): statistics with moments of a kind, to which batch `number` is added first; see(number, to):
         run a batch of this rank and add it `to` those.
         """
-        found = new(SecondMoment, 0) if self.ranks.first else None
+        found, ranks = new(SecondMoment, 0), self.ranks
+        if ranks.size == 1:
+            for number in range(self.count):
+                see(number, found)
+            return found
+        for first in range(0, self.count, ranks.size):
+            self._add_round(range(first, min(first + ranks.size, self.count)), new, see, found)
+        for message in ranks.at_first(None if ranks.first else found.held()):
+            found.absorb(message)
+        return found if ranks.first else None
 
-        def told(number: int) -> Message:
-            alone = new(Summands, number)
-            see(number, alone)
-            return alone.message()
-
-        self.ranks.in_order(
-            range(self.count), lambda number: see(number, found), told, lambda message: found.absorb(message)
-        )
-        return found
+    def _add_round(
+        self,
+        numbers: range,
+        new: Callable[[type[SecondMoment] | type[Summands], int], Statistics],
+        see: Callable[[int, Statistics], None],
+        found: Statistics,
+    ) -> None:
+        """Run a batch a rank, all at the same time, then deal out what each adds, in the order of the batches."""
+        ranks, parts = self.ranks, None
+        own = numbers.start + ranks.rank
+        if own in numbers:
+            alone = new(Summands, own)
+            see(own, alone)
+            parts = alone.parts(ranks)
+        for number in numbers:
+            found.absorb(ranks.dealt(parts if number == own else None, number % ranks.size))
 
 
 def collect(
@@ -171,13 +187,13 @@ def _forward(
     for index in counted(left, f"{work.stage}, forward"):
         began = time.perf_counter()
         found = _forward_through(decoder, index, share, states, device, dtype, weightings, few)
+        decoder.unload_block(index)
         if found is not None:
             found.top_up(index)
             work.check_sources()
             write_inputs(work.result / inputs_file(index), found, index)
             if not keep:
                 states.remove(index)
-        decoder.unload_block(index)
         return_freed_memory()
         work.log(f"block {index} forward in {time.perf_counter() - began:.1f} s")
 
@@ -200,7 +216,7 @@ def _forward_through(
         to.run(Visit(index, block, linears, [one], device))
         states.write(index + 1, number, one.hidden)
 
-    return share.added_up(lambda kind, number: InputStatistics(paths, weightings, few - number, kind), see)
+    return share.added_up(lambda kind, number: InputStatistics(paths, weightings, few - number, device, kind), see)
 
 
 def _head(
@@ -252,13 +268,13 @@ def _backward(
     for index in counted(left[::-1], f"{work.stage}, backward"):
         began = time.perf_counter()
         found = _backward_through(decoder, index, share, states, gradients, device, dtype, weightings)
+        decoder.unload_block(index)
         if found is not None:
             found.top_up(index)
             work.check_sources()
             write_gradients(work.result / gradients_file(index), index, found, losses, loss)
             gradients.remove(index + 1)
             states.remove(index)
-        decoder.unload_block(index)
         return_freed_memory()
         work.log(f"block {index} backward in {time.perf_counter() - began:.1f} s")
 

@@ -1,7 +1,8 @@
 """Moments of the inputs of a block's linears, from running it forward."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,17 +13,18 @@ from casp.moments.density import AttentionDensity
 from casp.moments.influence import BlockInfluence
 from casp.moments.pool import top_up
 from casp.moments.second_moment import SecondMoment, Summands, absorb_all
+from casp.moments.statistics import Key, Statistics
 from casp.moments.weights import checked_attention
 from casp.ranks import Message
 from casp.walk import Visit, shared_inputs
 
 
-class InputStatistics:
+class InputStatistics(Statistics):
     """What a block's forward passes tell, added up batch by batch.
 
     paths: of the block's linears, relative to it; weightings: of "none" and "attention", those wanted;
-    density_batches: how many batches the attention's density is measured on; moment: what products are added to, a
-    `SecondMoment`, or `Summands` for a few batches that are to be added elsewhere, by `message` and `absorb`.
+    density_batches: how many batches the attention's density is measured on; device: of the
+    moments; moment: what products are added to, a `SecondMoment`, or `Summands` for batches that are added elsewhere.
 
     groups: paths of linears that share an input, in the order of computation; moments: of each group's input, by the
     group's first path and the weighting; tokens: how many entered, padding left out.
@@ -33,10 +35,11 @@ class InputStatistics:
         paths: Iterable[str],
         weightings: Iterable[str],
         density_batches: int,
+        device: torch.device | str = "cpu",
         moment: Callable[[int, torch.device], SecondMoment | Summands] = SecondMoment,
     ) -> None:
         self.paths, self.weightings, self.density_batches = list(paths), tuple(weightings), density_batches
-        self._moment = moment
+        self._moment, self._device = moment, torch.device(device)
         self.groups: list[list[str]] = []
         self.moments: dict[str, dict[str, SecondMoment | Summands]] = {}
         self.tokens, self.batches = 0, 0
@@ -56,12 +59,8 @@ class InputStatistics:
         def leave(hidden: Tensor, left: Tensor, batch: BatchInputs) -> None:
             if not self.groups:
                 inputs = {path: x for path, (x, _) in entered.items()}
-                self.groups = shared_inputs(inputs, self.paths, visit.index)
-                sizes = {group[0]: inputs[group[0]].shape[-1] for group in self.groups}
-                self.moments = {
-                    path: {name: self._moment(size, visit.device) for name in self.weightings}
-                    for path, size in sizes.items()
-                }
+                groups = shared_inputs(inputs, self.paths, visit.index)
+                self._begin(groups, {group[0]: inputs[group[0]].shape[-1] for group in groups})
             for path, by_weighting in self.moments.items():
                 x, seen = entered[path]
                 weights = seen.of_rows(received[0])[seen.tokens] if received else None
@@ -76,27 +75,36 @@ class InputStatistics:
         observers = {path: lambda x, seen, path=path: entered.update({path: (x, seen)}) for path in self.paths}
         visit.replay(observers, attention=attend, output=leave, advance=True)
 
-    def message(self) -> Message:
-        """What was told by the batches of this one, whose moments are `Summands`, for `absorb`."""
-        kept = [(path, name, moment) for path, named in self.moments.items() for name, moment in named.items()]
+    def moments_by_key(self) -> dict[Key, SecondMoment | Summands]:
+        """All moments, by the first path of a group and the weighting."""
+        return {(path, name): moment for path, named in self.moments.items() for name, moment in named.items()}
+
+    def told(self) -> tuple[dict[str, Any], Iterable[Tensor]]:
+        """What is known besides the moments."""
         header = {
             "tokens": self.tokens,
             "batches": self.batches,
             "influence": self.influence.state(),
             "density": self.density.state(),
-            "moments": [[path, name, moment.counts] for path, name, moment in kept],
+            "groups": self.groups,
+            "sizes": {path: next(iter(named.values())).size for path, named in self.moments.items()},
         }
-        return Message(header, (product for _, _, moment in kept for product in moment.products))
+        return header, ()
 
-    def absorb(self, message: Message) -> None:
-        """Add the batches of another one, which have the same groups: the outcome is that of having run them here."""
-        header, products = message.header, iter(message.tensors)
-        self.tokens += header["tokens"]
-        self.batches += header["batches"]
-        self.influence.absorb(header["influence"])
-        self.density.absorb(header["density"])
-        for path, name, counts in header["moments"]:
-            absorb_all(self.moments[path][name], counts, products)
+    def hear(self, told: dict[str, Any], tensors: Iterator[Tensor]) -> None:
+        """Add what another one tells, which has the same groups."""
+        self.tokens += told["tokens"]
+        self.batches += told["batches"]
+        self.influence.absorb(told["influence"])
+        self.density.absorb(told["density"])
+        if not self.groups:
+            self._begin(told["groups"], told["sizes"])
+
+    def _begin(self, groups: list[list[str]], sizes: Mapping[str, int]) -> None:
+        self.groups = groups
+        self.moments = {
+            path: {name: self._moment(size, self._device) for name in self.weightings} for path, size in sizes.items()
+        }
 
     def top_up(self, index: int) -> None:
         """After all batches: experts of block `index` that saw few tokens borrow (`casp.moments.pool`)."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from casp.errors import UserError
+from casp.linear import is_finite
 from casp.moments.symmetric import mirror_, panels
 
 NOT_FINITE = (
@@ -37,10 +38,34 @@ class SecondMoment:
     def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
         self.size = size
         self.count = 0.0
-        dtype = sum_dtype(size)
-        self._panels = [
-            torch.zeros(rows.stop - rows.start, size - rows.start, dtype=dtype, device=device) for rows in _panels(size)
-        ]
+        self._device = torch.device(device)
+        self._sums: list[Tensor] = []  # made when something is added: some are added up by other ranks
+
+    @property
+    def _panels(self) -> list[Tensor]:
+        if not self._sums:
+            shapes = [(rows.stop - rows.start, self.size - rows.start) for rows in _panels(self.size)]
+            self._sums = [torch.zeros(s, dtype=sum_dtype(self.size), device=self._device) for s in shapes]
+        return self._sums
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was ever added."""
+        return not self._sums
+
+    @property
+    def counts(self) -> list[float]:
+        """As of a `Summands` to which all tokens were added at once."""
+        return [self.count]
+
+    @property
+    def products(self) -> list[Tensor]:
+        """Likewise: the sums themselves, in the dtype that they are kept in."""
+        return self._panels
+
+    def forget(self) -> None:
+        """Give up what was added, and its memory."""
+        self.count, self._sums = 0.0, []
 
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
         """Add the tokens ``x`` (..., size), any float dtype; ``weights`` (...) at least 0, 1 when absent.
@@ -48,10 +73,10 @@ class SecondMoment:
         A token of weight 0 (padding) is left out, not multiplied by 0: whatever it holds, NaN included,
         counts for nothing. A weight of NaN is no padding: it makes the mean NaN, which `checked` tells.
         """
-        self.absorb(*_products(x, weights, self.size, self._panels[0].device))
+        self.absorb(*_products(x, weights, self.size, self._device))
 
     def absorb(self, count: float, products: Iterable[Tensor]) -> None:
-        """Add one `add` of a `Summands`: how much its tokens count, and its products, as many as there are panels."""
+        """Add one `add` of a `Summands`, or what another moment holds: how much it counts, and a product a panel."""
         self.count += count
         for panel, product in zip(self._panels, products, strict=True):
             panel += product.to(panel.device)
@@ -59,7 +84,7 @@ class SecondMoment:
     @classmethod
     def total(cls, parts: Sequence["SecondMoment"]) -> "SecondMoment":
         """Of the tokens of all `parts` together, which are of one size."""
-        found = cls(parts[0].size, parts[0]._panels[0].device)
+        found = cls(parts[0].size, parts[0]._device)
         for part in parts:
             found.count += part.count
             for panel, more in zip(found._panels, part._panels, strict=True):
@@ -101,7 +126,7 @@ class SecondMoment:
             part = (panel / (self.count or 1.0))[_upper(panel)]
             found[start : start + len(part)] = part
             start += len(part)
-        if not torch.isfinite(found).all():
+        if not is_finite(found):
             raise UserError(f"{name}: {NOT_FINITE}")
         return found
 

@@ -25,8 +25,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from casp.errors import UserError, told_as
+from casp.linear import is_finite
 from casp.model.decoder import Decoder
-from casp.moments.backward import GradientStatistics
+from casp.moments.backward import OUTPUTS, GradientStatistics
 from casp.moments.forward import InputStatistics
 from casp.moments.second_moment import SecondMoment, unpacked
 from casp.moments.weights import by_gradient, weighting_parts
@@ -39,7 +40,6 @@ from casp.run.folder import RESULT
 from casp.run.outputs import KINDS, read_record
 
 _HEADER = "block"  # key of the header
-_OUTPUTS = "outputs"
 REMEDY = "hessian_offline_*.sh"
 _AGAIN = f"collect the moments again with {REMEDY} and another --output"
 
@@ -55,7 +55,7 @@ def gradients_file(index: int) -> str:
 
 
 def write_inputs(file: Path, found: InputStatistics, index: int) -> None:
-    """What the forward passes of block `index` told; UserError for NaN and where no token counts."""
+    """What the forward passes of block `index` told, moments forgotten; UserError for NaN and where no token counts."""
     header = {
         "groups": found.groups,
         "tokens": found.tokens,
@@ -67,16 +67,22 @@ def write_inputs(file: Path, found: InputStatistics, index: int) -> None:
 
 
 def write_gradients(file: Path, index: int, found: GradientStatistics, losses: int, loss: float) -> None:
-    """What the backward passes of block `index` told; losses: positions with a loss, loss: their sum in nats."""
+    """What the backward passes of block `index` told, whose moments are forgotten.
+
+    losses: positions with a loss; loss: their sum in nats.
+    """
     energy = {path: found.energy(path) for path in found.outputs}
     header = {"energy": energy, "tokens": found.tokens, "losses": losses, "loss": loss, "counts": found.counts()}
-    moments = {f"{path}/{_OUTPUTS}": moment for path, moment in found.outputs.items()}
+    moments = {f"{path}/{OUTPUTS}": moment for path, moment in found.outputs.items()}
     moments |= {f"{path}/{name}": moment for path, named in found.inputs.items() for name, moment in named.items()}
     _write(file, index, header, moments)
 
 
 def _write(file: Path, index: int, header: dict[str, Any], moments: Mapping[str, SecondMoment]) -> None:
-    tensors = {name: moment.triangle(f"block {index}, {name}") for name, moment in moments.items()}
+    tensors = {}
+    for name, moment in moments.items():
+        tensors[name] = moment.triangle(f"block {index}, {name}")
+        moment.forget()  # the sums of a block and its triangles together are twice the memory
     header["sha256"] = {name: digest(tensor) for name, tensor in tensors.items()}
     write_shard(file, tensors, {_HEADER: json.dumps({"header": header, "sha256": _header_digest(header)})})
 
@@ -137,22 +143,22 @@ class LinearMoments:
     @property
     def gradient_moment(self) -> Tensor:
         """``G = E[g g^T]``, (out, out) float32, of trace `energy`; UserError without a backward pass."""
-        found = self._read(_OUTPUTS)
+        found = self._read(OUTPUTS)
         return found * self.energy
 
     def _read(self, part: str) -> Tensor:
-        of_gradients = part == _OUTPUTS or by_gradient(part)
+        of_gradients = part == OUTPUTS or by_gradient(part)
         file = self.folder / (gradients_file if of_gradients else inputs_file)(self.block)
         name = f"{self.path if of_gradients else self.group}/{part}"
         if name not in self.digests:
-            what = "gradients" if part == _OUTPUTS else f"token weights {part!r}"
+            what = "gradients" if part == OUTPUTS else f"token weights {part!r}"
             raise UserError(f"{self.folder} was collected without {what}; {_AGAIN}.")
         with told_as(f"{file} is damaged", _AGAIN), safe_open(file, "pt") as stored:
             triangle = stored.get_tensor(name)
         if digest(triangle) != self.digests[name]:
             raise UserError(f"{file} is not what the moments' stage wrote; {_AGAIN}.")
         may_be_zero = of_gradients and not self.energy  # no loss depends on this linear
-        if not torch.isfinite(triangle).all() or not (may_be_zero or triangle.any()):
+        if not is_finite(triangle) or not (may_be_zero or triangle.any()):
             raise UserError(f"{file}: the moment {name} is zero or not finite; {_AGAIN}.")
         return unpacked(triangle)
 

@@ -59,11 +59,15 @@ class Ranks:
 
         Greedy bin packing: the dearest first, each to whom least was given (Graham, SIAM J. Appl. Math. 17, 1969).
         """
+        return [item for item, rank in enumerate(self.owners(costs)) if rank == self.rank]
+
+    def owners(self, costs: Sequence[float]) -> list[int]:
+        """The rank of each item, as in `shared_out`: the same on all of them."""
         load, owner = [0.0] * self.size, [0] * len(costs)
         for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
             owner[item] = load.index(min(load))
             load[owner[item]] += costs[item]
-        return [item for item, rank in enumerate(owner) if rank == self.rank]
+        return owner
 
     def in_order(
         self,
@@ -83,9 +87,25 @@ class Ranks:
                 if self.first:
                     here(item)
                 else:
-                    self._send(away(item))
+                    self._send(away(item), 0)
             elif self.first:
                 absorb(self._receive(owner))
+
+    def dealt(self, parts: Sequence[Message] | None, owner: int) -> Message:
+        """This rank's part of what rank `owner` found, which gives `parts`, one for each rank; None on the others."""
+        if self.rank != owner:
+            return self._receive(owner)
+        for rank, message in enumerate(parts):
+            if rank != owner:
+                self._send(message, rank)
+        return parts[owner]
+
+    def at_first(self, message: Message) -> Iterator[Message]:
+        """On rank 0 what each of the others found, one after the other, each to be read before the next."""
+        if not self.first:
+            self._send(message, 0)
+        else:
+            yield from map(self._receive, range(1, self.size))
 
     def gathered(self, found: Any) -> list[Any]:
         """What each rank found, JSON-able, in the order of the ranks, for all of them."""
@@ -100,23 +120,23 @@ class Ranks:
         parts = self.gathered(list(found))
         return [parts[item % self.size][item // self.size] for item in range(sum(map(len, parts)))]
 
-    def everywhere(self, message: Message | None) -> Message:
-        """What rank 0 found, for all ranks; None on the others."""
+    def everywhere(self, message: Message | None, owner: int = 0) -> Message:
+        """What rank `owner` found, for all ranks; None on the others."""
         if self.size == 1:
             return message
-        tensors = [self._outgoing(tensor) for tensor in message.tensors] if self.first else []
-        words = _words(message.header, tensors) if self.first else b""
+        tensors = [self._outgoing(tensor) for tensor in message.tensors] if self.rank == owner else []
+        words = _words(message.header, tensors) if self.rank == owner else b""
         with self._waiting(), _contact():
             length = torch.tensor([len(words)])
-            dist.broadcast(length, 0)
-            letters = torch.frombuffer(bytearray(words), dtype=torch.uint8) if self.first else _letters(length)
-            dist.broadcast(letters, 0)
+            dist.broadcast(length, owner)
+            letters = torch.frombuffer(bytearray(words), dtype=torch.uint8) if self.rank == owner else _letters(length)
+            dist.broadcast(letters, owner)
             header, form = json.loads(letters.numpy().tobytes().decode(_JSON))
-            if not self.first:
+            if self.rank != owner:
                 tensors = [_empty(*one) for one in form]
             for tensor in tensors:
                 if tensor.numel():
-                    dist.broadcast(tensor, 0)
+                    dist.broadcast(tensor, owner)
         return Message(header, tensors)
 
     def told(self, of_first: Callable[[], Any]) -> Any:
@@ -148,15 +168,15 @@ class Ranks:
                 time.sleep(_POLL)
             return json.loads(self._store.get(key))
 
-    def _send(self, message: Message) -> None:
+    def _send(self, message: Message, rank: int) -> None:
         tensors = [self._outgoing(tensor) for tensor in message.tensors]
         words = _words(message.header, tensors)
         with self._waiting(), _contact():
-            dist.send(torch.tensor([len(words)]), 0)
-            dist.send(torch.frombuffer(bytearray(words), dtype=torch.uint8), 0)
+            dist.send(torch.tensor([len(words)]), rank)
+            dist.send(torch.frombuffer(bytearray(words), dtype=torch.uint8), rank)
             for tensor in tensors:
                 if tensor.numel():
-                    dist.send(tensor, 0)
+                    dist.send(tensor, rank)
 
     def _receive(self, rank: int) -> Message:
         with self._waiting(), _contact():

@@ -60,12 +60,16 @@ SMALL: list[tuple[Shape, Data, tuple[str, ...], tuple[int, ...]]] = [
     (_SMALL, Data(64, 256, 4), ("moments", "gptq"), (2, 3)),
 ]
 """Shapes, data, stages and ranks that are measured by default: each against the first differs in one thing."""
-WIDE = [
-    (replace(MODELS[name], blocks=1, rest=VOCABULARY * MODELS[name].hidden), Data(4, 256), tuple(TERMS), (1,))
-    for name in ("7B", "13B", "70B")
-]
-"""One block at the width of real models."""
-CASES = {"small": SMALL, "wide": WIDE}
+CASES = {
+    "small": SMALL,
+    **{
+        name: [
+            (replace(MODELS[name], blocks=1, rest=VOCABULARY * MODELS[name].hidden), Data(4, 256), tuple(TERMS), (1,))
+        ]
+        for name in ("7B", "13B", "70B")
+    },
+}
+"""What is measured together; of real models one block at their width."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="*",
         choices=CASES,
         default=["small"],
-        help="what is measured: small = minutes, wide = one block at the width of 7B, 13B and 70B, hours and 15 GB; "
+        help="what is measured: small = half an hour, 7B, 13B, 70B = one block of that width, minutes to hours; "
         "nothing after the flag = only the tables of what is known (default: small)",
     )
     flags.add_argument("--stages", nargs="+", choices=TERMS, help="measure these alone (default: all)")

@@ -116,8 +116,8 @@ def report(
     machines = [cpu_host(cores), *map(gpus, counts)]
     return f"""# Time and memory against width, depth, tokens and ranks
 
-`bash eval/scripts/scale.sh --output eval/results/scale` (and `--cases wide`) measures the points at the end of this
-page, fits them, and writes it.
+`bash eval/scripts/scale.sh --output eval/results/scale` (and `--cases 7B 13B 70B`) measures the points at the end of
+this page, fits them, and writes it.
 
 ## Predicted, not measured
 
@@ -130,8 +130,8 @@ By stage (svd is one process everywhere):
 
 {predictions(fits, shapes, data, machines)}
 
-What is assumed of these machines, none of which was measured: {SHARE:.0%} of what a data sheet says is reached. A GPU is
-an A100 of 80 GB, {GPU_FLOPS / 1e12:g} Tflop/s in float32 and {GPU_BYTES / 1e12:g} TB/s (NVIDIA's data sheet); the
+What is assumed of these machines, none of which was measured: {SHARE:.0%} of what a data sheet says is reached. A GPU
+is an A100 of 80 GB, {GPU_FLOPS / 1e12:g} Tflop/s in float32 and {GPU_BYTES / 1e12:g} TB/s (NVIDIA's data sheet); the
 measured core has {CORE_FLOPS / 1e9:.0f} Gflop/s and adds {CORE_BYTES / 1e9:.0f} GB/s. Two GPUs are joined by
 {LINK_BYTES / 1e9:.0f} GB/s (PCI Express 4.0). Rounding runs {LAUNCHES} kernels a column, {LAUNCH * 1e6:.0f}
 microseconds each to start. Starting, reading, packing and hashing files take what they take on the measured core, once
