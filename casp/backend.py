@@ -38,9 +38,11 @@ class Backend(Protocol):
     arguments, that has the attributes below. One that can do the work on a moment once for all matrices which share it
     (q, k and v, or one matrix in several formats) has besides
 
-        quantize_group(matrices: Sequence[Matrix], hessian: Tensor, **settings) -> Iterator[dict[str, Tensor]]
+        quantize_group(matrices: Sequence[Matrix], hessian: Tensor, wanted: Sequence[int], **settings)
+            -> Iterator[dict[str, Tensor]]
 
-    whose n-th outcome is what `quantize` returns for the n-th matrix; of a group of one, to the byte. One whose errors
+    whose outcomes are what `quantize` returns for the matrices numbered `wanted`, in that order; of a group of one, to
+    the byte. They must not depend on which others are wanted: other processes may make those. One whose errors
     are to each other as the distortions of its formats, where these are small, may say them, so that a plan need not
     try each of them:
 
@@ -95,14 +97,22 @@ class Backend(Protocol):
 
 
 def quantized(
-    backend: Backend, matrices: Sequence[Matrix], hessian: Tensor, settings: Mapping[str, Any]
+    backend: Backend,
+    matrices: Sequence[Matrix],
+    hessian: Tensor,
+    settings: Mapping[str, Any],
+    wanted: Sequence[int] | None = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """The state dicts of `matrices`, quantized in turn under the moment (in, in) of the input that they share."""
+    """The state dicts of `matrices`, quantized in turn under the moment (in, in) of the input that they share.
+
+    wanted: the numbers of those that are made, ascending; all by default.
+    """
+    wanted = range(len(matrices)) if wanted is None else wanted
     together = getattr(backend, "quantize_group", None)
     if together is not None:
-        yield from together(matrices, hessian, **settings)
+        yield from together(matrices, hessian, wanted, **settings)
         return
-    for one in matrices:
+    for one in (matrices[number] for number in wanted):
         weight = one.weight.float()
         yield backend.quantize(weight, hessian, one.format, one.generator, name=one.name, **settings)
 

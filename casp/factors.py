@@ -40,16 +40,18 @@ def quantized_factors(
 
 
 def low_rank_module(
-    linear: nn.Linear, rank: int, formats: Sequence[Format], backend: Backend, made: RoundedFactors
+    linear: nn.Linear,
+    rank: int,
+    formats: Sequence[Format],
+    backend: Backend,
+    stored: Sequence[Mapping[str, Tensor]],
 ) -> LowRankLinear:
-    """The module that stands in for `linear`: both factors of `made` quantized, its bias with `up`."""
+    """The module that stands in for `linear`: `stored`, of down and up, in these `formats`, its bias with `up`."""
     has_bias, dtype, device = linear.bias is not None, linear.weight.dtype, linear.weight.device
     module = LowRankLinear(linear.in_features, linear.out_features, rank, has_bias, dtype=dtype, device="meta")
     shapes = ((rank, linear.in_features, False), (linear.out_features, rank, has_bias))
-    for which, format, stored, (rows, columns, bias) in zip(
-        FACTORS, formats, (made.stored_down, made.stored_up), shapes, strict=True
-    ):
+    for which, format, tensors, (rows, columns, bias) in zip(FACTORS, formats, stored, shapes, strict=True):
         factor = backend.linear(rows, columns, bias, format, dtype=dtype, device=device)
-        factor.load_state_dict({**stored, "bias": linear.bias.detach()} if bias else stored)
+        factor.load_state_dict({**tensors, "bias": linear.bias.detach()} if bias else tensors)
         setattr(module, which, factor)
     return module

@@ -63,25 +63,27 @@ class GPTQ:
         Nothing here is random: `generator` is ignored.
         """
         one = Matrix(weight, format, generator, settings.pop("name", "the weight"))
-        return next(self.quantize_group([one], hessian, **settings))
+        return next(self.quantize_group([one], hessian, [0], **settings))
 
     def quantize_group(
         self,
         matrices: Sequence[Matrix],
         hessian: Tensor,
+        wanted: Sequence[int],
         *,
         damping: float = 0.01,
         act_order: bool = True,
         **settings: Any,
     ) -> Iterator[dict[str, Tensor]]:
-        """Quantize matrices that share an input, whose moment is ordered and factored once.
+        """Quantize those numbered `wanted` of matrices that share an input, whose moment is ordered and factored once.
 
         settings: those of `casp_gptq.gptq.gptq_quantize`.
         """
-        for one in matrices:
+        mine = [matrices[number] for number in wanted]
+        for one in mine:
             check_inputs(one.weight, hessian, one.name)
         moment = Moment.of(hessian, damping, act_order, matrices[0].name)
-        for one in matrices:
+        for one in mine:
             bits, group_size = one.format["bits"], one.format["group_size"]
             found = quantize_under(one.weight, moment, bits, group_size, act_order=act_order, **settings)
             yield pack_tensors(found, bits)

@@ -27,7 +27,8 @@ from casp.model.capture import capture_inputs
 from casp.model.decoder import Decoder
 from casp.moments.forward import block_moments
 from casp.numbers import count
-from casp.quantize import Method, quantize_blocks, weighted_error
+from casp.quantize import quantize_blocks
+from casp.rounding import Method, weighted_error
 from casp.run.files import write_json
 from casp.run.outputs import check_file, make_output
 from casp.run.writer import RunFolder

@@ -54,7 +54,7 @@ class Quantizing:
     model: as on the command line; output: None for its usual place; from_original: pass over the SVD stage's output;
     bits_budget (an original weight), target_bytes_of (a checkpoint): at most one of them, as the budget; plan: of ranks
     and formats, a file; moments: collected before, a folder, None to find them; token_weights: None for the best that
-    there are; true_sequential: see `casp.quantize.Method`; given: the flags, and carry: a file instead of them, for the
+    there are; true_sequential: see `casp.rounding.Method`; given: the flags, and carry: a file instead of them, for the
     recipe in the checkpoint (`casp.run.recipe`), which decides no bytes besides its own; allow_partial: see
     `Decoder.require_share`.
     """

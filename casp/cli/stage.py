@@ -27,9 +27,10 @@ from casp.moments.find import ON_THE_WAY, choose_weighting, find_moments
 from casp.moments.store import REMEDY, Moments
 from casp.plan.file import Plan as RankPlan
 from casp.plan.file import read_plan
-from casp.quantize import Method, measure_block_influence, quantize_blocks
+from casp.quantize import measure_block_influence, quantize_blocks
 from casp.ranks import here
 from casp.reading.documents import parse_json, read_json
+from casp.rounding import Method
 from casp.run.digest import content_hash
 from casp.run.files import write_json, write_shard
 from casp.run.folder import WORK_PREFIX, check_places

@@ -136,7 +136,7 @@ class Ranks:
                 tensors = [_empty(*one) for one in form]
             for tensor in tensors:
                 if tensor.numel():
-                    dist.broadcast(tensor, owner)
+                    dist.broadcast(_flat(tensor), owner)
         return Message(header, tensors)
 
     def told(self, of_first: Callable[[], Any]) -> Any:
@@ -176,7 +176,7 @@ class Ranks:
             dist.send(torch.frombuffer(bytearray(words), dtype=torch.uint8), rank)
             for tensor in tensors:
                 if tensor.numel():
-                    dist.send(tensor, rank)
+                    dist.send(_flat(tensor), rank)
 
     def _receive(self, rank: int) -> Message:
         with self._waiting(), _contact():
@@ -195,7 +195,7 @@ class Ranks:
             found = _empty(*one)
             if found.numel():
                 with self._waiting(), _contact():
-                    dist.recv(found, rank)
+                    dist.recv(_flat(found), rank)
             yield found
 
     @contextmanager
@@ -215,6 +215,11 @@ def _words(header: Any, tensors: Sequence[Tensor]) -> bytes:
 
 def _letters(length: Tensor) -> Tensor:
     return torch.empty(int(length), dtype=torch.uint8)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The bytes of a contiguous tensor: not every type that is stored has a way of its own."""
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _empty(dtype: str, shape: list[int], device: str) -> Tensor:

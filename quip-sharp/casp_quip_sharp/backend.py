@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from casp.backend import Matrix
 from casp_quip_sharp.codebook import FAMILIES, codebook_of, rates
 from casp_quip_sharp.linear import TUNED, QuipSharpLinear, tensor_shapes
-from casp_quip_sharp.quantize import SharedInput, quantize_matrix
+from casp_quip_sharp.quantize import SharedInput, draw_signs, quantize_matrix
 
 
 class QuipSharp:
@@ -61,19 +61,29 @@ class QuipSharp:
         generator draws the signs of both sides (a CPU generator, whatever the weight's device).
         """
         one = Matrix(weight, format, generator, settings.pop("name", "weight"))
-        return next(self.quantize_group([one], hessian, **settings))
+        return next(self.quantize_group([one], hessian, [0], **settings))
 
     def quantize_group(
-        self, matrices: Sequence[Matrix], hessian: Tensor, *, damping: float = 0.01, **settings: Any
+        self,
+        matrices: Sequence[Matrix],
+        hessian: Tensor,
+        wanted: Sequence[int],
+        *,
+        damping: float = 0.01,
+        **settings: Any,
     ) -> Iterator[dict[str, Tensor]]:
-        """Quantize matrices that share an input, and so the signs of that side and the moment in that basis.
+        """Quantize those numbered `wanted` of matrices that share an input, its signs and the moment in that basis.
 
-        The first matrix draws these signs, each those of its outputs. settings: those of `quantize_matrix`.
+        The first matrix draws these signs, wanted or not, each those of its outputs. settings: those of
+        `quantize_matrix`.
         """
         shared = SharedInput(hessian, damping, matrices[0].name)
-        for one in matrices:
+        for number, one in enumerate(matrices):
             tuned = one.format.get("vectors") == TUNED
             codebook = codebook_of(one.format)
+            if number not in wanted:
+                draw_signs(*one.weight.shape, shared, codebook, one.generator)
+                continue
             yield quantize_matrix(one.weight, shared, codebook, one.generator, tuned=tuned, name=one.name, **settings)
 
     def linear(

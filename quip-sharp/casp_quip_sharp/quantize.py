@@ -140,6 +140,13 @@ def round_best(ranked: Sequence[Candidate], codebook: Codebook, sweeps: int) -> 
     return candidate, rounded
 
 
+def draw_signs(
+    rows: int, columns: int, shared: SharedInput, codebook: Codebook, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """The packed signs of a matrix' outputs and, if it is the first of its (padded) inputs, of those."""
+    return random_signs(rows, generator), shared.signs(padded(columns, codebook), generator)
+
+
 def quantize_matrix(
     weight: Tensor,
     shared: SharedInput,
@@ -171,8 +178,7 @@ def quantize_matrix(
             "take both from the same layer."
         )
     device, extra = weight.device, padded(columns, codebook) - columns
-    out_signs = random_signs(rows, generator).to(device)
-    in_signs = shared.signs(columns + extra, generator).to(device)
+    out_signs, in_signs = (signs.to(device) for signs in draw_signs(rows, columns, shared, codebook, generator))
     out_vector, in_vector = unpack_signs(out_signs, rows), unpack_signs(in_signs, columns + extra)
     weight = weight.float()
     scalings = POWERS if tuned and search_scale else POWERS[:1]

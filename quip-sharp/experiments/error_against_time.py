@@ -17,7 +17,7 @@ from casp.cli import Parser, model_folder, run_main
 from casp.model.decoder import Decoder
 from casp.moments.find import ON_THE_WAY
 from casp.moments.store import Moments
-from casp.quantize import weighted_error
+from casp.rounding import weighted_error
 from casp.run.files import write_json
 from casp.seed import matrix_generator
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from casp.backend import load_backend
 from casp.errors import UserError
-from casp.quantize import weighted_error
+from casp.rounding import weighted_error
 
 SETTINGS = {"max_rounds": 2, "name": "layer"}
 

@@ -13,7 +13,7 @@ from casp_aqlm.published import published_aqlm, residual_k_means, search_codes
 from casp_aqlm.quantize import quantize_additive
 from casp_aqlm.scheme import Scheme
 
-from casp.quantize import weighted_error
+from casp.rounding import weighted_error
 
 SCHEME = Scheme(2, 4, 8)
 

@@ -18,7 +18,8 @@ from casp.budget import uniform_plan
 from casp.cli import base_model
 from casp.errors import UserError
 from casp.model.decoder import Decoder
-from casp.quantize import Method, quantize_blocks
+from casp.quantize import quantize_blocks
+from casp.rounding import Method
 from casp.run.files import write_shard
 from casp.run.folder import LOG_FILE, WORK_PREFIX
 from casp.run.report import REPORT_FILE, merge_reports, read_report

@@ -13,7 +13,8 @@ from casp.finetune.in_block import Lessons, Masters, Training, relative_error, s
 from casp.finetune.teacher import Teacher
 from casp.model.capture import capture_inputs
 from casp.model.decoder import Decoder
-from casp.quantize import Method, quantize_blocks
+from casp.quantize import quantize_blocks
+from casp.rounding import Method
 from casp.run.folder import WORK_PREFIX
 from casp.run.writer import RunFolder
 

@@ -15,7 +15,7 @@ from casp.data import calibration_batches
 from casp.model.capture import capture_inputs
 from casp.model.decoder import Decoder
 from casp.moments.forward import block_moments
-from casp.quantize import weighted_error
+from casp.rounding import weighted_error
 from casp.walk import walk
 
 BLOCKS = (0, 3, 12)
