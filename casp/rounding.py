@@ -196,6 +196,7 @@ def round_all(visit: Visit, works: Sequence[Work], prefix: str, method: Method) 
         made = _made(visit, work, prefix, method, mine)
         found |= {start + number: one for number, one in zip(mine, made, strict=True)}
         start += len(work.paths)
+    ranks.did("matrices", len(found))
     reports: dict[str, dict[str, Any]] = {}
     for place, ((work, number), owner) in enumerate(zip(places, owners, strict=True)):
         one = found.get(place)

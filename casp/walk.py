@@ -106,9 +106,18 @@ class Visit:
         self.replay(advance=True)
 
     def block_influence(self) -> float:
-        """The block influence of the block as it is now, over the cached inputs."""
+        """The block influence of the block as it is now, over the cached inputs of all ranks that visit it."""
+        found: list[list[float]] = []
+
+        def see(entered: Tensor, left: Tensor, batch: BatchInputs) -> None:
+            of_batch = BlockInfluence()
+            of_batch.add(entered, left, batch.tokens)
+            found.append(of_batch.state())
+
+        self.replay(output=see)
         influence = BlockInfluence()
-        self.replay(output=lambda entered, left, batch: influence.add(entered, left, batch.tokens))
+        for state in self.ranks.by_item(found):
+            influence.absorb(state)
         return influence.value(self.index)
 
 

@@ -26,6 +26,7 @@ NEEDS = {
     "divergence.sh": ["--model", MISSPELT, "--original", MISSPELT],
     "lm_eval.sh": ["--model", MISSPELT, "--tasks", "any"],
     "lmms_eval.sh": ["--model", MISSPELT, "--tasks", "any"],
+    "scale.sh": ["--model", MISSPELT, "--output", "out", "--cases"],
     "compress.sh": ["--model", MISSPELT, "--backend", "gptq"],
     "plan.sh": ["--model", MISSPELT, "--backend", "gptq"],
     "casp_vs_baseline.sh": None,  # takes built-in models

@@ -31,7 +31,7 @@ from casp.moments.density import attention_density, density_batches
 from casp.moments.find import add_moments_argument, find_moments
 from casp.moments.store import REMEDY, BlockMoments
 from casp.numbers import real
-from casp.ranks import here, require_one
+from casp.ranks import here
 from casp.run.notes import warnings_of
 from casp.run.recipe import COMMAND, earlier_steps
 from casp.run.writer import RunFolder
@@ -72,7 +72,10 @@ def parser() -> argparse.ArgumentParser:
 def gather_moments(
     visit: Visit, whitening: str, paths: dict[str, str], generator: torch.Generator, known: BlockMoments | None
 ) -> dict[str, Whitening]:
-    """Role ("q", "k") -> what it is whitened by; {} when `whitening` is none. known: moments collected before."""
+    """Role ("q", "k") -> what it is whitened by; {} when `whitening` is none, and on ranks that only help rank 0.
+
+    known: moments collected before.
+    """
     if whitening == "none":
         return {}
     if whitening == "gradient":
@@ -81,11 +84,12 @@ def gather_moments(
     if whitening == "input":
         if known is not None:
             return {role: Whitening(known[paths[role]].hessian("none")) for role in "qk"}
-        groups = visit.input_groups([paths["q"], paths["k"]])  # of cross-attention each has an input of its own
+        # Of cross-attention each has an input of its own.
+        groups = visit.ranks.told(lambda: visit.input_groups([paths["q"], paths["k"]]))
         found = {path: moments for group in groups for moments in [input_moments(visit, group[0])] for path in group}
         return {role: found[paths[role]] for role in "qk"}
-    of_query, of_key = attention_moments(visit, paths["q"], paths["k"], paths["o"], generator)
-    return {"q": of_query, "k": of_key}
+    found = attention_moments(visit, paths["q"], paths["k"], paths["o"], generator)
+    return {} if found is None else dict(zip("qk", found, strict=True))
 
 
 def low_rank(
@@ -157,7 +161,7 @@ def compress_block(
             ranks[role] = rank
     moments = gather_moments(visit, factoring.whitening, visit.linears, generator, known) if ranks else {}
     report = {}
-    for role, rank in ranks.items():
+    for role, rank in ranks.items() if visit.ranks.first else ():  # the others read from the disk what rank 0 made
         path = visit.linears[role]
         with warnings_of("casp") as notes:
             module, error = low_rank(linears[role], rank, moments.get(role), factoring.damping, f"{name}.{path}")
@@ -195,11 +199,6 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--whitening gradient needs moments collected before; run {REMEDY}, or give --moments.")
     batches = None
     if moments is None or factoring.whitening == "attention":
-        require_one(
-            here(),
-            f"blocks that see data wait for each other; collect moments before with {REMEDY}, give --moments and "
-            "--whitening gradient or input",
-        )
         batches = calibration.batches(decoder.folder, compute.seed)
     settings = union(
         factoring.record(),

@@ -1,6 +1,6 @@
 """What stage 1 measures of a block: the moments that whiten W_q and W_k."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from casp.model.inputs import BatchInputs
 from casp.moments import SecondMoment
-from casp.moments.forward import block_moments
+from casp.moments.forward import added_up, block_moments
+from casp.moments.second_moment import Summands
 from casp.walk import Visit
 
 
@@ -53,10 +54,11 @@ def tracked_outputs(projections: list[nn.Module]) -> Iterator[list[Tensor]]:
 
 def attention_moments(
     visit: Visit, query: str, key: str, output: str, generator: torch.Generator
-) -> tuple[Whitening, Whitening]:
+) -> tuple[Whitening, Whitening] | None:
     """The moments under which an error of W_q or W_k costs what it changes in the attention's output.
 
-    query, key, output: paths of the projections relative to the block; generator: of the probes, on the CPU.
+    query, key, output: paths of the projections relative to the block; generator: of the probes, on the CPU. Ranks that
+    visit the block together share out the batches; rank 0 gets the moments, the others None.
 
     To first order an error D of W_q moves the attention's output y_i (after the output projection) by
     ``J_i D x_i`` with ``J_i = dy_i/dq_i``, and costs ``E[x^T D^T J^T J D x]``. A probe u of independent standard
@@ -72,30 +74,45 @@ def attention_moments(
     """
     projections = [visit.block.get_submodule(path) for path in (query, key)]
     project_out = visit.block.get_submodule(output)
-    inputs = [SecondMoment(module.in_features, visit.device) for module in projections]
-    gradients = [SecondMoment(module.out_features, visit.device) for module in projections]
-    entered: dict[str, Tensor] = {}
-    tokens: dict[str, Tensor] = {}
+    sizes = [size for module in projections for size in (module.in_features, module.out_features)]
+    shapes = visit.ranks.by_item([list(batch.tokens.shape) for batch in visit.inputs])
+    probes = _probes(shapes, project_out.out_features, generator)
 
-    def enter(path: str, x: Tensor, batch: BatchInputs) -> None:
-        entered[path] = x[batch.tokens]
-        tokens[path] = batch.tokens  # of cross-attention the keys are not those of the sequence
+    def see(number: int, one: Visit, moments: Sequence[SecondMoment | Summands]) -> None:
+        entered: dict[str, Tensor] = {}
+        tokens: dict[str, Tensor] = {}
 
-    def leave(attended: Tensor, batch: BatchInputs) -> None:
-        shape = (*attended.shape[:-1], project_out.out_features)
-        probe = torch.randn(shape, generator=generator).to(attended.device, attended.dtype)
-        probe = probe * batch.tokens[..., None]  # an error that only padding sees costs nothing
-        seen = torch.autograd.grad(attended, leaves, probe @ project_out.weight)
-        torch.set_grad_enabled(False)
-        for path, moment, gradient_moment, gradient in zip((query, key), inputs, gradients, seen, strict=True):
-            gradient = gradient[tokens[path]].float()
-            gradient_moment.add(gradient)
-            moment.add(entered[path], gradient.square().sum(-1))
+        def enter(path: str, x: Tensor, batch: BatchInputs) -> None:
+            entered[path] = x[batch.tokens]
+            tokens[path] = batch.tokens  # of cross-attention the keys are not those of the sequence
 
-    watched = {path: lambda x, batch, path=path: enter(path, x, batch) for path in (query, key)}
-    with tracked_outputs(projections) as leaves:
-        visit.replay({**watched, output: leave})
-    of_query, of_key = (
-        Whitening(moment.value(), gradient.value()) for moment, gradient in zip(inputs, gradients, strict=True)
-    )
+        def leave(attended: Tensor, batch: BatchInputs) -> None:
+            probe = next(probe for place, probe in probes if place == number).to(attended.device, attended.dtype)
+            probe = probe * batch.tokens[..., None]  # an error that only padding sees costs nothing
+            seen = torch.autograd.grad(attended, leaves, probe @ project_out.weight)
+            torch.set_grad_enabled(False)
+            pairs = zip(moments[::2], moments[1::2], strict=True)
+            for path, (moment, gradient_moment), gradient in zip((query, key), pairs, seen, strict=True):
+                gradient = gradient[tokens[path]].float()
+                gradient_moment.add(gradient)
+                moment.add(entered[path], gradient.square().sum(-1))
+
+        watched = {path: lambda x, batch, path=path: enter(path, x, batch) for path in (query, key)}
+        with tracked_outputs(projections) as leaves:
+            one.replay({**watched, output: leave})
+
+    moments = added_up(visit, sizes, see)
+    if moments is None:
+        return None
+    pairs = zip(moments[::2], moments[1::2], strict=True)
+    of_query, of_key = (Whitening(moment.value(), gradient.value()) for moment, gradient in pairs)
     return of_query, of_key
+
+
+def _probes(shapes: Sequence[Sequence[int]], width: int, generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:
+    """Number and probe (batch, tokens, width) of each batch, one after the other from one generator.
+
+    So also those of other ranks' batches are drawn, and dropped.
+    """
+    for number, shape in enumerate(shapes):
+        yield number, torch.randn(*shape, width, generator=generator)

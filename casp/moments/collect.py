@@ -113,6 +113,7 @@ class Share:
         if own in numbers:
             alone = new(Summands, own)
             see(own, alone)
+            ranks.did("batches")
             parts = alone.parts(ranks)
         for number in numbers:
             found.absorb(ranks.dealt(parts if number == own else None, number % ranks.size))

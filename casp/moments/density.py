@@ -61,10 +61,12 @@ class AttentionDensity:
 
 
 def attention_density(visit: Visit, batches: int) -> dict[str, float | None]:
-    """The density of a block's attention on its first `batches` batches."""
-    density = AttentionDensity()
-    visit.replay(attention=density.add, first=batches)
-    return density.value()
+    """The density of a block's attention on its first `batches` batches, of all ranks that visit it."""
+    ranks, found, mine = visit.ranks, AttentionDensity(), AttentionDensity()
+    visit.replay(attention=mine.add, first=len(ranks.mine(batches)))
+    for state in ranks.gathered(mine.state()):
+        found.absorb(state)
+    return found.value()
 
 
 def density_batches(batch_size: int) -> int:

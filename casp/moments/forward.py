@@ -1,6 +1,6 @@
 """Moments of the inputs of a block's linears, from running it forward."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -130,37 +130,50 @@ def block_moments(visit: Visit, groups: list[list[str]], weights: list[Tensor] |
     Of the block as it is now; dtype as `SecondMoment.value`. weights: of the tokens, (batch, tokens) for each batch.
     Ranks that visit it together share out the batches, and all of them get the moments.
     """
-    ranks, sizes = visit.ranks, [visit.block.get_submodule(group[0]).in_features for group in groups]
+    sizes = [visit.block.get_submodule(group[0]).in_features for group in groups]
 
-    def see(number: int, moments: list[SecondMoment] | list[Summands]) -> None:
-        place = number // ranks.size
+    def see(number: int, one: Visit, moments: Sequence[SecondMoment | Summands]) -> None:
+        of_batch = None if weights is None else weights[number // visit.ranks.size]
 
         def observer(moment: SecondMoment | Summands) -> Callable[[Tensor, BatchInputs], None]:
             def add(x: Tensor, batch: BatchInputs) -> None:
-                moment.add(x[batch.tokens], None if weights is None else batch.of_rows(weights[place])[batch.tokens])
+                moment.add(x[batch.tokens], None if of_batch is None else batch.of_rows(of_batch)[batch.tokens])
 
             return add
 
-        one = replace(visit, inputs=[visit.inputs[place]])
         one.replay({group[0]: observer(moment) for group, moment in zip(groups, moments, strict=True)})
 
+    moments, found = added_up(visit, sizes, see), None
+    if moments is not None:
+        named = {group[0]: moment for group, moment in zip(groups, moments, strict=True)}
+        top_up(named, f"block {visit.index}")
+        found = Message(None, [moment.checked(f"block {visit.index}, {path}") for path, moment in named.items()])
+    return [moment.to(visit.device) for moment in visit.ranks.everywhere(found).tensors]
+
+
+def added_up(
+    visit: Visit, sizes: Sequence[int], see: Callable[[int, Visit, Sequence[SecondMoment | Summands]], None]
+) -> list[SecondMoment] | None:
+    """Moments of these sizes over all batches of the ranks that visit a block: on rank 0, None elsewhere.
+
+    see(number, one, moments): replay `one`, which has batch `number` alone, and add what it tells.
+    """
+    ranks = visit.ranks
+
+    def alone(number: int) -> Visit:
+        return replace(visit, inputs=[visit.inputs[number // ranks.size]])
+
     def away(number: int) -> Message:
-        moments = [Summands(size, visit.device) for size in sizes]
-        see(number, moments)
-        kept = (product for moment in moments for product in moment.products)
-        return Message([moment.counts for moment in moments], kept)
+        kept = [Summands(size, visit.device) for size in sizes]
+        see(number, alone(number), kept)
+        return Message([one.counts for one in kept], (product for one in kept for product in one.products))
 
     def absorb(message: Message) -> None:
         products = iter(message.tensors)
         for moment, counts in zip(moments, message.header, strict=True):
             absorb_all(moment, counts, products)
 
-    moments = [SecondMoment(size, visit.device) for size in sizes] if ranks.first else []
+    moments = [SecondMoment(size, visit.device) for size in sizes]
     batches = sum(ranks.gathered(len(visit.inputs)))
-    ranks.in_order(range(batches), lambda number: see(number, moments), away, absorb)
-    found = None
-    if ranks.first:
-        named = {group[0]: moment for group, moment in zip(groups, moments, strict=True)}
-        top_up(named, f"block {visit.index}")
-        found = Message(None, [moment.checked(f"block {visit.index}, {path}") for path, moment in named.items()])
-    return [moment.to(visit.device) for moment in ranks.everywhere(found).tensors]
+    ranks.in_order(range(batches), lambda number: see(number, alone(number), moments), away, absorb)
+    return moments if ranks.first else None

@@ -69,6 +69,7 @@ def measure(
         work.check_sources()
         write_json(work.result / costs_file(index), entries)
         decoder.unload_block(index)
+        ranks.did("blocks")
         work.log(f"block {index} priced in {time.perf_counter() - began:.1f} s")
     return work.close([costs_file(index) for index in range(depth)])
 

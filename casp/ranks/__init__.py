@@ -7,6 +7,6 @@ is `ALONE`, has no process group and pays nothing.
 """
 
 from casp.ranks.exchange import ALONE, Message, Ranks
-from casp.ranks.group import here, opened, require_one
+from casp.ranks.group import here, opened
 
-__all__ = ["ALONE", "Message", "Ranks", "here", "opened", "require_one"]
+__all__ = ["ALONE", "Message", "Ranks", "here", "opened"]

@@ -8,6 +8,7 @@ the order of the items: what one process alone does, term by term.
 import json
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,13 +37,13 @@ class Message:
 class Ranks:
     """This process among the processes of a run: number `rank` of `size`, of which 0 prints, adds up and commits.
 
-    Everything but `mine` and `shared_out` must be called by all ranks, in the same order. waited: seconds spent in it.
+    What tells or asks others must be called by all ranks, in the same order.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None, direct: bool = False) -> None:
         """store: that all ranks see; direct: tensors on GPUs travel between these, else through the CPUs."""
         self.rank, self.size, self.host = rank, size, socket.gethostname()
-        self.waited = 0.0
+        self._waited, self._began, self._did = 0.0, time.perf_counter(), Counter()
         self._store, self._direct, self._calls = store, direct, 0
 
     @property
@@ -69,6 +70,22 @@ class Ranks:
             load[owner[item]] += costs[item]
         return owner
 
+    def did(self, what: str, count: int = 1) -> None:
+        """Note that so many of `what` were this rank's, for its account."""
+        self._did[what] += count
+
+    def account(self) -> dict[str, Any]:
+        """What this rank did so far, JSON-able: seconds by the clock since it met the others, of them waiting for them
+        and in exchange, seconds of its processors, and how many of what `did` was told of."""
+        return {
+            "rank": self.rank,
+            "host": self.host,
+            "seconds": round(time.perf_counter() - self._began, 2),
+            "waited": round(self._waited, 2),
+            "processor_seconds": round(time.process_time(), 2),
+            "did": dict(self._did),
+        }
+
     def in_order(
         self,
         items: Iterable[int],
@@ -84,6 +101,7 @@ class Ranks:
         for item in items:
             owner = item % self.size
             if owner == self.rank:
+                self.did("batches")
                 if self.first:
                     here(item)
                 else:
@@ -204,7 +222,7 @@ class Ranks:
         try:
             yield
         finally:
-            self.waited += time.perf_counter() - began
+            self._waited += time.perf_counter() - began
 
 
 def _words(header: Any, tensors: Sequence[Tensor]) -> bytes:

@@ -70,12 +70,6 @@ def here() -> Ranks:
     return _HERE.get()
 
 
-def require_one(ranks: Ranks, why: str) -> None:
-    """UserError where this run, which several ranks cannot share because of `why`, has several."""
-    if ranks.size > 1:
-        raise UserError(f"{ranks.size} ranks cannot share this run: {why}; or run it in one process.")
-
-
 @contextmanager
 def opened(ending: Ending, tell: Callable[[str], None], shared: bool = True) -> Iterator[Ranks]:
     """Inside the block this process is one of the ranks that the environment tells of; all but rank 0 are silent.

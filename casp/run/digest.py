@@ -24,7 +24,8 @@ from casp.run.files import write_json
 COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 """Suffixes of what a checkpoint has besides weights: configuration, tokenizer, processor."""
 
-_OURS = {"casp_run.json", "casp_recipe.json"}  # how a checkpoint was made; no stage reads it as part of the model
+_OURS = {"casp_run.json", "casp_recipe.json", "casp_ranks.json"}
+"""How a checkpoint was made; no stage reads it as part of the model."""
 _SETTLED = 2_000_000_000  # nanoseconds; a file changed later than that may change again within one tick of its clock
 _DELAY = 5  # seconds after which reading shows a bar
 

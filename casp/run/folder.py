@@ -31,6 +31,7 @@ from casp.run.files import is_temporary, lock, make_folder, publish, write_atomi
 from casp.run.outputs import RUN_FILE, VERSION, check_folder, read_record, refuse_inputs
 
 LOG_FILE, LOCK_FILE = "casp_run.log", "casp_run.lock"
+RANKS_FILE = "casp_ranks.json"  # what each of several ranks did, waited and held; no stage reads it
 WORK_PREFIX = "work-"  # of files that only the work needs; the finished folder has none
 RESULT = "result"  # what becomes the finished folder
 _ATTEMPTS = 100  # at a folder that other processes finish and remove at the same time
@@ -44,6 +45,11 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     ]
     shown = [k if k in ("model", "calibration") else f"{k} {flat_old.get(k)} -> {flat_new.get(k)}" for k in keys]
     return ", ".join(shown)
+
+
+def _peak() -> int:
+    """The most bytes that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def work_place(output: Path) -> Path:
@@ -218,29 +224,27 @@ class WorkFolder:
 
     def account(self) -> str:
         """What this attempt took so far: "in 90 s, at most 1.86 GB of memory", the GPU's besides where one was used."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        words = f"in {time.perf_counter() - self.began:.0f} s, at most {peak / 1e9:.2f} GB of memory"
+        words = f"in {time.perf_counter() - self.began:.0f} s, at most {_peak() / 1e9:.2f} GB of memory"
         if torch.cuda.is_initialized():
             words += f", {torch.cuda.max_memory_allocated() / 1e9:.2f} GB on the GPU"
         return words
 
     def close(self, names: Collection[str]) -> Path:
         """Commit, when all ranks are here: `result`, with the files `names` and no others, becomes `output`."""
-        words = f"{self.account()}, {self.ranks.waited:.0f} s of them waiting for others"
-        accounts = self.ranks.gathered(f"rank {self.ranks.rank} on {self.ranks.host}: {words}")
+        accounts = self.ranks.gathered({**self.ranks.account(), "peak_bytes": _peak()})
         self.ranks.told(lambda: self._commit(names, accounts if self.ranks.size > 1 else []))
         self.done = True
         return self.output
 
-    def _commit(self, names: Collection[str], accounts: Iterable[str]) -> None:
+    def _commit(self, names: Collection[str], accounts: list[dict[str, Any]]) -> None:
         self.check_sources()
         for file in sorted(self.result.iterdir()):
             if is_temporary(file):
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
-            elif file.name not in {*names, RUN_FILE, LOG_FILE}:
+            elif file.name not in {*names, RUN_FILE, LOG_FILE, RANKS_FILE}:
                 raise UserError(f"{file} was not written by this run; move it away and run the same command again.")
-        for account in accounts:
-            self.log(account)
+        if accounts:
+            write_json(self.result / RANKS_FILE, accounts)
         self.log(f"finished {self.account()}")
         write_atomically(self.result / LOG_FILE, (self.folder / LOG_FILE).read_bytes())
         self._write_record(self.result)

@@ -145,6 +145,7 @@ class RunFolder(WorkFolder):
             if visit.index in left:
                 began = time.perf_counter()
                 yield visit
+                ranks.did("blocks")
                 together.wait()
                 self.log(f"block {visit.index} finished in {time.perf_counter() - began:.1f} s")
                 progress.update()

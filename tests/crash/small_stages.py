@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import casp  # noqa: F401 - registers the attention
 from casp.errors import UserError
+from casp.run.folder import RANKS_FILE
 
 SMALL = ["--samples", "4", "--sequence-length", "16", "--batch-size", "2", "--device", "cpu"]
 TUNED = ["--block-lr", "1e-2", "--e2e-lr", "1e-1"]
@@ -120,10 +121,11 @@ def run_quietly(name: str, model: Path, text: Path, root: Path) -> None:
 
 
 def contents(root: Path) -> dict[str, bytes | None]:
-    """All files and folders below `root`; logs without their bytes, for they tell the time."""
+    """All files and folders below `root` but accounts of ranks; logs without their bytes, for they tell the time."""
     return {
         str(path.relative_to(root)): None if path.is_dir() or path.suffix == ".log" else path.read_bytes()
         for path in sorted(root.rglob("*"))
+        if path.name != RANKS_FILE
     }
 
 

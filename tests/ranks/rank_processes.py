@@ -173,10 +173,11 @@ def gptq_with_data(model: Path, text: Path, root: Path) -> None:
 
 
 def svd_with_data(model: Path, text: Path, root: Path) -> None:
-    """Without moments, which several ranks cannot share."""
+    """Without moments: the attention is watched on the data, five batches."""
     from casp_svd.__main__ import main
 
-    main(["--model", str(model), "--dataset", str(text), *SMALL, "--output", str(root / "out")])
+    data = ["--dataset", str(text), *SMALL, "--samples", "10"]
+    main(["--model", str(model), *data, "--output", str(root / "out")])
 
 
 def perplexity(model: Path, text: Path, root: Path) -> None:
@@ -222,6 +223,7 @@ SHARED = {
     "QuIP#, tuned end to end": tuned_end_to_end,
     "AQLM": aqlm,
     "SVD": svd,
+    "SVD without moments": svd_with_data,
     "plan and QuIP#": planned,
 }
 """What several ranks share, small; each writes to `ROOT/out`."""
