@@ -21,15 +21,15 @@ COMMAND = "bash eval/scripts/scale.sh --efficiency --output eval/results/scale"
 WAYS = ((1, 1), (2, 1), (1, 2))
 """Ranks, and threads of each."""
 _SHAPE = Shape(512, 1408, 8, 8, 4, VOCABULARY * 512)
-_DATA = ["--dataset", "demo-text", "--sequence-length", "512"]
+_DATA = ["--dataset", "demo-text", "--sequence-length"]
 _TWO_BITS = ["casp_quip_sharp", "--bits", "2", "--from-original", "--sweeps", "0"]
 STAGES = {
-    "moments": ["casp.moments", *_DATA, "--samples", "32"],
+    "moments": ["casp.moments", *_DATA, "512", "--samples", "16"],
     "quantizing from moments": ["casp_gptq", "--bits", "2", "--from-original", "--token-weights", "attention"],
-    "with both fine-tunings": [*_TWO_BITS, *_DATA, "--samples", "24", "--ft-epochs", "1"],
-    "evaluation": ["casp_eval.perplexity", "--dataset", "demo-text", "--sequence-length", "256"],
+    "with both fine-tunings": [*_TWO_BITS, *_DATA, "128", "--samples", "24", "--ft-epochs", "1"],
+    "evaluation": ["casp_eval.perplexity", *_DATA, "256"],
 }
-WINDOWS = {"all": "128", "least": "2"}
+WINDOWS = {"all": "96", "least": "2"}
 """Of the evaluation: all of them, and the least, which is all that it can be told to leave undone."""
 
 
