@@ -43,7 +43,8 @@ class Ranks:
     def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None, direct: bool = False) -> None:
         """store: that all ranks see; direct: tensors on GPUs travel between these, else through the CPUs."""
         self.rank, self.size, self.host = rank, size, socket.gethostname()
-        self._waited, self._began, self._did = 0.0, time.perf_counter(), Counter()
+        self._waited, self._did = 0.0, Counter()
+        self._began, self._processors = time.perf_counter(), time.process_time()
         self._store, self._direct, self._calls = store, direct, 0
 
     @property
@@ -75,14 +76,14 @@ class Ranks:
         self._did[what] += count
 
     def account(self) -> dict[str, Any]:
-        """What this rank did so far, JSON-able: seconds by the clock since it met the others, of them waiting for them
-        and in exchange, seconds of its processors, and how many of what `did` was told of."""
+        """What this rank did since it met the others, JSON-able: seconds by the clock, of them waiting and in exchange,
+        seconds of its processors, and how many of what `did` was told of."""
         return {
             "rank": self.rank,
             "host": self.host,
             "seconds": round(time.perf_counter() - self._began, 2),
             "waited": round(self._waited, 2),
-            "processor_seconds": round(time.process_time(), 2),
+            "processor_seconds": round(time.process_time() - self._processors, 2),
             "did": dict(self._did),
         }
 
