@@ -249,6 +249,16 @@ def exchange(count: int) -> None:
     whole = ranks.everywhere(Message(found, [torch.arange(3)]) if ranks.first else None)
     if whole.tensors[0].tolist() != [0, 1, 2]:
         raise UserError("what rank 0 found is not everywhere.")
+    kinds = (torch.bfloat16, torch.bool, torch.int16, torch.uint8, torch.float64)
+    tensors = [torch.tensor([1, 0, 3]).to(kind) for kind in kinds] + [torch.tensor(2.5), torch.ones(2, 3).T]
+    last = ranks.size - 1
+    others = ranks.everywhere(Message("of the last", tensors) if ranks.rank == last else None, last)
+    if not all(map(torch.equal, others.tensors, tensors)):
+        raise UserError("what the last rank found is not everywhere.")
+    dealt = ranks.dealt([Message(rank, tensors) for rank in range(ranks.size)] if ranks.rank == last else None, last)
+    if dealt.header != ranks.rank or not all(map(torch.equal, dealt.tensors, tensors)):
+        raise UserError("what the last rank dealt out is not here.")
+    print([message.header for message in ranks.at_first(Message(ranks.rank, tensors[:1]))])
     print(found if ranks.first else None)
     print(ranks.by_item([item * item for item in ranks.mine(count)]), ranks.told(lambda: ["of", ranks.rank]))
 

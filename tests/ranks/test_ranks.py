@@ -27,7 +27,8 @@ def test_what_is_told_comes_in_the_order_of_the_items(size, together):
     outcomes = together(size, exchange, 7)
     items = [[item, [item / 3] * 2, [], [item]] for item in range(7)]
     found = [[i, [pytest.approx(v) for v in values], *rest] for i, values, *rest in items]
-    printed = outcomes[0][1].splitlines()
+    others, *printed = outcomes[0][1].splitlines()
+    assert eval(others) == list(range(1, size))
     assert eval(printed[0]) == found
     assert printed[1] == "[0, 1, 4, 9, 16, 25, 36] ['of', 0]"
     assert outcomes[1:] == [(0, "", "")] * (size - 1)  # only rank 0 prints
