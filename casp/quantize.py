@@ -1,5 +1,6 @@
 """Quantizing a decoder with any backend, block by block, as a plan of formats says."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,8 @@ from casp.run.notes import warnings_of
 from casp.run.writer import RunFolder
 from casp.seed import matrix_generator
 from casp.walk import Visit, walk
+
+_log = logging.getLogger(__name__)
 
 _ROWS = 1024  # of a matrix whose error is told at once: copies of all of a wide one would be as large as its moment
 
@@ -118,10 +121,14 @@ def _quantize_factors(
     old, backend, rank = visit.block.get_submodule(path), method.backend, method.ranks[full_path]
     formats = [method.plan[f"{full_path}.{which}"] for which in FACTORS]
     weight, hessian = old.weight.detach().float(), moments.hessian(method.weighting).to(visit.device)
-    gradients = moments.gradient_moment.to(visit.device)
-    made = quantized_factors(
-        weight, hessian, gradients, rank, formats, backend, method.seed, full_path, method.settings
-    )
+    with warnings_of("casp") as notes:
+        gradients = moments.gradient_moment
+        if gradients is None:
+            _log.warning("%s: low-rank by what enters it alone, its gradients' covariance is not collected", full_path)
+            gradients = torch.eye(len(weight))
+        made = quantized_factors(
+            weight, hessian, gradients.to(visit.device), rank, formats, backend, method.seed, full_path, method.settings
+        )
     parent, _, leaf = path.rpartition(".")
     setattr(visit.block.get_submodule(parent), leaf, low_rank_module(old, rank, formats, backend, made))
     shapes = stored_shapes(rank, *weight.shape)
@@ -138,6 +145,7 @@ def _quantize_factors(
         "rank": rank,
         "bits": round(8 * sum(sizes) / weight.numel(), 4),
         "relative_error": weighted_error(weight, made.dense(), hessian),
+        **({"notes": notes} if notes else {}),
     }
     return {role: whole, **report}
 

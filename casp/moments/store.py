@@ -25,10 +25,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from casp.errors import UserError, told_as
+from casp.linear import is_finite
 from casp.model.decoder import Decoder
 from casp.moments.backward import GradientStatistics
 from casp.moments.forward import InputStatistics
-from casp.moments.second_moment import SecondMoment, unpacked
+from casp.moments.second_moment import SecondMoment, diagonal, unpacked
 from casp.moments.weights import by_gradient, weighting_parts
 from casp.reading.documents import parse_json
 from casp.reading.files import is_there
@@ -68,7 +69,7 @@ def write_inputs(file: Path, found: InputStatistics, index: int) -> None:
 
 def write_gradients(file: Path, index: int, found: GradientStatistics, losses: int, loss: float) -> None:
     """What the backward passes of block `index` told; losses: positions with a loss, loss: their sum in nats."""
-    energy = {path: found.energy(path) for path in found.outputs}
+    energy = {path: found.energy(path) for path in found.inputs}
     header = {"energy": energy, "tokens": found.tokens, "losses": losses, "loss": loss, "counts": found.counts()}
     moments = {f"{path}/{_OUTPUTS}": moment for path, moment in found.outputs.items()}
     moments |= {f"{path}/{name}": moment for path, named in found.inputs.items() for name, moment in named.items()}
@@ -125,22 +126,28 @@ class LinearMoments:
         the sum of its parts, each scaled to a mean diagonal of 1. UserError for a weighting that was not collected.
         """
         parts = weighting_parts(weighting)
-        moments = (self._read(part) for part in parts)
         if len(parts) == 1:
-            return next(moments)
-        total: Tensor | float = 0.0
-        for moment in moments:
+            return unpacked(self._read(parts[0]))
+        total: Tensor | None = None
+        for part in parts:
+            moment = self._read(part)
             # An input that never occurs, or one no loss depends on, adds nothing.
-            total = total + moment / moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-        return total
+            moment = moment.div_(diagonal(moment).mean().clamp_min(torch.finfo(torch.float32).tiny))
+            total = moment if total is None else total.add_(moment)
+        return unpacked(total)
 
     @property
-    def gradient_moment(self) -> Tensor:
-        """``G = E[g g^T]``, (out, out) float32, of trace `energy`; UserError without a backward pass."""
-        found = self._read(_OUTPUTS)
-        return found * self.energy
+    def gradient_moment(self) -> Tensor | None:
+        """``G = E[g g^T]``, (out, out) float32, of trace `energy`; UserError without a backward pass.
+
+        None of a linear that is not of `casp.lowrank.LOW_RANK_ROLES`: of the others only the energy is collected.
+        """
+        if self.energy is not None and f"{self.path}/{_OUTPUTS}" not in self.digests:
+            return None
+        return unpacked(self._read(_OUTPUTS)) * self.energy
 
     def _read(self, part: str) -> Tensor:
+        """The upper half of one moment, (n (n + 1) / 2,) float32."""
         of_gradients = part == _OUTPUTS or by_gradient(part)
         file = self.folder / (gradients_file if of_gradients else inputs_file)(self.block)
         name = f"{self.path if of_gradients else self.group}/{part}"
@@ -152,9 +159,9 @@ class LinearMoments:
         if digest(triangle) != self.digests[name]:
             raise UserError(f"{file} is not what the moments' stage wrote; {_AGAIN}.")
         may_be_zero = of_gradients and not self.energy  # no loss depends on this linear
-        if not torch.isfinite(triangle).all() or not (may_be_zero or triangle.any()):
+        if not is_finite(triangle) or not (may_be_zero or diagonal(triangle).any()):
             raise UserError(f"{file}: the moment {name} is zero or not finite; {_AGAIN}.")
-        return unpacked(triangle)
+        return triangle.float()
 
 
 class BlockMoments(dict[str, LinearMoments]):
