@@ -36,6 +36,7 @@ from casp.cli import (
 from casp.cli.quantizing import MOST_EPOCHS
 from casp.data import sources
 from casp.errors import UserError
+from casp.lowrank import LOW_RANK_ROLES
 from casp.model.decoder import Decoder
 from casp.moments.store import Moments
 from casp.moments.weights import USUAL, weighting_parts
@@ -52,7 +53,7 @@ from casp.plan.flags import (
     prices_of,
     wanted_entries,
 )
-from casp.plan.options import LOW_RANK_ROLES, chosen_formats, layouts
+from casp.plan.options import chosen_formats, layouts
 from casp.run.digest import content_hash
 from casp.run.files import make_folder, write_json
 from casp.run.folder import check_places

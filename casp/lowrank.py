@@ -20,6 +20,11 @@ from casp.moments import damped_cholesky
 WHITENING_DAMPING = 0.001
 """Of both moments where a plan's low-rank linears are factored, in units of their mean diagonals."""
 
+LOW_RANK_ROLES = frozenset({"q", "k"})
+"""Roles that may become low-rank: errors of queries and keys only reach the model through the attention map. (With all
+roles free, the plan of demo-llama predicted more and measured less: structured errors in what goes straight into the
+residual stream cost more than the expansion says.)"""
+
 
 def rank_for(keep_ratio: float, out_features: int, in_features: int) -> int | None:
     """Rank at which the two factors hold ``keep_ratio`` of the weights: ``floor(rho m n / (m + n))``, at least 1.

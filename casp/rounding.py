@@ -4,6 +4,7 @@ Ranks share them out by what their feedback multiplies. What one makes of a matr
 once, and all put the same module in its place: the bytes of one process, which makes them all.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ from casp.run.notes import warnings_of
 from casp.seed import matrix_generator
 from casp.walk import Visit
 
+_log = logging.getLogger(__name__)
 _ROWS = 1024  # of a matrix whose error is told at once: copies of all of a wide one would be as large as its moment
 
 
@@ -149,7 +151,11 @@ def _low_rank(visit: Visit, work: Work, prefix: str, method: Method) -> Made:
     old, backend, rank = visit.block.get_submodule(path), method.backend, method.ranks[name]
     formats = [method.plan[f"{name}.{which}"] for which in FACTORS]
     weight, hessian = old.weight.detach().float(), work.moments.hessian(method.weighting).to(visit.device)
-    gradients = work.moments.gradient_moment.to(visit.device)
+    gradients = work.moments.gradient_moment
+    if gradients is None:
+        _log.warning("%s: low-rank by what enters it alone, its gradients' covariance is not collected", name)
+        gradients = torch.eye(len(weight))
+    gradients = gradients.to(visit.device)
     made = quantized_factors(weight, hessian, gradients, rank, formats, backend, method.seed, name, method.settings)
     stored = dict(zip(FACTORS, (made.stored_down, made.stored_up), strict=True))
     tensors = {f"{which}.{key}": one for which, named in stored.items() for key, one in named.items()}

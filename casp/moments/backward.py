@@ -9,7 +9,7 @@ in place of the Hessian, ``1/2 E[(g^T D x)^2]`` a token; with x and g independen
 (YAQA, arXiv 2505.22988), and with rows of D alike ``tr(D H_g D^T) / (2 out)``, H_g = E[|g|^2 x x^T].
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack
 from itertools import islice
 from typing import Any
@@ -93,23 +93,25 @@ class GradientStatistics(Statistics):
     """What a block's backward passes tell, added up batch by batch.
 
     sizes: path of each linear, relative to the block -> (out_features, in_features); weightings: of "gradient" and
-    "gradient-norm", those wanted; moment: as in `casp.moments.forward.InputStatistics`.
+    "gradient-norm", those wanted; covariances: paths whose gradients' second moment is wanted beside their energy;
+    moment: as in `casp.moments.forward.InputStatistics`.
 
-    inputs: of each linear's input, by path and weighting; outputs: of the gradient at each linear's output, every
-    sequence at a mean square of 1 (`casp.moments.weights.tempered`); tokens: how many entered, padding left out. The
-    gradient is that of the loss summed over all positions, in nats.
+    inputs: of each linear's input, by path and weighting; outputs: of the gradient at the outputs of `covariances`,
+    every sequence at a mean square of 1 (`casp.moments.weights.tempered`); tokens: how many entered, padding left out.
+    The gradient is that of the loss summed over all positions, in nats.
     """
 
     def __init__(
         self,
         sizes: dict[str, tuple[int, int]],
         weightings: Iterable[str],
+        covariances: Collection[str],
         device: torch.device | str = "cpu",
         moment: Callable[[int, torch.device | str], SecondMoment | Summands] = SecondMoment,
     ) -> None:
         names = tuple(weightings)
         self.inputs = {path: {name: moment(size[1], device) for name in names} for path, size in sizes.items()}
-        self.outputs = {path: moment(size[0], device) for path, size in sizes.items()}
+        self.outputs = {path: moment(size[0], device) for path, size in sizes.items() if path in covariances}
         self._energies: dict[str, list[Tensor]] = {path: [] for path in sizes}
         self._counts: dict[str, list[Tensor]] = {path: [] for path in sizes}
         self.tokens = 0
@@ -121,7 +123,7 @@ class GradientStatistics(Statistics):
         """
         device = gradient.device
         here = batch.without_hidden(device)
-        experts = {path: expert_of(block, path) for path in self.outputs}
+        experts = {path: expert_of(block, path) for path in self.inputs}
 
         def watch(path: str, x: Tensor, output: Tensor) -> None:
             seen = here.seen_by(x, experts[path])
@@ -131,7 +133,7 @@ class GradientStatistics(Statistics):
 
         with ExitStack() as stack:
             stack.enter_context(every_expert(block))
-            for path in self.outputs:
+            for path in self.inputs:
                 hook = block.get_submodule(path).register_forward_hook(
                     lambda module, args, output, path=path: watch(path, args[0], output)
                 )
@@ -150,7 +152,8 @@ class GradientStatistics(Statistics):
         for name, moment in self.inputs[path].items():
             moment.add(x[tokens], gradient_weights(name, gradient, tokens)[tokens])
         scaled, energies = tempered(gradient, tokens)
-        self.outputs[path].add(scaled[tokens & (energies > 0)[:, None]])
+        if path in self.outputs:
+            self.outputs[path].add(scaled[tokens & (energies > 0)[:, None]])
         self._energies[path].append(energies.cpu())
         self._counts[path].append(tokens.sum(-1).cpu())
 
@@ -158,7 +161,9 @@ class GradientStatistics(Statistics):
         """All moments, by path and weighting, and by path and OUTPUTS."""
         found: dict[Key, SecondMoment | Summands] = {}
         for path, of_input in self.inputs.items():
-            found |= {(path, name): moment for name, moment in of_input.items()} | {(path, OUTPUTS): self.outputs[path]}
+            found |= {(path, name): moment for name, moment in of_input.items()}
+            if path in self.outputs:
+                found[path, OUTPUTS] = self.outputs[path]
         return found
 
     def told(self) -> tuple[dict[str, Any], Iterable[Tensor]]:

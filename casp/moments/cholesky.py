@@ -26,7 +26,7 @@ def damped_cholesky(matrix: Tensor, damping: float, name: str) -> tuple[Tensor, 
     that it stays apart from all others; the mean is over the inputs that do occur.
 
     Returns the lower factor (n, n) on the matrix's device, and the damping used. The factor has the dtype that a moment
-    of this width is summed in (`SecondMoment`: float64, beyond 16,384 float32) and is the only matrix held besides the
+    of this width is summed in (`SecondMoment`: float64, beyond 8,192 float32) and is the only matrix held besides the
     given one. Where no damping helps, what the field's tools fall back to: the factor of the damped diagonal alone,
     under which errors of one column are not made good by others (plain rounding), infinity as its damping, and a
     warning. Raises UserError for NaN or infinity, and for a diagonal that is negative by more than rounding.

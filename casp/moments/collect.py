@@ -20,6 +20,7 @@ from torch import Tensor
 
 from casp.errors import UserError
 from casp.heap import return_freed_memory
+from casp.lowrank import LOW_RANK_ROLES
 from casp.model.capture import capture_inputs
 from casp.model.decoder import Decoder
 from casp.model.inputs import BatchInputs
@@ -291,7 +292,9 @@ def _backward_through(
     weightings: list[str],
 ) -> GradientStatistics | None:
     block = decoder.load_block(index, device, dtype)
-    linears = {path: block.get_submodule(path) for path in decoder.linears(index, factors=True).values()}
+    roles = decoder.linears(index, factors=True)
+    linears = {path: block.get_submodule(path) for path in roles.values()}
+    covariances = {path for role, path in roles.items() if role in LOW_RANK_ROLES}
     sizes = {path: (linear.out_features, linear.in_features) for path, linear in linears.items()}
 
     def see(number: int, to: GradientStatistics) -> None:
@@ -300,4 +303,4 @@ def _backward_through(
         if index:
             gradients.write(index, number, gradient)
 
-    return share.added_up(lambda kind, number: GradientStatistics(sizes, weightings, device, kind), see)
+    return share.added_up(lambda kind, number: GradientStatistics(sizes, weightings, covariances, device, kind), see)

@@ -19,7 +19,7 @@ NOT_FINITE = (
     "in a wider --dtype"
 )
 _ROWS = 512  # of a panel: enough for a matrix product at full speed, few enough to save nearly half of it
-WIDEST_DOUBLE = 16384  # up to this width a sum is kept in float64, 1.1 GB of it; beyond it in float32
+WIDEST_DOUBLE = 8192  # up to this width a sum is kept in float64, 0.3 GB of it; beyond it in float32
 
 
 def sum_dtype(size: int) -> torch.dtype:
@@ -32,7 +32,7 @@ class SecondMoment:
 
     Only the upper half is computed and kept, in panels of rows. Products are taken in float32 and summed in float64:
     the sum over millions of tokens then keeps the small eigenvalues that whitening and the Cholesky factor need.
-    Above a width of 16,384 the sum is in float32 too: 4 bytes x size^2 / 2, 1.6 GB for 28,672.
+    Above a width of 8,192 the sum is in float32 too: 4 bytes x size^2 / 2, 1.6 GB for 28,672.
     """
 
     def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
@@ -172,14 +172,26 @@ def packed(matrix: Tensor) -> Tensor:
     return torch.cat([part[_upper(part)].float().cpu() for part in parts])
 
 
+def _size(triangle: Tensor) -> int:
+    size = int(((8 * len(triangle) + 1) ** 0.5 - 1) / 2)
+    if size * (size + 1) // 2 != len(triangle):
+        raise ValueError(f"{len(triangle)} numbers are no triangle of a square matrix")
+    return size
+
+
+def diagonal(triangle: Tensor) -> Tensor:
+    """The diagonal (n,) of the matrix whose upper half `packed` made a `triangle`; ValueError as in `unpacked`."""
+    size = _size(triangle)
+    rows = torch.arange(size, device=triangle.device)
+    return triangle[rows * size - rows * (rows - 1) // 2]
+
+
 def unpacked(triangle: Tensor) -> Tensor:
     """The symmetric (n, n) float32 of which `triangle` (n (n + 1) / 2,) is the upper half.
 
     ValueError where no n fits its length.
     """
-    size = int(((8 * len(triangle) + 1) ** 0.5 - 1) / 2)
-    if size * (size + 1) // 2 != len(triangle):
-        raise ValueError(f"{len(triangle)} numbers are no triangle of a square matrix")
+    size = _size(triangle)
     matrix = torch.empty(size, size)
     # Row by row in NumPy: half the time of a mask, which would be as large as the matrix.
     numbers, place, start = triangle.float().cpu().numpy(), matrix.numpy(), 0

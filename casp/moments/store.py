@@ -29,7 +29,7 @@ from casp.linear import is_finite
 from casp.model.decoder import Decoder
 from casp.moments.backward import OUTPUTS, GradientStatistics
 from casp.moments.forward import InputStatistics
-from casp.moments.second_moment import SecondMoment, unpacked
+from casp.moments.second_moment import SecondMoment, diagonal, unpacked
 from casp.moments.weights import by_gradient, weighting_parts
 from casp.reading.documents import parse_json
 from casp.reading.files import is_there
@@ -71,7 +71,7 @@ def write_gradients(file: Path, index: int, found: GradientStatistics, losses: i
 
     losses: positions with a loss; loss: their sum in nats.
     """
-    energy = {path: found.energy(path) for path in found.outputs}
+    energy = {path: found.energy(path) for path in found.inputs}
     header = {"energy": energy, "tokens": found.tokens, "losses": losses, "loss": loss, "counts": found.counts()}
     moments = {f"{path}/{OUTPUTS}": moment for path, moment in found.outputs.items()}
     moments |= {f"{path}/{name}": moment for path, named in found.inputs.items() for name, moment in named.items()}
@@ -131,22 +131,28 @@ class LinearMoments:
         the sum of its parts, each scaled to a mean diagonal of 1. UserError for a weighting that was not collected.
         """
         parts = weighting_parts(weighting)
-        moments = (self._read(part) for part in parts)
         if len(parts) == 1:
-            return next(moments)
-        total: Tensor | float = 0.0
-        for moment in moments:
+            return unpacked(self._read(parts[0]))
+        total: Tensor | None = None
+        for part in parts:
+            moment = self._read(part)
             # An input that never occurs, or one no loss depends on, adds nothing.
-            total = total + moment / moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-        return total
+            moment = moment.div_(diagonal(moment).mean().clamp_min(torch.finfo(torch.float32).tiny))
+            total = moment if total is None else total.add_(moment)
+        return unpacked(total)
 
     @property
-    def gradient_moment(self) -> Tensor:
-        """``G = E[g g^T]``, (out, out) float32, of trace `energy`; UserError without a backward pass."""
-        found = self._read(OUTPUTS)
-        return found * self.energy
+    def gradient_moment(self) -> Tensor | None:
+        """``G = E[g g^T]``, (out, out) float32, of trace `energy`; UserError without a backward pass.
+
+        None of a linear that is not of `casp.lowrank.LOW_RANK_ROLES`: of the others only the energy is collected.
+        """
+        if self.energy is not None and f"{self.path}/{OUTPUTS}" not in self.digests:
+            return None
+        return unpacked(self._read(OUTPUTS)) * self.energy
 
     def _read(self, part: str) -> Tensor:
+        """The upper half of one moment, (n (n + 1) / 2,) float32."""
         of_gradients = part == OUTPUTS or by_gradient(part)
         file = self.folder / (gradients_file if of_gradients else inputs_file)(self.block)
         name = f"{self.path if of_gradients else self.group}/{part}"
@@ -158,9 +164,9 @@ class LinearMoments:
         if digest(triangle) != self.digests[name]:
             raise UserError(f"{file} is not what the moments' stage wrote; {_AGAIN}.")
         may_be_zero = of_gradients and not self.energy  # no loss depends on this linear
-        if not is_finite(triangle) or not (may_be_zero or triangle.any()):
+        if not is_finite(triangle) or not (may_be_zero or diagonal(triangle).any()):
             raise UserError(f"{file}: the moment {name} is zero or not finite; {_AGAIN}.")
-        return unpacked(triangle)
+        return triangle.float()
 
 
 class BlockMoments(dict[str, LinearMoments]):

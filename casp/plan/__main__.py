@@ -16,6 +16,7 @@ from casp.cli import (
     union,
 )
 from casp.errors import UserError
+from casp.lowrank import LOW_RANK_ROLES
 from casp.model.decoder import Decoder
 from casp.moments.store import Moments
 from casp.numbers import seed
@@ -32,7 +33,6 @@ from casp.plan.flags import (
     wanted_entries,
 )
 from casp.plan.measure import STAGE, CostsFolder, measure, read_costs, with_low_rank
-from casp.plan.options import LOW_RANK_ROLES
 from casp.plan.table import describe
 from casp.ranks import here
 from casp.run.digest import content_hash

@@ -17,9 +17,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from casp.backend import Backend, Format, Matrix, rounded
-from casp.lowrank import WHITENING_DAMPING, decompose, rank_for
+from casp.lowrank import LOW_RANK_ROLES, WHITENING_DAMPING, decompose, rank_for
 from casp.plan.factors import FactorCosts, Factored, Sample, sample_of
-from casp.plan.options import LOW_RANK_ROLES, Option, chosen_formats, layouts
+from casp.plan.options import Option, chosen_formats, layouts
 from casp.seed import matrix_generator
 
 ANCHORS = (0.1875, 0.5625)
@@ -35,7 +35,7 @@ class LinearMoments(Protocol):
     energy: float | None
     tokens: int
     losses: int | None
-    gradient_moment: Tensor
+    gradient_moment: Tensor | None
 
     def hessian(self, weighting: str) -> Tensor:
         """(in, in) float32 second moment of the input under a weighting of the tokens."""

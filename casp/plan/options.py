@@ -10,11 +10,6 @@ from casp.lowrank import rank_for
 KEEP_RATIOS = (0.125, 0.1875, 0.25, 0.3125, 0.375, 0.4375, 0.5, 0.5625, 0.625, 0.6875, 0.75)
 """Shares of a linear's weights that its low-rank factors may keep."""
 
-LOW_RANK_ROLES = frozenset({"q", "k"})
-"""Roles that may become low-rank: errors of queries and keys only reach the model through the attention map. (With all
-roles free, the plan of demo-llama predicted more and measured less: structured errors in what goes straight into the
-residual stream cost more than the expansion says.)"""
-
 
 @dataclass(frozen=True)
 class Option:

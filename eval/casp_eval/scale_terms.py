@@ -87,8 +87,8 @@ def forward_widths(shape: Shape) -> list[int]:
 
 
 def backward_widths(shape: Shape) -> list[int]:
-    """The same of the backward pass: of each linear's gradient, and of its input weighted by that."""
-    return [width for linear in shape.linears for width in linear]
+    """The same of the backward pass: of each linear's input, by its gradient, and of the gradients of W_q and W_k."""
+    return [columns for _, columns in shape.linears] + [rows for rows, _ in shape.linears[:2]]
 
 
 def entries(widths: list[int]) -> float:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from casp.errors import UserError
 from casp.moments import SecondMoment, damped_cholesky, second_moment
-from casp.moments.second_moment import packed, unpacked
+from casp.moments.second_moment import diagonal, packed, unpacked
 
 
 @pytest.fixture
@@ -65,6 +65,7 @@ def test_panels_make_the_whole_matrix(size, tokens, seed):
     assert torch.equal(moment.triangle(), value[rows, columns].float())
     assert torch.equal(packed(value), moment.triangle())
     assert torch.equal(unpacked(moment.triangle()), value.float())
+    assert torch.equal(diagonal(moment.triangle()), value.float().diagonal())
 
 
 def test_no_triangle():

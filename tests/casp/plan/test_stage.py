@@ -81,9 +81,11 @@ def test_checkpoint_is_what_the_plan_says_to_the_byte(tiny_llama, texts, moments
     assert error < 1
 
 
-def test_an_edited_plan_is_obeyed(tiny_llama, texts, moments, planned, tmp_path):
+@pytest.mark.parametrize("name", ["q_proj", "v_proj"])
+def test_an_edited_plan_is_obeyed(tiny_llama, texts, moments, planned, tmp_path, name):
+    """Also a rank of a matrix that the plan itself never makes low-rank; then it says what it does without."""
     edited = json.loads(planned.read_text())
-    path = next(path for path in edited["linears"] if path.endswith("1.self_attn.q_proj"))
+    path = next(path for path in edited["linears"] if path.endswith(f"1.self_attn.{name}"))
     edited["linears"][path] |= {"rank": 9, "formats": [{"bits": 4}, {"bits": 2}]}
     file = tmp_path / "edited.json"
     file.write_text(json.dumps(edited))
@@ -91,6 +93,8 @@ def test_an_edited_plan_is_obeyed(tiny_llama, texts, moments, planned, tmp_path)
     modules = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]["modules"]
     assert modules[path] == {"rank": 9}
     assert modules[f"{path}.down"]["format"] == {"bits": 4}
+    report = (tmp_path / "model" / "casp_report.json").read_text()
+    assert ("low-rank by what enters it alone" in report) == (name == "v_proj")
 
 
 def remove(plan):
