@@ -184,11 +184,11 @@ def fitted(points: Points) -> dict[str, tuple[Fit, Fit]]:
 def main() -> None:
     """Measure, fit, and write the tables."""
     args = parser().parse_args()
+    shapes = {name: shape_named(name) for name in args.model}
     make_output(args.output)
     if args.efficiency:
         measure_efficiency(args.output)
         return
-    shapes = {name: shape_named(name) for name in args.model}
     points = Points(args.output / POINTS_FILE)
     measure([case for name in args.cases for case in CASES[name]], args.stages or list(TERMS), points)
     fits = fitted(points)
