@@ -151,12 +151,13 @@ def _low_rank(visit: Visit, work: Work, prefix: str, method: Method) -> Made:
     old, backend, rank = visit.block.get_submodule(path), method.backend, method.ranks[name]
     formats = [method.plan[f"{name}.{which}"] for which in FACTORS]
     weight, hessian = old.weight.detach().float(), work.moments.hessian(method.weighting).to(visit.device)
-    gradients = work.moments.gradient_moment
-    if gradients is None:
-        _log.warning("%s: low-rank by what enters it alone, its gradients' covariance is not collected", name)
-        gradients = torch.eye(len(weight))
-    gradients = gradients.to(visit.device)
-    made = quantized_factors(weight, hessian, gradients, rank, formats, backend, method.seed, name, method.settings)
+    with warnings_of("casp") as notes:
+        gradients = work.moments.gradient_moment
+        if gradients is None:
+            _log.warning("%s: low-rank by what enters it alone, its gradients' covariance is not collected", name)
+            gradients = torch.eye(len(weight))
+        gradients = gradients.to(visit.device)
+        made = quantized_factors(weight, hessian, gradients, rank, formats, backend, method.seed, name, method.settings)
     stored = dict(zip(FACTORS, (made.stored_down, made.stored_up), strict=True))
     tensors = {f"{which}.{key}": one for which, named in stored.items() for key, one in named.items()}
     _put(visit.block, path, name, method, tensors)
@@ -174,6 +175,7 @@ def _low_rank(visit: Visit, work: Work, prefix: str, method: Method) -> Made:
         "rank": rank,
         "bits": round(8 * sum(sizes) / weight.numel(), 4),
         "relative_error": weighted_error(weight, made.dense(), hessian),
+        **({"notes": notes} if notes else {}),
     }
     return Made(tensors, {role: whole, **report})
 

@@ -1,6 +1,6 @@
 """Seconds and bytes as sums of counted amounts: fitted to what was measured, told for what was not.
 
-Every coefficient is the price of one unit of an amount on one core of the machine that measured, and not negative:
+Every coefficient is the price of one unit of an amount on one core of the machine that measured, and not below `LEAST`:
 non-negative least squares (Lawson & Hanson 1974, "Solving Least Squares Problems", chapter 23) on the measured values
 in units of themselves, so that a short run counts as much as a long one.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import nnls
 
-from casp_eval.scale_terms import TERMS, Job, held
+from casp_eval.scale_terms import LEAST, TERMS, Job, held
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,18 @@ def _rows(jobs: Sequence[Job], terms: Mapping) -> np.ndarray:
     return np.array([[amount(job) for amount in terms.values()] for job in jobs], dtype=float)
 
 
-def _solved(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+def _solved(rows: np.ndarray, values: np.ndarray, least: np.ndarray) -> np.ndarray:
     relative = rows / values[:, None]
     scale = np.maximum(np.abs(relative).max(0), np.finfo(float).tiny)  # flops are 1e15 where starts are 1
-    return nnls(relative / scale, np.ones(len(values)))[0] / scale
+    return least + nnls(relative / scale, 1 - relative @ least)[0] / scale
 
 
-def _fitted(rows: np.ndarray, values: np.ndarray, names: Sequence[str]) -> Fit:
-    prices = _solved(rows, values)
+def _fitted(rows: np.ndarray, values: np.ndarray, names: Sequence[str], floors: Mapping[str, float]) -> Fit:
+    least = np.array([floors.get(name, 0.0) for name in names])
+    prices = _solved(rows, values, least)
     missed = np.abs(rows @ prices / values - 1)
     others = [np.arange(len(values)) != place for place in range(len(values))]
-    unseen = [abs(rows[i] @ _solved(rows[kept], values[kept]) / values[i] - 1) for i, kept in enumerate(others)]
+    unseen = [abs(rows[i] @ _solved(rows[kept], values[kept], least) / values[i] - 1) for i, kept in enumerate(others)]
     named = dict(zip(names, prices.tolist(), strict=True))
     return Fit(named, float(missed.mean()), float(missed.max()), float(np.mean(unseen)))
 
@@ -49,13 +50,13 @@ def _fitted(rows: np.ndarray, values: np.ndarray, names: Sequence[str]) -> Fit:
 def fit_seconds(jobs: Sequence[Job], seconds: Sequence[float]) -> Fit:
     """Of jobs of one stage, at least two, and the processor seconds of all ranks together."""
     terms = TERMS[jobs[0].stage]
-    return _fitted(_rows(jobs, terms), np.array(seconds, dtype=float), list(terms))
+    return _fitted(_rows(jobs, terms), np.array(seconds, dtype=float), list(terms), LEAST)
 
 
 def fit_bytes(jobs: Sequence[Job], peaks: Sequence[float]) -> Fit:
     """Of jobs of one stage, and the peak of the rank that held most: a constant, and a factor on README's formula."""
     rows = np.array([[1.0, held(job)] for job in jobs])
-    return _fitted(rows, np.array(peaks, dtype=float), ["libraries", "formula"])
+    return _fitted(rows, np.array(peaks, dtype=float), ["libraries", "formula"], {})
 
 
 def seconds_by_term(fit: Fit, job: Job) -> dict[str, float]:

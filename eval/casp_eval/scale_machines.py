@@ -6,10 +6,8 @@ A machine differs from the measured core by a few assumed numbers, which stand h
 from dataclasses import dataclass, replace
 
 from casp_eval.scale_fit import Fit, seconds_by_term
-from casp_eval.scale_terms import TERMS, Job
+from casp_eval.scale_terms import CORE_FLOPS, TERMS, Job
 
-CORE_FLOPS = 135e9
-"""float32 products of one core of the machine that measured (AVX-512, `torch.mm` of 2048 x 2048, one thread)."""
 CORE_BYTES = 4e9
 """Bytes a second that one core adds up, both operands and the sum (the same machine)."""
 GPU_FLOPS = 19.5e12

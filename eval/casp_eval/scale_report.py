@@ -6,7 +6,6 @@ from typing import Any
 from casp_eval.scale_fit import Fit, peak_bytes, seconds_by_term
 from casp_eval.scale_machines import (
     CORE_BYTES,
-    CORE_FLOPS,
     GPU_BYTES,
     GPU_FLOPS,
     LAUNCH,
@@ -18,7 +17,7 @@ from casp_eval.scale_machines import (
     gpus,
     predicted_seconds,
 )
-from casp_eval.scale_terms import Data, Job, Shape
+from casp_eval.scale_terms import CORE_FLOPS, Data, Job, Shape
 
 PIPELINE = ("moments", "plan", "quip-sharp")
 """What compress.sh runs with its defaults, nothing fine-tuned."""

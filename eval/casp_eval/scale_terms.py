@@ -123,7 +123,6 @@ _MAPS: dict[str, Amount] = {
 _ROUNDED: dict[str, Amount] = {
     **_START,
     "weights": lambda job: job.shape.blocks * job.shape.block,
-    "moments": lambda job: job.shape.blocks * entries(job.shape.inputs),
     "cubes": lambda job: job.shape.blocks * _cubes(job.shape),
 }
 TERMS: dict[str, dict[str, Amount]] = {
@@ -149,6 +148,10 @@ TERMS: dict[str, dict[str, Amount]] = {
     "plan": {**_ROUNDED, "decomposed": lambda job: job.shape.blocks * _decomposed(job.shape)},
 }
 """Of each stage, the amounts that its processor seconds are sums of."""
+CORE_FLOPS = 135e9
+"""float32 products of one core of the machine that measured (AVX-512, `torch.mm` of 2048 x 2048, one thread)."""
+LEAST = {"products": 1 / CORE_FLOPS, "cubes": 1 / CORE_FLOPS, "decomposed": 1 / CORE_FLOPS}
+"""Seconds that a unit takes at the least: no product is faster than the core. Small runs alone would not tell it."""
 
 
 def _kept(widths: list[int]) -> float:

@@ -9,7 +9,7 @@ from casp_eval.efficiency import speedups
 from casp_eval.scale import MODELS, SMALL, Points, missing, shape_named
 from casp_eval.scale_fit import fit_bytes, fit_seconds, peak_bytes, seconds_by_term
 from casp_eval.scale_machines import Machine, cpu_host, gpus, predicted_seconds
-from casp_eval.scale_terms import TERMS, Data, Job, Shape, backward_widths, entries, held
+from casp_eval.scale_terms import LEAST, TERMS, Data, Job, Shape, backward_widths, entries, held
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -61,7 +61,9 @@ def test_what_is_held_is_what_the_moments_of_a_block_take():
 @pytest.mark.parametrize("stage", TERMS)
 def test_a_fit_finds_the_prices_that_seconds_were_made_with(stage):
     jobs = varied(stage)
-    prices = {name: 10.0 / max(amount(job) for job in jobs) for name, amount in TERMS[stage].items()}
+    prices = {
+        name: LEAST.get(name, 0.0) + 10.0 / max(amount(job) for job in jobs) for name, amount in TERMS[stage].items()
+    }
     prices["start"] = 3.0
     seconds = [sum(prices[name] * amount(job) for name, amount in TERMS[stage].items()) for job in jobs]
     fit = fit_seconds(jobs, seconds)
