@@ -3,7 +3,7 @@
 import pytest
 import torch
 from casp_aqlm.scheme import Scheme
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from casp.backend import load_backend
@@ -32,6 +32,7 @@ def quantized(matrix, scheme, entries="float16", rows=40, columns=64, seed=0):
     st.integers(1, 70),
     st.integers(1, 70),
 )
+@settings(deadline=None)  # the first call loads the backend
 def test_bytes_are_those_of_the_stored_tensors(count, bits, group, entries, rows, columns):
     backend = load_backend("aqlm")
     format = backend.format(f"{count}x{bits}g{group}", entries)
@@ -119,6 +120,7 @@ def test_bad_input_names_the_layer(matrix):
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from(["float16", "int8", "float8"]))
+@settings(deadline=None)
 def test_formats_ascend_and_small_matrices_get_small_codebooks(rows, columns, entries):
     backend = load_backend("aqlm")
     found = backend.formats(rows, columns, entries=entries)

@@ -9,7 +9,7 @@ namespace quiptools {
 
 constexpr int64_t kEntries = 256;   // of a table: codes of 8 bits
 constexpr int64_t kPlaces = 64;     // tables that share a step, and a register of codes: 64 * 255 < 2^16, no sum overflows
-constexpr int64_t kOutputsTogether = 256;     // outputs that are looked up together: four registers of codes
+constexpr int64_t kOutputsTogether = 256; // outputs that are looked up together: four registers of codes
 constexpr float kMiddle = 32768;    // what a table's whole numbers are raised by, so that they have no sign
 
 // The tables of one vector: of the codewords' products with it whole numbers of 16 bits in steps of their block of
