@@ -103,6 +103,14 @@ class QuantizedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {details}"
 
 
+def stored_as(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Real `values` in the dtype of a stored tensor: the nearest that it holds, also where it holds whole numbers."""
+    if dtype.is_floating_point:
+        return values.to(dtype)
+    limits = torch.iinfo(dtype)
+    return values.round().clamp(limits.min, limits.max).to(dtype)
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether a stored tensor of any dtype, of one byte too, holds neither NaN nor infinity."""
     if not tensor.is_floating_point():

@@ -38,7 +38,8 @@ def parser() -> argparse.ArgumentParser:
         "--entries",
         choices=ENTRY_DTYPES,
         default="float16",
-        help="what codebooks are stored as; float8 halves them, which tells on small matrices (default: %(default)s)",
+        help="what codebooks are stored as; int8 halves them, which tells on small matrices, and so does float8, with "
+        "more error (default: %(default)s)",
     )
     add_damping_argument(flags)
     flags.add_argument(

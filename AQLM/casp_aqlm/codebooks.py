@@ -8,7 +8,7 @@ and one sum by code.
 import torch
 from torch import Tensor
 
-from casp_aqlm.factors import Factors
+from casp_aqlm.factors import Factors, weighted_loss
 from casp_aqlm.linear import decode
 from casp_aqlm.nearest import Search
 from casp_aqlm.scheme import Scheme
@@ -16,6 +16,8 @@ from casp_aqlm.scheme import Scheme
 _SAMPLES = 64  # vectors for each entry: more do not make a better start
 _LLOYD, _JOINT = 6, 3  # iterations: of one codebook on what the others leave, and of all together
 _SOLVED = 1e-8  # of the first residual's energy: below it float32 follows nothing but its own rounding
+_LARGEST = 127  # in a byte with a sign
+_REACH = (1.0, 0.85, 0.7, 0.55, 0.4)  # of the largest entry, that whole numbers are tried to hold
 _RIDGE = 1e-3  # of the mean curvature: keeps the preconditioner off entries that hardly any code uses
 
 
@@ -107,6 +109,24 @@ def refit(
     right = adjoint(target - decode(codes, codebooks))
     diagonal = sums_by_code(curvature, flat, size)
     return codebooks + _conjugate_gradients(lambda c: adjoint(decode(codes, c)), right, diagonal, iterations)
+
+
+def in_whole_numbers(
+    target: Tensor, codes: Tensor, codebooks: Tensor, row_weights: Tensor, factors: Factors
+) -> tuple[Tensor, float]:
+    """`codebooks` in a unit in which whole numbers of -127 to 127 hold them best, and that unit.
+
+    Arguments as of `refit`, whose loss decides. A unit too small for the largest entries serves all others better.
+    """
+    most = codebooks.abs().amax().item() or 1.0
+
+    def loss(unit: float) -> float:
+        rounded = (codebooks / unit).round().clamp(-_LARGEST, _LARGEST) * unit
+        error = target - decode(codes, rounded)
+        return (row_weights * weighted_loss(error, factors.hessian)).sum().item()
+
+    unit = min((reach * most / _LARGEST for reach in _REACH), key=loss)
+    return (codebooks / unit).clamp(-_LARGEST, _LARGEST), unit
 
 
 def best_scales(weight: Tensor, points: Tensor, hessian: Tensor, scales: Tensor) -> Tensor:

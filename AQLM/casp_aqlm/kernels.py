@@ -17,7 +17,8 @@ class Layer:
 
     codes, codebooks, scales, code_bits: as `AQLMLinear` stores them; dense: the weight, (out, in) float32. Up to 8
     vectors the operator adds up what the codes look up in tables of the vectors' products with all codewords (codes of
-    at most 8 bits) or the products with the codewords themselves (larger codes), in float32. Longer prompts are
+    at most 8 bits) or the products with the codewords themselves (larger codes), in float32; for x of half precision
+    what is looked up may be rounded to 16 bits. Longer prompts are
     multiplied by the decoded weight in x's dtype.
     """
 
@@ -41,7 +42,7 @@ class Layer:
     def arguments(self) -> tuple[Any, ...]:
         """See `casp.kernels.Kernel`."""
         half = multiplies_natively(torch.bfloat16)
-        return self.codes, self.codebooks.float(), self.scales, self.code_bits, self.bias, half
+        return self.codes, self.codebooks.half(), self.scales, self.code_bits, self.bias, half
 
     def reference(self, x: Tensor) -> Tensor:
         """See `casp.kernels.Kernel`."""

@@ -28,9 +28,9 @@ def decode(codes: Tensor, codebooks: Tensor) -> Tensor:
 class AQLMLinear(QuantizedLinear):
     """`y = x W^T + b`, a group of W the sum of M codewords times the scale of its row.
 
-    format: {"scheme": "MxBgG", "entries": "float16"|"float8"}, see `casp_aqlm.scheme`. Buffers: codes uint8 (out,
-    ceil(groups M B / 8)), those of a row packed group by group, a group's by codebook; codebooks (M, 2^B, g); scales
-    float16 (out,). in is rounded up to a multiple of g by columns of zeros.
+    format: {"scheme": "MxBgG", "entries": "float16"|"int8"|"float8"}, see `casp_aqlm.scheme`. Buffers: codes uint8
+    (out, ceil(groups M B / 8)), those of a row packed group by group, a group's by codebook; codebooks (M, 2^B, g);
+    scales float16 (out,). in is rounded up to a multiple of g by columns of zeros.
     """
 
     def __init__(

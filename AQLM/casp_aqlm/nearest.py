@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from casp.kernels import has_operator, operators
 from casp.threads import over_rows
 from casp_aqlm.loops import LANES, nearest_entries, nearest_pairs
 
@@ -20,6 +21,8 @@ EXACT_PAIRS = 512  # entries up to which two codebooks are searched together
 BEAM = 8  # first codewords that are followed up where the codebooks are larger
 _TURNS = 2  # rounds over the codebooks where there are more than can be searched together
 _TOGETHER = 1 << 22  # distances that the plain search holds at once
+_NATIVE = "aqlm_nearest_pairs"  # of quiptools, which has it for multiples of so many entries:
+_NATIVE_ENTRIES = 16
 
 
 def entries_reference(targets: Tensor, codebook: Tensor) -> Tensor:
@@ -52,7 +55,14 @@ def entries_compiled(targets: Tensor, codebook: Tensor) -> Tensor:
 
 
 def pairs_compiled(targets: Tensor, codebooks: Tensor) -> Tensor:
-    """As `pairs_reference`, on the CPU."""
+    """As `pairs_reference`, on the CPU, for a multiple of 4 entries."""
+    if codebooks.shape[1] % _NATIVE_ENTRIES == 0 and has_operator(_NATIVE, "cpu"):
+        return getattr(operators(), _NATIVE)(targets.float(), codebooks.float())
+    return pairs_by_numba(targets, codebooks)
+
+
+def pairs_by_numba(targets: Tensor, codebooks: Tensor) -> Tensor:
+    """As `pairs_compiled`, where quiptools is not built."""
     vectors, entries = _padded(targets).numpy(), _padded(codebooks)
     norms, products = entries.square().sum(-1).numpy(), (2 * entries[0] @ entries[1].T).contiguous().numpy()
     columns = entries.transpose(1, 2).contiguous().numpy()

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from casp.errors import UserError
-from casp_aqlm.codebooks import best_scales, first_codebooks, refit
+from casp.linear import stored_as
+from casp_aqlm.codebooks import best_scales, first_codebooks, in_whole_numbers, refit
 from casp_aqlm.codes import descend, round_with_feedback
 from casp_aqlm.factors import Factors, order_of_activation, weighted_loss
 from casp_aqlm.linear import decode
@@ -104,7 +105,11 @@ def quantize_additive(
         before = after
     row_weights = state.scales.square()
     state.codebooks = refit(target, state.codes, state.codebooks, row_weights, factors, _STEPS)
-    state.codebooks = state.codebooks.to(ENTRY_DTYPES[scheme.entries]).float()
+    dtype = ENTRY_DTYPES[scheme.entries]
+    if dtype == torch.int8:
+        state.codebooks, unit = in_whole_numbers(target, state.codes, state.codebooks, row_weights, factors)
+        state.scales = state.scales * unit
+    state.codebooks = stored_as(state.codebooks, dtype).float()
     state.codes = descend(fit_scales(), state.codes, state.codebooks, factors, search)
     fit_scales()
     state.scales = state.scales.half().float()
@@ -133,6 +138,6 @@ def quantize_matrix(
     found = quantize_additive(weight, hessian, scheme, generator, name=name, **settings)
     return {
         "codes": pack(found.codes.flatten(1), scheme.code_bits),
-        "codebooks": found.codebooks.to(ENTRY_DTYPES[scheme.entries]),
+        "codebooks": stored_as(found.codebooks, ENTRY_DTYPES[scheme.entries]),
         "scales": found.scales.half(),
     }

@@ -13,7 +13,8 @@ import torch
 
 from casp.errors import UserError
 
-ENTRY_DTYPES = {"float16": torch.float16, "float8": torch.float8_e4m3fn}
+ENTRY_DTYPES = {"float16": torch.float16, "int8": torch.int8, "float8": torch.float8_e4m3fn}
+"""What codebooks are stored as. Those of int8 are whole numbers, in a unit that the scales of the rows hold."""
 _EXAMPLES = "2x8g8, 1x8g8, 1x8g4, 3x8g12, 2x12g8, 4x8g8, 1x16g8"
 _MOST_ENTRY_BITS, _MOST_GROUP, _MOST_CODEBOOKS = 16, 32, 8
 
@@ -50,7 +51,7 @@ class Scheme:
 
     @classmethod
     def of(cls, format: Mapping[str, Any]) -> "Scheme":
-        """The scheme of a format, {"scheme": "2x8g8", "entries": "float16"|"float8", ...}."""
+        """The scheme of a format, {"scheme": "2x8g8", "entries": a key of ENTRY_DTYPES, ...}."""
         scheme = cls.parse(format["scheme"], format["entries"])
         if format.get("bits", scheme.bits) != scheme.bits:
             raise UserError(f"scheme {scheme} has {scheme.bits:g} bits a weight, not {str(format['bits'])[:40]}.")

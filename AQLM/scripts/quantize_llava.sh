@@ -4,7 +4,7 @@
 # Defaults are the paper's: LLaVA-1.5-7B (calibrated on images and text), two codebooks of 256 entries over groups of 8 weights
 # (2 bits a weight besides codebooks and scales). Flags given here are passed on to the stage, --help explains each.
 # Some uses:
-#   bash AQLM/scripts/quantize_llava.sh --model demo-llava --entries float8   the built-in model; small codebooks
+#   bash AQLM/scripts/quantize_llava.sh --model demo-llava --entries int8   the built-in model; small codebooks
 #   bash AQLM/scripts/quantize_llava.sh --scheme 4x8g8 --moments DIR        4 bits, with the output of hfize_llava.sh
 #   bash AQLM/scripts/quantize_llava.sh --ft-epochs 0 --export aqlm         not fine-tuned; also for the package aqlm
 # After SVD/scripts/svd_llava.sh it takes that stage's output and spends the bytes which the low-rank W_q and W_k freed

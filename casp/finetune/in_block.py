@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from casp.backend import Backend
 from casp.errors import UserError, told_as
-from casp.linear import QuantizedLinear
+from casp.linear import QuantizedLinear, stored_as
 from casp.model.inputs import BatchInputs, first_output, moved
 from casp.ranks import ALONE, Message, Ranks
 from casp.reading.documents import parse_json
@@ -166,7 +166,7 @@ class Masters:
     def write(self) -> None:
         """Round the leaves into the tensors in use."""
         for name, leaf in self.leaves.items():
-            self.tensors[name].copy_(leaf)
+            self.tensors[name].copy_(stored_as(leaf, self.tensors[name].dtype))
 
 
 def relative_error(output: Tensor, target: Tensor, tokens: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from casp.errors import UserError, told_as
+from casp.linear import stored_as
 from casp.model.capture import capture_inputs
 from casp.model.decoder import Decoder
 from casp.model.inputs import BatchInputs
@@ -166,7 +167,7 @@ class RunFolder(WorkFolder):
         for index in range(len(self.decoder.blocks)):
             prefix = decoder_prefix(self.decoder, index)
             stored, _ = self.read_shard(self._shard(index))
-            new = {name: tensors[name].to(stored[name].dtype) for name in stored if name in tensors}
+            new = {name: stored_as(tensors[name], stored[name].dtype) for name in stored if name in tensors}
             if any(not torch.equal(new[name].cpu(), stored[name]) for name in new):
                 write_shard(self._shard(index), {**stored, **new})
             lost = [name for name in tensors if name.startswith(prefix) and name not in stored]

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from casp_aqlm.scheme import Scheme
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from casp.backend import load_backend
 from casp.errors import UserError
+from casp.finetune.in_block import Masters
 from casp.rounding import weighted_error
 
 SETTINGS = {"max_rounds": 2, "name": "layer"}
@@ -27,10 +28,11 @@ def quantized(matrix, scheme, entries="float16", rows=40, columns=64, seed=0):
     st.integers(1, 8),
     st.integers(1, 16),
     st.integers(1, 32),
-    st.sampled_from(["float16", "float8"]),
+    st.sampled_from(["float16", "int8", "float8"]),
     st.integers(1, 70),
     st.integers(1, 70),
 )
+@settings(deadline=None)  # the first call loads the backend
 def test_bytes_are_those_of_the_stored_tensors(count, bits, group, entries, rows, columns):
     backend = load_backend("aqlm")
     format = backend.format(f"{count}x{bits}g{group}", entries)
@@ -49,7 +51,7 @@ def test_named_schemes_cost_what_their_names_say():
 
 
 @pytest.mark.parametrize("scheme", ["2x4g8", "1x8g4", "3x4g6", "2x10g8", "1x12g8"])
-@pytest.mark.parametrize("entries", ["float16", "float8"])
+@pytest.mark.parametrize("entries", ["float16", "int8", "float8"])
 def test_a_layer_decodes_what_was_quantized(matrix, scheme, entries):
     _, _, weight, hessian, tensors, layer = quantized(matrix, scheme, entries)
     # Decoded by hand from the definition: the sum of the codewords times the row's scale.
@@ -117,13 +119,14 @@ def test_bad_input_names_the_layer(matrix):
         backend.quantize(weight, hessian, backend.format("2x4g8"), None, **SETTINGS)
 
 
-@given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from(["float16", "float8"]))
+@given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from(["float16", "int8", "float8"]))
+@settings(deadline=None)
 def test_formats_ascend_and_small_matrices_get_small_codebooks(rows, columns, entries):
     backend = load_backend("aqlm")
     found = backend.formats(rows, columns, entries=entries)
     sizes = [backend.bytes(format, rows, columns) for format in found]
     assert sizes == sorted(sizes)
-    assert sorted(format["bits"] for format in found) == [1, 2, 3, 4]
+    assert sorted(format["bits"] for format in found) == [1, 1.5, 2, 2.5, 3, 4]
     two = backend.bytes(next(format for format in found if format["bits"] == 2), rows, columns)
     assert two <= backend.bytes(backend.format("2x8g8", entries), rows, columns)
 
@@ -131,4 +134,23 @@ def test_formats_ascend_and_small_matrices_get_small_codebooks(rows, columns, en
 def test_a_large_matrix_keeps_two_codebooks_and_a_low_rank_factor_does_not():
     backend = load_backend("aqlm")
     assert {"bits": 2.0, "scheme": "2x8g8", "entries": "float16"} in backend.formats(4096, 4096)
-    assert {"bits": 2.0, "scheme": "1x8g4", "entries": "float16"} in backend.formats(72, 576)
+    assert {"bits": 2.0, "scheme": "1x8g4", "entries": "float16"} in backend.formats(72, 576, entries="float16")
+    assert {"bits": 2.0, "scheme": "1x8g4", "entries": "int8"} in backend.formats(72, 576)
+
+
+def test_whole_numbers_hold_codebooks_better_than_float8_and_learn(matrix):
+    errors = {}
+    for entries in ("float16", "int8", "float8"):
+        _, _, weight, hessian, _, layer = quantized(matrix, "2x6g8", entries, rows=400)
+        errors[entries] = weighted_error(weight, layer.dequantize(), hessian)
+    assert errors["float16"] <= errors["int8"] < errors["float8"]
+    backend, *_, layer = quantized(matrix, "2x4g8", "int8")
+    masters = Masters(backend.tunable(layer))
+    with torch.no_grad():
+        masters.leaves["codebooks"] += 0.6
+        masters.leaves["codebooks"][0, 0, 0] = 1000
+    before = layer.codebooks.clone()
+    masters.write()
+    assert layer.codebooks.dtype == torch.int8
+    assert layer.codebooks[0, 0, 0] == 127
+    assert torch.equal(layer.codebooks.flatten()[1:].int(), (before.flatten()[1:].int() + 1).clamp_max(127))

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from casp.kernels import has_operator, implementations
+from casp.linear import stored_as
 
 BUILT = has_operator("aqlm_layer", "cpu")
 IMPLEMENTATIONS = [one for one in implementations() if one.name == "reference" or (BUILT and one.name != "cuda")]
@@ -24,7 +25,7 @@ def random_layer(scheme, out_features, in_features, entries="float16", bias=True
     codes = torch.randint(0, parsed.size, shape, generator=generator)
     codebooks = torch.randn(parsed.codebooks, parsed.size, parsed.group, generator=generator)
     layer.codes.copy_(pack(codes.flatten(1), parsed.code_bits))
-    layer.codebooks.copy_(codebooks)
+    layer.codebooks.copy_(stored_as(4 * codebooks, layer.codebooks.dtype))
     layer.scales.copy_(torch.rand(out_features, generator=generator))
     if bias:
         layer.bias.data.normal_(generator=generator)
@@ -87,9 +88,34 @@ def test_any_shape(codebooks, bits, group, out_features, in_features, batch, see
 
 
 @needs_kernel
-def test_threads_do_not_change_the_sums():
+@pytest.mark.parametrize("scheme", ["2x8g8", "3x8g8", "2x12g8", "1x16g8", "1x8g4"])
+def test_many_groups_and_outliers_among_the_inputs(scheme):
+    layer, weight = random_layer(scheme, 600, 1096, "int8" if scheme == "3x8g8" else "float16")
+    x = torch.randn(2, 1096, generator=torch.Generator().manual_seed(0))
+    x[:, 700] = 300
+    for one in IMPLEMENTATIONS:
+        for dtype in (torch.float32, torch.float16):
+            check(one, layer, weight, x.to(dtype))
+
+
+@needs_kernel
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_comes_out(bad):
+    layer, _ = random_layer("2x8g8", 300, 1096)
+    x = torch.randn(2, 1096, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[1, 900] = bad
+    for one in IMPLEMENTATIONS:
+        with torch.no_grad():
+            y = one.run(layer.kernel(), x)
+        assert torch.isfinite(y[0]).all()
+        assert not torch.isfinite(y[1]).any()
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_change_the_sums(dtype):
     layer, _ = random_layer("2x8g8", 700, 256)
-    x = torch.randn(2, 256, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
     threads = torch.get_num_threads()
     try:
         found = []

@@ -4,9 +4,11 @@ import itertools
 
 import pytest
 import torch
-from casp_aqlm.nearest import Search
+from casp_aqlm.nearest import Search, pairs_by_numba, pairs_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from casp.kernels import operators
 
 SEARCHES = [Search(compiled=False), Search(compiled=True)]
 
@@ -70,3 +72,28 @@ def test_more_than_can_be_searched_exactly_comes_close_and_never_loses_what_it_s
         improved = distances(targets, codebooks, search.sums(targets, codebooks, greedy))
         assert (improved <= distances(targets, codebooks, greedy) * (1 + 1e-4) + 1e-6).all()
         assert fresh.mean() < 1.5 * brute_force(targets, codebooks).mean()
+
+
+@pytest.mark.skipif(operators() is None, reason="quiptools is not built")
+@given(st.sampled_from([16, 48, 64, 256]), st.integers(1, 9), st.integers(1, 75), st.integers(0, 2**31))
+@settings(max_examples=25, deadline=None)
+def test_all_instruction_sets_and_numba_find_the_same_pairs(size, group, rows, seed):
+    generator = torch.Generator().manual_seed(seed)
+    codebooks = torch.randn(2, size, group, generator=generator)
+    targets = 2 * torch.randn(rows, group, generator=generator)
+    best = distances(targets, codebooks, pairs_reference(targets, codebooks))
+    found = {name: operators().aqlm_nearest_pairs(targets, codebooks, name) for name in operators().instruction_sets()}
+    for codes in (*found.values(), pairs_by_numba(targets, codebooks)):
+        assert torch.allclose(distances(targets, codebooks, codes), best, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(operators() is None, reason="quiptools is not built")
+def test_what_the_compiled_search_cannot_take_is_refused():
+    for codebooks in (
+        torch.randn(2, 20, 8),
+        torch.randn(3, 16, 8),
+        torch.randn(2, 16, 7),
+        torch.randn(2, 16, 8).half(),
+    ):
+        with pytest.raises((ValueError, RuntimeError)):
+            operators().aqlm_nearest_pairs(torch.randn(5, 8), codebooks)

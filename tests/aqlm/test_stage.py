@@ -79,9 +79,12 @@ def test_low_rank_layers_pay_for_more_codebooks_at_the_same_bytes(stage, tiny_ll
     assert torch.isfinite(logits(tmp_path / "casp")).all()
 
 
-def test_fine_tuning_moves_codebooks_and_scales_and_lowers_the_loss(stage, tiny_llama, tmp_path):
+@pytest.mark.parametrize("entries", ["float16", "int8"])
+def test_fine_tuning_moves_codebooks_and_scales_and_lowers_the_loss(stage, tiny_llama, tmp_path, entries):
     for name, epochs in (("plain", 0), ("tuned", 2)):
-        stage("--model", tiny_llama, "--output", tmp_path / name, "--block-epochs", epochs, "--e2e-epochs", epochs)
+        how = ["--block-epochs", epochs, "--e2e-epochs", epochs, "--entries", entries]
+        how += ["--block-lr", "0.02", "--e2e-lr", "0.02"] if entries == "int8" else []  # beyond half a whole number
+        stage("--model", tiny_llama, "--output", tmp_path / name, *how)
     shards = [(tmp_path / name).glob("*.safetensors") for name in ("plain", "tuned")]
     found = [{key: tensor for shard in part for key, tensor in load_file(shard).items()} for part in shards]
     for name in ("codebooks", "scales"):
@@ -92,11 +95,11 @@ def test_fine_tuning_moves_codebooks_and_scales_and_lowers_the_loss(stage, tiny_
     assert size(tmp_path / "plain").bytes == size(tmp_path / "tuned").bytes
 
 
-@pytest.mark.parametrize("scheme", ["2x8g8", "1x10g4"])
-def test_stock_transformers_and_aqlm_compute_our_logits(stage, tiny_llama, tmp_path, scheme):
+@pytest.mark.parametrize(("scheme", "entries"), [("2x8g8", "float16"), ("2x8g8", "int8"), ("1x10g4", "float16")])
+def test_stock_transformers_and_aqlm_compute_our_logits(stage, tiny_llama, tmp_path, scheme, entries):
     output, theirs = tmp_path / "out", tmp_path / "theirs.safetensors"
     for _ in range(2):  # the same export again is left as it is
-        stage("--model", tiny_llama, "--output", output, "--scheme", scheme, "--export", "aqlm")
+        stage("--model", tiny_llama, "--output", output, "--scheme", scheme, "--entries", entries, "--export", "aqlm")
     command = [sys.executable, "-c", LOAD, f"{output}-aqlm", str(theirs)]
     one = os.environ | {"NUMBA_NUM_THREADS": "1"}  # the package's kernel adds to shared sums: more threads spoil them
     done = subprocess.run(command, env=one, capture_output=True, text=True, timeout=600)

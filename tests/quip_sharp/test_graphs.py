@@ -72,7 +72,7 @@ def inputs_of(name, count=3, needs_gradient=True):
     words = torch.randint(-(2**31), 2**31, (packed_rows(40, 3), 24), dtype=torch.int32)
     zeros = torch.randint(-(2**31), 2**31, (2, packed_rows(24, 3)), dtype=torch.int32)
     packed = words, zeros, torch.rand(2, 24).half()
-    additive = torch.randint(0, 256, (24, 10), dtype=torch.uint8), torch.randn(2, 256, 8), torch.rand(24).half()
+    additive = torch.randint(0, 256, (24, 10), dtype=torch.uint8), torch.randn(2, 256, 8).half(), torch.rand(24).half()
     plan = transform_plan(40)
     values = table[:2].float().repeat(128)
     return {
@@ -98,6 +98,7 @@ def inputs_of(name, count=3, needs_gradient=True):
         "gptq_layer": (x, *packed, 3, 32, torch.randn(24)),
         "aqlm_decode": (*additive, 40, 8),
         "aqlm_layer": (x, *additive, 8, torch.randn(24)),
+        "aqlm_nearest_pairs": (torch.randn(5, 8), torch.randn(2, 16, 8)),
     }[name]
 
 
@@ -112,6 +113,7 @@ NAMES = [
     "trellis_layer",
 ]
 NAMES += ["trellis_round", "trellis_descend", "gptq_decode", "gptq_layer", "aqlm_decode", "aqlm_layer"]
+NAMES += ["aqlm_nearest_pairs"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,7 +1,8 @@
 // AQLM's products. With at most 256 entries a codebook, the inner products of all codewords with a group of activations
 // are a small table, made once for all outputs: an output is a sum of what its codes look up (Egiazarian et al. 2024,
 // arXiv 2401.06118, section 4.4). Larger codebooks are read codeword by codeword. Both are loads more
-// than arithmetic, and gathers of AVX-512 measured no faster: there is one loop for all instruction sets.
+// than arithmetic, and gathers measured no faster: there is one loop for all instruction sets, besides what aqlm_kernels.h
+// has.
 #include "cpu_aqlm.h"
 
 #include <ATen/Parallel.h>
@@ -21,6 +22,7 @@ constexpr int64_t kTableBits = 8;      // of a code, up to which tables are wort
 constexpr int64_t kTableRows = 256;    // outputs from which on they are
 constexpr int64_t kWorthDecoding = 8;  // vectors beyond which rows are decoded instead
 constexpr int64_t kGrain = 64;         // outputs a thread takes at least
+constexpr int64_t kDotWidth = 8;       // weights to a group, for kernels that multiply by codewords
 
 // The sum over n of table[n * size + codes[n]]: eight sums at once, since an addition takes as long as several loads.
 template <typename Code>
@@ -79,14 +81,19 @@ float dot(const float* x, const float* words, int64_t size, int64_t width, const
 
 } // namespace
 
+const AQLMKernels* aqlm_kernels(Isa isa) {
+  if (isa >= Isa::vbmi) return vbmi_aqlm();
+  return isa >= Isa::avx2 ? avx2_aqlm() : nullptr;
+}
+
 AQLMProduct::AQLMProduct(const at::Tensor& codes, const at::Tensor& codebooks, const at::Tensor& scales, int64_t columns,
-                         int64_t bits)
-    : codebooks_(codebooks), columns_(columns), bits_(bits) {
+                         int64_t bits, bool rounds, Isa isa)
+    : kernels_(aqlm_kernels(isa)), rounds_(rounds), codebooks_(codebooks), columns_(columns), bits_(bits) {
   TORCH_CHECK_VALUE(bits >= 1 && bits <= 16 && columns > 0, "AQLM has codes of 1 to 16 bits, and columns");
-  TORCH_CHECK_VALUE(codebooks.dim() == 3 && codebooks.scalar_type() == at::kFloat && codebooks.is_contiguous() &&
+  TORCH_CHECK_VALUE(codebooks.dim() == 3 && codebooks.scalar_type() == at::kHalf && codebooks.is_contiguous() &&
                         codebooks.device().is_cpu() && codebooks.size(0) > 0 && codebooks.size(1) == int64_t(1) << bits &&
                         codebooks.size(2) > 0 && codebooks.size(2) <= 32,
-                    "codebooks are a float32 tensor (codebooks, ", int64_t(1) << bits, ", group)");
+                    "codebooks are a float16 tensor (codebooks, ", int64_t(1) << bits, ", group)");
   count_ = codebooks.size(0), size_ = codebooks.size(1), group_ = codebooks.size(2);
   groups_ = (columns + group_ - 1) / group_;
   bytes_ = (groups_ * count_ * bits + 7) / 8;
@@ -114,6 +121,11 @@ void AQLMProduct::unpack(int64_t row, uint16_t* out) const {
     return;
   }
   if (width == 12) {
+    if (kernels_ && kernels_->unpack12 && places >= 24) {
+      n = (places - 8) / 8 * 8; // what is read beyond these lies in the row
+      kernels_->unpack12(next, n / 8, out);
+      next += n / 2 * 3;
+    }
     for (; n + 2 <= places; n += 2, next += 3) {
       out[n] = static_cast<uint16_t>(next[0] | (next[1] & 15) << 8);
       out[n + 1] = static_cast<uint16_t>(next[1] >> 4 | next[2] << 4);
@@ -129,26 +141,61 @@ void AQLMProduct::unpack(int64_t row, uint16_t* out) const {
 }
 
 void AQLMProduct::direct(const float* x, int64_t batch, float* y) const {
-  at::Tensor vectors = at::zeros({batch, groups_ * group_}, codebooks_.options());
+  at::Tensor vectors = at::zeros({batch, groups_ * group_}, codebooks_.options().dtype(at::kFloat));
   float* to = vectors.mutable_data_ptr<float>();
   for (int64_t v = 0; v < batch; v++) std::copy_n(x + v * columns_, columns_, to + v * groups_ * group_);
   if (batch > kWorthDecoding) {
     at::Tensor product = multiply_decoded(*this, vectors.narrow(1, 0, columns_));
     std::copy_n(product.const_data_ptr<float>(), batch * rows_, y);
   } else if (bits_ <= kTableBits && rows_ >= kTableRows) {
-    look_up(vectors, batch, y);
+    if (rounds_ && bits_ == kTableBits && kernels_ && kernels_->look_up) {
+      look_up_rounded(vectors, batch, y);
+    } else {
+      look_up(vectors, batch, y);
+    }
   } else {
     multiply_codewords(to, batch, y);
   }
 }
 
+// The inner products of all codewords with the groups of x: (groups, M, entries).
+at::Tensor AQLMProduct::tables(const at::Tensor& x) const {
+  at::Tensor words = codebooks_.view({count_ * size_, group_}).to(at::kFloat);
+  return at::mm(x.view({groups_, group_}), words.t());
+}
+
+void AQLMProduct::look_up_rounded(const at::Tensor& x, int64_t batch, float* y) const {
+  const int64_t places = groups_ * count_, blocks = (places + kPlaces - 1) / kPlaces;
+  std::vector<std::vector<uint8_t>> bytes(batch);
+  std::vector<std::vector<float>> steps(batch);
+  std::vector<Planes> planes(batch);
+  for (int64_t v = 0; v < batch; v++) {
+    bytes[v].resize(places * 2 * kEntries);
+    steps[v].resize(blocks);
+    planes[v] = {bytes[v].data(), steps[v].data()};
+    at::Tensor exact = tables(x.select(0, v));
+    const float* table = exact.const_data_ptr<float>();
+    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * kPlaces, last = std::min(places, end * kPlaces);
+      kernels_->round(table + first * kEntries, last - first, {planes[v].bytes + first * 2 * kEntries, planes[v].steps + begin});
+    });
+  }
+  at::parallel_for(0, (rows_ + kOutputsTogether - 1) / kOutputsTogether, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin * kOutputsTogether; row < std::min(rows_, end * kOutputsTogether); row += kOutputsTogether) {
+      const int64_t here = std::min(kOutputsTogether, rows_ - row);
+      kernels_->look_up(codes_ + row * bytes_, bytes_, here, places, planes.data(), batch, rows_, y + row);
+      for (int64_t v = 0; v < batch; v++)
+        for (int64_t r = row; r < row + here; r++) y[v * rows_ + r] *= static_cast<float>(scales_[r]);
+    }
+  });
+}
+
 void AQLMProduct::look_up(const at::Tensor& x, int64_t batch, float* y) const {
-  at::Tensor words = codebooks_.view({count_ * size_, group_});
   int64_t places = groups_ * count_, together = std::max<int64_t>(kTable / size_, 1);
   std::fill_n(y, batch * rows_, 0.0f);
   for (int64_t v = 0; v < batch; v++) {
-    at::Tensor tables = at::mm(x.select(0, v).view({groups_, group_}), words.t()); // (groups, M, entries)
-    const float* table = tables.const_data_ptr<float>();
+    at::Tensor exact = tables(x.select(0, v));
+    const float* table = exact.const_data_ptr<float>();
     float* out = y + v * rows_;
     at::parallel_for(0, rows_, kGrain, [&](int64_t begin, int64_t end) {
       std::vector<uint16_t> buffer(bits_ == 8 ? 0 : places);
@@ -177,13 +224,18 @@ void AQLMProduct::look_up(const at::Tensor& x, int64_t batch, float* y) const {
 }
 
 void AQLMProduct::multiply_codewords(const float* x, int64_t batch, float* y) const {
-  const float* words = codebooks_.const_data_ptr<float>();
+  const bool halves = kernels_ && kernels_->dot && group_ == kDotWidth;
+  const at::Tensor exact = halves ? at::Tensor() : codebooks_.to(at::kFloat);
+  const float* words = halves ? nullptr : exact.const_data_ptr<float>();
+  const uint16_t* half_words = reinterpret_cast<const uint16_t*>(codebooks_.const_data_ptr<at::Half>());
   at::parallel_for(0, rows_, kGrain, [&](int64_t begin, int64_t end) {
     std::vector<uint16_t> buffer(groups_ * count_);
     for (int64_t row = begin; row < end; row++) {
       unpack(row, buffer.data());
       for (int64_t v = 0; v < batch; v++) {
-        float sum = dot(x + v * groups_ * group_, words, size_, group_, buffer.data(), groups_, count_);
+        const float* from = x + v * groups_ * group_;
+        float sum = halves ? kernels_->dot(from, half_words, size_, buffer.data(), groups_, count_)
+                           : dot(from, words, size_, group_, buffer.data(), groups_, count_);
         y[v * rows_ + row] = sum * static_cast<float>(scales_[row]);
       }
     }
@@ -194,7 +246,8 @@ at::Tensor AQLMProduct::decoded(int64_t begin, int64_t count, at::ScalarType dty
   int64_t width = groups_ * group_;
   // Rows of whole groups, for which `room` is too small where columns are no multiple of them.
   at::Tensor tile = tile_of(width == columns_ ? room : at::Tensor(), count, width, dtype);
-  const float* words = codebooks_.const_data_ptr<float>();
+  const at::Tensor exact = codebooks_.to(at::kFloat);
+  const float* words = exact.const_data_ptr<float>();
   at::parallel_for(0, count, kGrain, [&](int64_t from, int64_t to) {
     std::vector<uint16_t> buffer(groups_ * count_);
     std::vector<float> line(width);

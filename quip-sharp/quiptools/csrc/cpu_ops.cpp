@@ -79,16 +79,16 @@ Tensor gptq_layer(const Tensor& x, const Tensor& words, const Tensor& zeros, con
 
 Tensor aqlm_decode(const Tensor& codes, const Tensor& codebooks, const Tensor& scales, int64_t columns, int64_t bits,
                    std::string isa) {
-  set_named(isa);
-  AQLMProduct matrix(codes, codebooks, scales, columns, bits);
+  AQLMProduct matrix(codes, codebooks, scales, columns, bits, false, set_named(isa));
   return matrix.decoded(0, matrix.rows(), at::kFloat, Tensor()).t().contiguous();
 }
 
 Tensor aqlm_layer(const Tensor& x, const Tensor& codes, const Tensor& codebooks, const Tensor& scales, int64_t bits,
                   const Maybe& bias, bool half, std::string isa) {
   TORCH_CHECK_VALUE(x.dim() >= 1, "x ends in the inputs");
-  set_named(isa); // one loop for all of them
-  return plain_layer(AQLMProduct(codes, codebooks, scales, x.size(-1), bits), x, bias, half);
+  bool rounds = x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
+  AQLMProduct matrix(codes, codebooks, scales, x.size(-1), bits, rounds, set_named(isa));
+  return plain_layer(matrix, x, bias, half);
 }
 
 Tensor transform(const Tensor& x, at::TensorList factors, int64_t power, std::string isa) {

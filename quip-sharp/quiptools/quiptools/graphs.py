@@ -53,7 +53,10 @@ SHAPES: dict[str, Callable[..., Any]] = {
     ),
     "gptq_decode": lambda words, zeros, scales, columns, *rest: _decoded(words, words.shape[1], columns),
     "gptq_layer": lambda x, words, *rest: _rows(x, words.shape[1], x.dtype),
-    "aqlm_decode": lambda codes, codebooks, scales, columns, *rest: codebooks.new_empty((len(codes), columns)),
+    "aqlm_decode": lambda codes, codebooks, scales, columns, *rest: scales.new_empty(
+        (len(codes), columns), dtype=torch.float32
+    ),
+    "aqlm_nearest_pairs": lambda targets, *rest: targets.new_empty((len(targets), 2), dtype=torch.int64),
     "aqlm_layer": lambda x, codes, *rest: _rows(x, len(codes), x.dtype),
 }
 
