@@ -27,7 +27,7 @@ STAGES = {
     "moments": ["casp.moments", *_DATA, "512", "--samples", "16"],
     "quantizing from moments": ["casp_gptq", "--bits", "2", "--from-original", "--token-weights", "attention"],
     "with both fine-tunings": [*_TWO_BITS, *_DATA, "128", "--samples", "24", "--ft-epochs", "1"],
-    "evaluation": ["casp_eval.perplexity", *_DATA, "256"],
+    "evaluation": ["casp_eval.perplexity", "--dataset", "validation", "--sequence-length", "256"],
 }
 WINDOWS = {"all": "96", "least": "2"}
 """Of the evaluation: all of them, and the least, which is all that it can be told to leave undone."""
