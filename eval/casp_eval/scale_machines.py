@@ -24,6 +24,8 @@ LAUNCHES, LAUNCH = 10, 5e-6
 ARITHMETIC = frozenset({"products", "attention", "weights", "cubes", "decomposed"})
 MEMORY = frozenset({"added"})
 WIRE = frozenset({"sent"})
+FIRST_ALONE = frozenset({("svd", "decomposed")})
+"""What of a stage rank 0 does while the others wait."""
 _ROUNDING = frozenset({"gptq", "quip-sharp", "plan"})
 
 
@@ -64,7 +66,7 @@ def predicted_seconds(fit: Fit, job: Job, machine: Machine) -> float:
     job = replace(job, ranks=machine.ranks)
     total = 0.0
     for term, seconds in seconds_by_term(fit, job).items():
-        mine = seconds / job.ranks
+        mine = seconds if (job.stage, term) in FIRST_ALONE else seconds / job.ranks
         if term == "start":
             total += mine
         elif term in WIRE and machine.is_gpu:

@@ -21,8 +21,6 @@ from casp_eval.scale_terms import CORE_FLOPS, Data, Job, Shape
 
 PIPELINE = ("moments", "plan", "quip-sharp")
 """What compress.sh runs with its defaults, nothing fine-tuned."""
-ALONE = frozenset({"svd"})
-"""Stages that one process does, whatever the machine has."""
 
 
 def table(heading: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -69,10 +67,9 @@ def fit_table(fits: Mapping[str, tuple[Fit, Fit]]) -> str:
 
 
 def _told(fits: Mapping[str, tuple[Fit, Fit]], job: Job, machine: Machine) -> tuple[float, float]:
-    ranks = 1 if job.stage in ALONE else machine.ranks
-    alone = Machine(machine.name, ranks, machine.arithmetic, machine.memory, machine.is_gpu)
     seconds, peak = fits[job.stage]
-    return predicted_seconds(seconds, job, alone), peak_bytes(peak, Job(job.stage, job.shape, job.data, ranks))
+    held = Job(job.stage, job.shape, job.data, machine.ranks)
+    return predicted_seconds(seconds, job, machine), peak_bytes(peak, held)
 
 
 def predictions(
@@ -125,7 +122,7 @@ samples of {data.length} tokens in batches of {data.batch}:
 
 {in_short(fits, shapes, data, machines)}
 
-By stage (svd is one process everywhere):
+By stage (of svd one rank alone factors W_q and W_k):
 
 {predictions(fits, shapes, data, machines)}
 
