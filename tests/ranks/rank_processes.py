@@ -258,7 +258,11 @@ def exchange(count: int) -> None:
     dealt = ranks.dealt([Message(rank, tensors) for rank in range(ranks.size)] if ranks.rank == last else None, last)
     if dealt.header != ranks.rank or not all(map(torch.equal, dealt.tensors, tensors)):
         raise UserError("what the last rank dealt out is not here.")
-    print([message.header for message in ranks.at_first(Message(ranks.rank, tensors[:1]))])
+    told = [
+        (message.header, [tensor.tolist() for tensor in message.tensors])  # read before the next one is asked for
+        for message in ranks.at_first(Message(ranks.rank, tensors[:1]))
+    ]
+    print([rank for rank, values in told if values == [tensors[0].tolist()]])
     print(found if ranks.first else None)
     print(ranks.by_item([item * item for item in ranks.mine(count)]), ranks.told(lambda: ["of", ranks.rank]))
 
