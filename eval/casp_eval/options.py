@@ -11,6 +11,7 @@ from typing import Any
 from casp.demo import NAMES
 from casp.errors import UserError
 from casp.numbers import seed, whole
+from casp.ranks import here
 from casp.reading.files import is_there
 from casp.run.files import try_to_write, write_atomically
 from casp.run.outputs import check_file
@@ -80,8 +81,11 @@ class Scoring:
 
 
 def check_output(output: Path | None, *given: str | Path | None) -> None:
-    """UserError, before anything is measured, where --output is an input (`given`) or not a file of such figures."""
-    if output is not None:
+    """UserError, before anything is measured, where --output is an input (`given`) or not a file of such figures.
+
+    Of several ranks the first alone looks, which writes it: what one tries to write is in the way of another.
+    """
+    if output is not None and here().first:
         inputs = [Path(name) for name in given if name and is_there(Path(name))]
         shapes = [{"model", "dataset", "perplexity"}, {"model", "results"}, {"model", "original", "divergence"}]
         check_file(output, shapes, inputs)
