@@ -75,6 +75,16 @@ def saved(rows: Sequence[Row]) -> list[float]:
     return [1 - ours[each] / base[each] for each in ours if each in base and base[each] > 0]
 
 
+def taken_away(rows: Sequence[Row]) -> str | None:
+    """`saved` in words: how many pairs, their mean with its interval, and the least; None without a pair."""
+    shares = saved(rows)
+    if not shares:
+        return None
+    mean, half = interval(shares)
+    spread = f" ± {half:.1%} (95%)" if half else ", one pair without an interval" if len(shares) == 1 else ""
+    return f"pairs: {len(shares)}, mean {mean:.1%}{spread}, least {min(shares):.1%}"
+
+
 def draw(rows: Sequence[Row], model: str, file: Path) -> None:
     """Excess on text against bits a weight, CASP and baseline of each backend, with intervals."""
     lines: dict[tuple, dict[float, list[Row]]] = {}
@@ -118,15 +128,19 @@ def write_report(folder: Path, rows: Sequence[Row]) -> None:
     words = ["# CASP against its baselines at equal bytes", "", table(rows), ""]
     models = list(dict.fromkeys(row["model"] for row in rows))
     for model in models:
-        shares = saved([row for row in rows if row["model"] == model])
-        if not shares:
+        of_model = [row for row in rows if row["model"] == model]
+        whole = taken_away(of_model)
+        if whole is None:
             continue
-        mean, half = interval(shares)
-        spread = f" ± {half:.1%} (95%)" if half else ", one pair without an interval" if len(shares) == 1 else ""
-        words.append(
-            f"Excess log-perplexity of {model} on text that CASP takes away, pairs: {len(shares)}, "
-            f"mean {mean:.1%}{spread}, least {min(shares):.1%}."
-        )
+        words += [f"Excess log-perplexity of {model} on text that CASP takes away, {whole}; over seeds alone:", ""]
+        kinds = dict.fromkeys((row["backend"], row["codebook"], row["tuned"], row["bits"]) for row in of_model)
+        for kind in kinds:
+            found = taken_away(
+                [row for row in of_model if (row["backend"], row["codebook"], row["tuned"], row["bits"]) == kind]
+            )
+            backend, codebook, tuned, bits = kind
+            name = " ".join(filter(None, [backend, codebook, "fine-tuned" if tuned else None]))
+            words += [f"- {name}, {bits:g} bits: {found}"] if found is not None else []
         words.append("")
     for model in models:
         draw(rows, model, folder / f"{model}.png")

@@ -18,6 +18,13 @@ def written_out(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tens
 @pytest.mark.parametrize("tokens", [attention.ROWS - 3, 2 * attention.ROWS + 5])
 def test_masked_attention_and_its_gradients(monkeypatch: pytest.MonkeyPatch, most: int, tokens: int) -> None:
     monkeypatch.setattr(attention, "MOST_MASK", most)
+    fused, together = attention.sdpa_attention_forward, []
+
+    def noted(module: nn.Module, query: Tensor, *rest: object, **named: object) -> object:
+        together.append(query.shape[2])
+        return fused(module, query, *rest, **named)
+
+    monkeypatch.setattr(attention, "sdpa_attention_forward", noted)
     draw = torch.Generator().manual_seed(0)
     operands = [torch.randn(2, 3, tokens, 8, generator=draw) for _ in range(3)]
     lengths = torch.tensor([tokens, tokens // 2])
@@ -32,6 +39,7 @@ def test_masked_attention_and_its_gradients(monkeypatch: pytest.MonkeyPatch, mos
     wanted = written_out(*exact, mask)
     true_gradients = torch.autograd.grad((wanted * probe).sum(), exact)
 
+    assert max(together) == (min(tokens, attention.ROWS) if most == 0 else tokens)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
     for one, true in zip(gradients, true_gradients, strict=True):
         torch.testing.assert_close(one.double(), true.double(), rtol=1e-4, atol=1e-5)

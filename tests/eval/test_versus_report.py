@@ -52,3 +52,13 @@ def test_report_holds_all_rows_and_says_what_is_saved(tmp_path):
     # 25.0, 22.2 and 20.0%: mean 22.4%, standard deviation 2.506, over the root of 3, times 4.303.
     assert "demo-llama on text that CASP takes away, pairs: 3, mean 22.4% ± 6.2% (95%), least 20.0%" in text
     assert (tmp_path / "demo-llama.png").stat().st_size > 1000
+
+
+def test_what_is_saved_is_told_by_budget(tmp_path):
+    """Seeds of one budget make its interval; a pair of another budget stands by itself."""
+    other = [{**row, "bits": 3.0} for row in ROWS if row["seed"] == 0]
+    write_report(tmp_path, [*ROWS, *other])
+    lines = [line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("- ")]
+    assert len(lines) == 2
+    assert lines[0].endswith("pairs: 3, mean 22.4% ± 6.2% (95%), least 20.0%")
+    assert ", 3 bits: pairs: 1, mean 25.0%" in lines[1]
