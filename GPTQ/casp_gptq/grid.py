@@ -14,6 +14,7 @@ BITS = (2, 3, 4, 8)
 SMALLEST_SCALE = torch.finfo(torch.float16).tiny
 LARGEST_SCALE = torch.finfo(torch.float16).max
 _SMALLEST_RANGE = 0.2  # the clip search ends at this share of the full range
+_STRIDES = (4, 2, 1)  # every fourth range first, then those beside the best so far
 
 
 def check_format(bits: int, group_size: int) -> None:
@@ -48,7 +49,8 @@ def find_grid(
     """The best grid for each row of a group.
 
     values: (rows, columns) float; importance: (columns,) weights of the squared errors, None for equal ones.
-    clip_steps: how many shrunken ranges compete with the full one (0: plain minimum and maximum).
+    clip_steps: steps of the shrinking (0: plain minimum and maximum); the best of them is looked for coarse to
+    fine, which finds that of all steps or one hardly worse.
     A symmetric grid has its zero at 2^(bits-1). An asymmetric one takes the zero that its range asks for;
     at 2 and 3 bits, where the zero decides which side loses a level, the neighbouring zeros compete too.
 
@@ -65,10 +67,12 @@ def find_grid(
 
     columns = values.T.contiguous()  # (columns, rows): limits that differ by row then lie along the inner dimension
     error = torch.empty_like(columns)
-    best_cost = torch.full_like(low, torch.inf)
-    best_scales, best_zeros = full, middle
-    for step in range(clip_steps + 1):
-        scales = stored_scales(full * (1 - (1 - _SMALLEST_RANGE) * step / max(clip_steps, 1)))
+    best_cost, best_scales, best_zeros, best_step = torch.full_like(low, torch.inf), full, middle, torch.zeros_like(low)
+
+    def compete(steps: Tensor) -> None:
+        """Each row takes the range of its own of `steps` where that costs less than its best so far."""
+        nonlocal best_cost, best_scales, best_zeros, best_step
+        scales = stored_scales(full * (1 - (1 - _SMALLEST_RANGE) * steps / max(clip_steps, 1)))
         scaled = columns / scales
         whole = scaled.round()
         for shift in shifts:
@@ -79,4 +83,12 @@ def find_grid(
             best_cost = torch.where(better, cost, best_cost)
             best_scales = torch.where(better, scales, best_scales)
             best_zeros = torch.where(better, zeros, best_zeros)
+            best_step = torch.where(better, steps, best_step)
+
+    for step in range(0, clip_steps + 1, _STRIDES[0]):
+        compete(torch.full_like(low, step))
+    for stride in _STRIDES[1:]:
+        centre = best_step
+        for neighbours in (centre - stride, centre + stride):
+            compete(neighbours.clamp(0, clip_steps))
     return best_scales, best_zeros

@@ -84,17 +84,17 @@ def refine(
     bits: int,
     sweeps: int,
 ) -> tuple[Tensor, Tensor]:
-    """Alternate `best_scales` and `descend` `sweeps` times, under the damped Hessian that GPTQ used.
+    """`best_scales` once, then `sweeps` times `descend`, under the damped Hessian that GPTQ used.
 
     target, codes: (in, out) float32; damped: (in, in) float32; scales, zeros: (groups, out); bounds: columns of each
-    group. Zeros stay. Returns codes and scales of no higher cost.
+    group. Zeros stay. Returns codes and scales of no higher cost. To fit the scales again between the sweeps takes
+    one and a half more products of the Hessian with the matrix and gains a four-hundredth of the cost.
     """
-    spread_zeros = _spread(zeros, bounds)
-    gradient = damped @ (target - _spread(scales, bounds) * (codes - spread_zeros))
+    levels = codes - _spread(zeros, bounds)
+    gradient = damped @ (target - _spread(scales, bounds) * levels)
+    scales = best_scales(damped, levels, gradient, scales, bounds)
+    spread_scales = _spread(scales, bounds)
+    gradient = damped @ (target - spread_scales * levels)
     for sweep in range(sweeps):
-        levels = codes - spread_zeros
-        scales = best_scales(damped, levels, gradient, scales, bounds)
-        spread_scales = _spread(scales, bounds)
-        gradient = damped @ (target - spread_scales * levels)
         codes, gradient = descend(damped, codes, gradient, spread_scales, bits, last=sweep == sweeps - 1)
     return codes, scales

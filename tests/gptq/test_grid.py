@@ -52,6 +52,28 @@ def test_clipping_pays_at_two_bits():
     assert squared_error(values, *searched, 2).sum() < 0.75 * squared_error(values, *plain, 2).sum()
 
 
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, False), (3, False), (4, False), (4, True), (8, False)])
+def test_the_clip_search_is_hardly_worse_than_all_its_steps_tried(bits, symmetric):
+    """Brute force in float64 over every step and, at few bits, every neighbouring zero."""
+    values = torch.randn(200, 64, generator=torch.Generator().manual_seed(bits)).pow(3)
+    low, high = values.amin(1).clamp(max=0).double(), values.amax(1).clamp(min=0).double()
+    if symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    top = 2**bits - 1
+    full = (high - low) / top
+    middle = (-low / full).round() if not symmetric else torch.full_like(low, 2 ** (bits - 1))
+    least = torch.full_like(low, torch.inf)
+    for step in range(21):
+        scales = (full * (1 - 0.8 * step / 20)).half().double()
+        for shift in (-1, 0, 1) if bits <= 3 and not symmetric else (0,):
+            zeros = (middle + shift).clamp(0, top)
+            least = torch.minimum(least, squared_error(values.double(), scales, zeros, bits).sum(1))
+    found = squared_error(values.double(), *find_grid(values, bits, symmetric, 20), bits).sum(1)
+    assert (found >= least * (1 - 1e-5)).all()
+    assert found.sum() < 1.01 * least.sum()
+
+
 def test_importance_moves_the_grid_to_the_columns_that_matter():
     values = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
     importance = torch.ones(32)
