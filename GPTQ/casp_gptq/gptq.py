@@ -14,6 +14,7 @@ from torch import Tensor
 
 from casp.errors import UserError
 from casp.linear import is_finite
+from casp.strips import row_strips
 from casp_gptq.grid import check_format, find_grid, group_bounds, to_codes
 from casp_gptq.moment import Moment
 from casp_gptq.refine import refine
@@ -118,6 +119,28 @@ def quantize_under(
 ) -> Quantized:
     """As `gptq_quantize`, under a moment made ready by the same act_order: shared by matrices of one input."""
     check_format(bits, group_size)
+    settings = {"symmetric": symmetric, "act_order": act_order, "clip_steps": clip_steps, "sweeps": sweeps}
+    strips = [_quantize_rows(weight[rows], moment, bits, group_size, **settings) for rows in row_strips(*weight.shape)]
+    return Quantized(
+        codes=torch.cat([strip.codes for strip in strips]),
+        scales=torch.cat([strip.scales for strip in strips]),
+        zeros=torch.cat([strip.zeros for strip in strips]),
+        group_size=strips[0].group_size,
+    )
+
+
+def _quantize_rows(
+    weight: Tensor,
+    moment: Moment,
+    bits: int,
+    group_size: int,
+    *,
+    symmetric: bool,
+    act_order: bool,
+    clip_steps: int,
+    sweeps: int,
+) -> Quantized:
+    """Some rows of `quantize_under`'s weight, all at once."""
     out_features, columns = weight.shape
     bounds = group_bounds(columns, group_size)
     order, lower = moment.order, moment.lower

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from casp.errors import UserError
 from casp.linear import is_finite
+from casp.strips import row_strips
 from casp_quip_sharp.codebook import Codebook
 from casp_quip_sharp.incoherence import incoherent_hessian, incoherent_weight, random_signs, unpack_signs
 from casp_quip_sharp.ldlq import Factors, Rounded, block_ldl, descend, ldlq
@@ -88,11 +89,11 @@ class Candidate:
     scale: float
 
 
-def round_matrix(target: Tensor, factors: Factors, codebook: Codebook, sweeps: int) -> tuple[Rounded, Tensor]:
-    """LDLQ and at most `sweeps` sweeps of coordinate descent over `target` (out, in) in units of the codebook.
+def round_rows(target: Tensor, factors: Factors, codebook: Codebook, sweeps: int) -> tuple[Rounded, Tensor]:
+    """LDLQ and at most `sweeps` sweeps of coordinate descent over `target` (rows, in) in units of the codebook.
 
     A sweep takes away about a tenth of what the one before it took: where that is next to nothing, none follows.
-    Returns the points and the weighted loss `e H e^T` of each row, (out,).
+    Returns the points and the weighted loss `e H e^T` of each row, (rows,).
     """
     rounded = ldlq(target, factors, codebook)
     error = target - rounded.points
@@ -107,6 +108,21 @@ def round_matrix(target: Tensor, factors: Factors, codebook: Codebook, sweeps: i
     return rounded, losses
 
 
+def round_matrix(basis: Basis, scale: float, codebook: Codebook, sweeps: int) -> tuple[list[Tensor], Tensor]:
+    """The codes of a whole matrix at `scale` and the losses of its rows in units of the codebook, strip by strip."""
+    rows, columns = basis.weight.shape
+    codes = [
+        torch.empty(rows, columns // codebook.group, dtype=dtype, device=basis.weight.device)
+        for dtype in codebook.code_dtypes()
+    ]
+    losses = basis.weight.new_empty(rows)
+    for strip in row_strips(rows, columns):
+        rounded, losses[strip] = round_rows(basis.weight[strip] / scale, basis.factors, codebook, sweeps)
+        for whole, part in zip(codes, rounded.codes, strict=True):
+            whole[strip] = part
+    return codes, losses
+
+
 def rank_scales(bases: Sequence[Basis], codebook: Codebook) -> list[Candidate]:
     """Bases and scales in the order of the loss that the codebook's effort shows on a sample of the rows.
 
@@ -117,14 +133,14 @@ def rank_scales(bases: Sequence[Basis], codebook: Codebook) -> list[Candidate]:
         sample = basis.weight[:: max(len(basis.weight) // effort.rows, 1)]
         scales = [storable(gaussian_scale(basis.weight, codebook) * factor) for factor in effort.factors]
         scale = torch.tensor(scales).repeat_interleave(len(sample))[:, None].to(sample)
-        _, losses = round_matrix(sample.repeat(len(scales), 1) / scale, basis.factors, codebook, effort.compared_sweeps)
+        _, losses = round_rows(sample.repeat(len(scales), 1) / scale, basis.factors, codebook, effort.compared_sweeps)
         means = losses.view(len(scales), -1).mean(1).tolist()
         found += [Candidate(scale**2 * mean, basis, scale) for scale, mean in zip(scales, means, strict=True)]
     return sorted(found, key=lambda candidate: candidate.loss)
 
 
-def round_best(ranked: Sequence[Candidate], codebook: Codebook, sweeps: int) -> tuple[Candidate, Rounded]:
-    """Round with the first of `ranked`; with the next ones where a few rows that the sample missed went astray.
+def round_best(ranked: Sequence[Candidate], codebook: Codebook, sweeps: int) -> tuple[Candidate, list[Tensor]]:
+    """Codes with the first of `ranked`; with the next ones where a few rows that the sample missed went astray.
 
     Under a nearly singular Hessian feedback can grow beyond the codebook's reach, which costs such a row a hundred
     times what others cost.
@@ -132,12 +148,12 @@ def round_best(ranked: Sequence[Candidate], codebook: Codebook, sweeps: int) -> 
     tried = []
     for candidate, runner_up in zip_longest(ranked[:_TRIALS], ranked[1:_TRIALS]):
         basis, scale = candidate.basis, candidate.scale
-        rounded, losses = round_matrix(basis.weight / scale, basis.factors, codebook, sweeps)
-        tried.append((scale**2 * losses.mean().item(), candidate, rounded))
+        codes, losses = round_matrix(basis, scale, codebook, sweeps)
+        tried.append((scale**2 * losses.mean().item(), candidate, codes))
         if runner_up is None or tried[-1][0] <= _SURPRISE * runner_up.loss:
             break
-    _, candidate, rounded = min(tried, key=lambda entry: entry[0])
-    return candidate, rounded
+    _, candidate, codes = min(tried, key=lambda entry: entry[0])
+    return candidate, codes
 
 
 def draw_signs(
@@ -189,16 +205,16 @@ def quantize_matrix(
             scales = column_scales(weight, shared.hessian.to(device), powers)
             vector = (in_vector / F.pad(scales, (0, extra), value=1.0)).to(torch.bfloat16).float()
         factors = shared.factors(vector, codebook.group, scaled=scaled)
-        bases.append(Basis.of(F.pad(weight, (0, extra)), out_vector, vector, factors))
+        bases.append(Basis.of(F.pad(weight, (0, extra)) if extra else weight, out_vector, vector, factors))
     usual = gaussian_scale(bases[0].weight, codebook)
     if not math.isfinite(usual) or not all(is_finite(basis.weight) for basis in bases):
         raise UserError(f"{name}: its weights are too large, up to {weight.abs().max():.1e}; check the checkpoint.")
     if usual and search_scale:
-        chosen, rounded = round_best(rank_scales(bases, codebook), codebook, sweeps)
+        chosen, found = round_best(rank_scales(bases, codebook), codebook, sweeps)
     else:
         chosen = Candidate(0.0, bases[0], usual)
-        rounded, _ = round_matrix(bases[0].weight / (usual or 1.0), bases[0].factors, codebook, sweeps)
-    codes = codebook.stored(rounded.codes)
+        found, _ = round_matrix(bases[0], usual or 1.0, codebook, sweeps)
+    codes = codebook.stored(found)
     if tuned:
         return {
             **codes,

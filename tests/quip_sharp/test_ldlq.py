@@ -9,7 +9,7 @@ from casp_quip_sharp.lattice import Lattice
 from casp_quip_sharp.ldlq import block_ldl, descend, ldlq
 from casp_quip_sharp.ldlq_compiled import descend_block_compiled, round_block_compiled
 from casp_quip_sharp.linear import QuipSharpLinear
-from casp_quip_sharp.quantize import round_matrix
+from casp_quip_sharp.quantize import round_rows
 from casp_quip_sharp.search import descend_block_reference, quantize_vectors, round_block_reference
 from casp_quip_sharp.trellis.codebook import Trellis
 from casp_quip_sharp.trellis.columns import nearest_column
@@ -121,7 +121,7 @@ def test_sweeps_never_raise_the_cost_of_what_is_rounded_together(problem, family
 @pytest.mark.parametrize("sweeps", [0, 1, 4])
 def test_rounding_a_matrix_returns_what_each_row_costs(problem, family, sweeps):
     target, factors = problem
-    rounded, losses = round_matrix(target, factors, family(2), sweeps)
+    rounded, losses = round_rows(target, factors, family(2), sweeps)
     assert torch.allclose(losses.double(), row_costs(target, rounded, factors), rtol=1e-4)
 
 

@@ -64,8 +64,9 @@ def test_a_scale_that_fails_on_the_whole_matrix_gives_way_to_the_next(correlated
     basis = Basis.of(weight, *signs, SharedInput(hessian, 0.01, "weight").factors(signs[1], 8))
     good = rank_scales([basis], Lattice(2))[0]
     misleading = Candidate(good.loss / 2, basis, good.scale / 8)  # promises much, and clips nearly every weight
-    chosen, rounded = round_best([misleading, good], Lattice(2), sweeps=1)
+    codebook = Lattice(2)
+    chosen, codes = round_best([misleading, good], codebook, sweeps=1)
     assert chosen is good
-    error = basis.weight - good.scale * rounded.points
+    error = basis.weight - good.scale * codebook.points(codebook.stored(codes), 64, 96)
     assert ((error @ basis.factors.hessian) * error).sum() / 64 < 1.5 * good.loss
-    assert round_best([good, misleading], Lattice(2), sweeps=1)[0] is good
+    assert round_best([good, misleading], codebook, sweeps=1)[0] is good
