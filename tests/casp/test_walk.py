@@ -153,3 +153,18 @@ def test_a_model_that_does_more_than_add_between_blocks_is_refused(tiny_llama, m
     acting_between_blocks(decoder, monkeypatch, lambda hidden: hidden * 2)
     with pytest.raises(UserError, match="between block 0 and block 1"):
         capture_inputs(decoder, padded_batches(decoder), CPU, torch.float32)
+
+
+@pytest.mark.parametrize(("most", "asked"), [(1 << 25, "eager"), (1, "sdpa")])
+@pytest.mark.parametrize("name", MODELS)
+def test_long_samples_are_compared_without_whole_attention_maps(name, most, asked, request, monkeypatch):
+    """The model's own forward, against which blocks are compared, holds maps only where they are small; both see."""
+    decoder = Decoder.open(request.getfixturevalue(name))
+    asked_for, ask = [], decoder.model.set_attn_implementation
+    monkeypatch.setattr(decoder.model, "set_attn_implementation", lambda kind: (asked_for.append(kind), ask(kind)))
+    monkeypatch.setattr("casp.model.capture.MOST_MAP", most)
+    capture_inputs(decoder, padded_batches(decoder), CPU, torch.float32)
+    assert asked in asked_for
+    monkeypatch.setattr("casp.model.capture.TOLERANCES", {torch.float32: -1.0})
+    with pytest.raises(UserError, match="relative difference"):  # both are really compared
+        capture_inputs(decoder, padded_batches(decoder), CPU, torch.float32)
