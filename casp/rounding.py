@@ -27,6 +27,7 @@ from casp.walk import Visit
 
 _log = logging.getLogger(__name__)
 _ROWS = 1024  # of a matrix whose error is told at once: copies of all of a wide one would be as large as its moment
+_TOLD = 2048  # most rows of a matrix whose error the report tells: of all it takes a third of GPTQ's products
 
 
 def weighted_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
@@ -43,6 +44,14 @@ def weighted_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> fl
         lost += ((d @ hessian) * d).sum(dtype=torch.float64).item()
         energy += ((w @ hessian) * w).sum(dtype=torch.float64).item()
     return lost / energy if energy > 0 else 0.0
+
+
+def told_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> dict[str, float | int]:
+    """`weighted_error` as reports tell it: of at most `_TOLD` rows, evenly spread; "error_rows" counts a part."""
+    every = -(-len(weight) // _TOLD)
+    rows = weight[::every]
+    error = weighted_error(rows.float(), approximation[::every].float(), hessian)
+    return {"relative_error": error, **({"error_rows": len(rows)} if every > 1 else {})}
 
 
 @dataclass(frozen=True)
@@ -138,7 +147,7 @@ def _whole(visit: Visit, work: Work, prefix: str, method: Method, mine: Sequence
         new = _put(visit.block, path, one.name, method, tensors)
         report = {
             "bits": round(8 * backend.bytes(one.format, *one.weight.shape) / one.weight.numel(), 4),
-            "relative_error": weighted_error(one.weight.float(), new.dequantize().float(), hessian),
+            **told_error(one.weight, new.dequantize(), hessian),
             **({"notes": notes} if notes else {}),
         }
         yield Made(tensors, {work.roles[number]: report})
@@ -164,17 +173,17 @@ def _low_rank(visit: Visit, work: Work, prefix: str, method: Method) -> Made:
     shapes = stored_shapes(rank, *weight.shape)
     sizes = [backend.bytes(format, *shape) for format, shape in zip(formats, shapes, strict=True)]
     errors = (
-        weighted_error(made.wanted_down, made.down, made.moment),
-        weighted_error(made.wanted_up, made.up, made.inner_moment),
+        told_error(made.wanted_down, made.down, made.moment),
+        told_error(made.wanted_up, made.up, made.inner_moment),
     )
     report = {
-        f"{role}.{which}": {"bits": round(8 * size / (rows * columns), 4), "relative_error": error}
+        f"{role}.{which}": {"bits": round(8 * size / (rows * columns), 4), **error}
         for which, size, (rows, columns), error in zip(FACTORS, sizes, shapes, errors, strict=True)
     }
     whole = {
         "rank": rank,
         "bits": round(8 * sum(sizes) / weight.numel(), 4),
-        "relative_error": weighted_error(weight, made.dense(), hessian),
+        **told_error(weight, made.dense(), hessian),
         **({"notes": notes} if notes else {}),
     }
     return Made(tensors, {role: whole, **report})

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from casp.errors import UserError
 from casp.linear import is_finite
+from casp.moments.symmetric import panels
 from casp.strips import row_strips
 from casp_gptq.grid import check_format, find_grid, group_bounds, to_codes
 from casp_gptq.moment import Moment
-from casp_gptq.refine import refine
+from casp_gptq.refine import PANEL, refine
 
-_BLOCK = 128  # columns between two updates of all that follow: one matrix product instead of 128 outer products
+_BLOCK = 64  # columns between two updates of the panel that they are in
 
 
 @dataclass(frozen=True)
@@ -169,12 +170,12 @@ def _quantize_rows(
             shift = torch.linalg.solve_triangular(corner, pending[first:last], upper=False)
             values = target[first:last] + shift
             scales[g], zeros[g] = find_grid(values.T, bits, symmetric, clip_steps, importance[first:last])
-        for start in range(first, last, _BLOCK):
-            end = min(start + _BLOCK, last)
-            here = slice(start, end)
-            own = [grids[g] for g in grid_of[here]]
-            _round_block(lower[here, here], target[here], pending[here], own, bits, codes[here], errors[here])
-            pending[end:].addmm_(lower[end:, here], errors[here])
+        for panel in panels(columns, PANEL, slice(first, last)):
+            for here in panels(columns, _BLOCK, panel):
+                own, near = [grids[g] for g in grid_of[here]], slice(here.stop, panel.stop)
+                _round_block(lower[here, here], target[here], pending[here], own, bits, codes[here], errors[here])
+                pending[near].addmm_(lower[near, here], errors[here])
+            pending[panel.stop :].addmm_(lower[panel.stop :, panel], errors[panel])
 
     back = torch.argsort(order)
     codes, target = codes[back], target[back]

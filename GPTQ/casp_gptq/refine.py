@@ -8,9 +8,11 @@ has a best value given all others.
 import torch
 from torch import Tensor
 
+from casp.moments.symmetric import panels
 from casp_gptq.grid import stored_scales
 
-_BLOCK = 64  # columns between two updates of the whole gradient
+PANEL = 512  # columns between two updates of the whole gradient, which is larger than any cache
+_BLOCK = 64  # columns between two updates of the panel's own
 
 
 def _spread(per_group: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
@@ -58,19 +60,23 @@ def descend(
     """
     codes, gradient = codes.clone(), gradient.clone()
     steps = 1 / (hessian.diagonal()[:, None] * scales)  # from a column's gradient to the change of its code
-    for start in range(0, len(codes), _BLOCK):
-        end = min(start + _BLOCK, len(codes))
-        mine = slice(start, end)
-        moves = torch.zeros_like(codes[mine])
-        # Taken apart into columns beforehand: an index into a tensor costs as much as the sums on a column.
-        columns = zip(hessian[mine, mine], codes[mine], gradient[mine], steps[mine], scales[mine], moves, strict=True)
-        for j, (row, code, slope, step, scale, move) in enumerate(columns):
-            pull = torch.addmv(slope, moves[:j].T, row[:j], alpha=-1)
-            best = torch.addcmul(code, pull, step).round_().clamp_(0, 2**bits - 1)
-            torch.mul(best - code, scale, out=move)
-            code.copy_(best)
-        stale = end if last else 0
-        gradient[stale:].addmm_(hessian[stale:, mine], moves, alpha=-1)
+    for panel in panels(len(codes), PANEL):
+        moves = torch.zeros_like(codes[panel])
+        for mine in panels(len(codes), _BLOCK, panel):
+            made = moves[mine.start - panel.start : mine.stop - panel.start]
+            # Taken apart into columns beforehand: an index into a tensor costs as much as the sums on a column.
+            columns = zip(
+                hessian[mine, mine], codes[mine], gradient[mine], steps[mine], scales[mine], made, strict=True
+            )
+            for j, (row, code, slope, step, scale, move) in enumerate(columns):
+                pull = torch.addmv(slope, made[:j].T, row[:j], alpha=-1)
+                best = torch.addcmul(code, pull, step).round_().clamp_(0, 2**bits - 1)
+                torch.mul(best - code, scale, out=move)
+                code.copy_(best)
+            near = slice(mine.stop if last else panel.start, panel.stop)
+            gradient[near].addmm_(hessian[near, mine], made, alpha=-1)
+        for far in (slice(0, 0 if last else panel.start), slice(panel.stop, len(codes))):
+            gradient[far].addmm_(hessian[far, panel], moves, alpha=-1)
     return codes, gradient
 
 

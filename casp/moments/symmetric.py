@@ -8,10 +8,11 @@ from torch import Tensor
 PANEL = 192  # columns of a panel: enough for a matrix product at full speed, few enough for its own part to be cheap
 
 
-def panels(size: int, width: int) -> Iterator[slice]:
-    """0 to `size` in slices of `width`, the last one shorter."""
-    for first in range(0, size, width):
-        yield slice(first, min(first + width, size))
+def panels(size: int, width: int, within: slice | None = None) -> Iterator[slice]:
+    """0 to `size`, or what lies of it `within` a slice, in slices of `width`, the last one shorter."""
+    start, stop = (0, size) if within is None else (within.start, min(within.stop, size))
+    for first in range(start, stop, width):
+        yield slice(first, min(first + width, stop))
 
 
 def mirror_(matrix: Tensor) -> Tensor:

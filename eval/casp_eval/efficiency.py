@@ -23,9 +23,10 @@ WAYS = ((1, 1), (2, 1), (1, 2))
 _SHAPE = Shape(512, 1408, 8, 8, 4, VOCABULARY * 512)
 _DATA = ["--dataset", "demo-text", "--sequence-length"]
 _TWO_BITS = ["casp_quip_sharp", "--bits", "2", "--from-original", "--sweeps", "0"]
+_FROM_ATTENTION = ["--from-original", "--token-weights", "attention"]
 STAGES = {
     "moments": ["casp.moments", *_DATA, "512", "--samples", "16"],
-    "quantizing from moments": ["casp_gptq", "--bits", "2", "--from-original", "--token-weights", "attention"],
+    "quantizing from moments": ["casp_quip_sharp", "--bits", "2", "--ft-epochs", "0", *_FROM_ATTENTION],
     "with both fine-tunings": [*_TWO_BITS, *_DATA, "128", "--samples", "24", "--ft-epochs", "1"],
     "evaluation": ["casp_eval.perplexity", "--dataset", "validation", "--sequence-length", "256"],
 }
