@@ -152,6 +152,9 @@ def measure(args: argparse.Namespace, scratch: Path) -> None:
     result |= {"processes": processes(os.environ.get(PROCESSES) or "1"), "threads": torch.get_num_threads()}
     result |= {"shape": [args.hidden, args.intermediate, args.blocks]}
     for name in args.stages or [name for name in STAGES if name != "aqlm"]:
+        if name in READERS and not (scratch / "moments").exists():
+            print(f"{name} needs moments, which are collected first", flush=True)
+            usage(stage_flags("moments", model, scratch, args.samples, args.sequence_length))
         flags = stage_flags(name, model, scratch, args.samples, args.sequence_length)
         result["stages"][name] = usage(flags).a_block(args.blocks)
         print(name, result["stages"][name], flush=True)
