@@ -7,7 +7,6 @@ whole.
 """
 
 import argparse
-import functools
 import importlib
 import importlib.util
 import os
@@ -15,7 +14,7 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -36,14 +35,12 @@ from casp.cli import (
 from casp.cli.quantizing import MOST_EPOCHS
 from casp.data import sources
 from casp.errors import UserError
-from casp.lowrank import LOW_RANK_ROLES
 from casp.model.decoder import Decoder
 from casp.moments.store import Moments
 from casp.moments.weights import USUAL, weighting_parts
 from casp.numbers import whole
-from casp.plan.allocate import check_budget
 from casp.plan.budget import other_bytes
-from casp.plan.file import SHAPE, read_plan, shapes
+from casp.plan.file import SHAPE, read_plan
 from casp.plan.flags import (
     Goal,
     Prices,
@@ -51,9 +48,8 @@ from casp.plan.flags import (
     add_pricing_arguments,
     goal_of,
     prices_of,
-    wanted_entries,
 )
-from casp.plan.options import chosen_formats, layouts
+from casp.plan.least import check_least
 from casp.run.digest import content_hash
 from casp.run.files import make_folder, write_json
 from casp.run.folder import check_places
@@ -249,8 +245,8 @@ def check(job: Job, decoder: Decoder, output: Path, budget: int) -> None:
         Moments(moments).check(content_hash(decoder.folder), decoder, job.prices.token_weights)
     plan = job.plan_file(output)
     if job.plan is None:
-        check_formats(job.prices, decoder)
-        check_least(job, decoder, budget)
+        prices = replace(job.prices, tuned=bool(job.ft_epochs or job.prices.tuned))
+        check_least(job.goal, prices, decoder, budget)
         check_places(costs, [*inputs, moments], "--costs")
         refuse_inputs(output, [costs])
         check_file(plan, [SHAPE], [*inputs, moments, costs])
@@ -261,31 +257,6 @@ def check(job: Job, decoder: Decoder, output: Path, budget: int) -> None:
     wanted = parser_of(package_of(job.prices.backend)).parse_args([*given, *job.quantizing])
     if any(getattr(wanted, name) != place for name, place in places.items()):
         raise UserError("--output, --model, --moments and --plan are for all stages; give them before the --.")
-
-
-def check_formats(prices: Prices, decoder: Decoder) -> None:
-    """UserError where --format is not in the backend's words, or leaves a linear without a format."""
-    backend, wanted = load_backend(prices.backend), wanted_entries(prices.format)
-    for path, shape in shapes(decoder).items():
-        if not chosen_formats(backend, *shape, prices.tuned, wanted):
-            raise UserError(f"--format {' '.join(prices.format)} leaves no format for {path}; ask for less.")
-
-
-def check_least(job: Job, decoder: Decoder, budget: int) -> None:
-    """UserError where the smallest options of all linears take more than the budget, whatever they will cost."""
-    backend, wanted = load_backend(job.prices.backend), wanted_entries(job.prices.format)
-    tuned, sizes = bool(job.ft_epochs or job.prices.tuned), shapes(decoder)
-
-    @functools.cache
-    def least(shape: tuple[int, int], low_rank: bool) -> int:
-        return min(option.bytes for option in layouts(backend, *shape, low_rank, tuned, wanted))
-
-    smallest = sum(
-        least(sizes[f"{block}.{path}"], job.goal.low_rank and role in LOW_RANK_ROLES)
-        for index, block in enumerate(decoder.blocks)
-        for role, path in decoder.linears(index).items()
-    )
-    check_budget(smallest, budget, decoder.original_weights())
 
 
 def report_folder(output: Path) -> Path:

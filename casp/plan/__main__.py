@@ -32,6 +32,7 @@ from casp.plan.flags import (
     prices_of,
     wanted_entries,
 )
+from casp.plan.least import check_least
 from casp.plan.measure import STAGE, CostsFolder, measure, read_costs, with_low_rank
 from casp.plan.table import describe
 from casp.ranks import here
@@ -89,6 +90,7 @@ def make_plan(prices: Prices, goal: Goal, compute: Compute, output: Path | None)
     budget = goal.budget(decoder)
     if output is not None:
         check_file(output, [SHAPE], [decoder.folder, prices.moments_folder()])
+    check_least(goal, prices, decoder, budget.bytes)
     costs = open_costs(prices, compute.of(decoder.dtype), decoder)
     return Path(here().told(lambda: str(allocate(prices, goal, budget, decoder, costs, output))))
 

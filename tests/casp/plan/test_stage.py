@@ -174,6 +174,20 @@ def test_pricing_resumes_with_the_same_costs(tiny_llama, moments, planned, tmp_p
     assert (tmp_path / "plan.json").read_bytes() == planned.read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("bits", "flags", "words"),
+    [("0.5", [], "the smallest plan takes"), ("2.6", ["--format", "codebook=x"], "codebook 'x'")],
+)
+def test_what_no_plan_can_be_is_told_before_anything_is_priced(
+    tiny_llama, moments, tmp_path, monkeypatch, bits, flags, words
+):
+    monkeypatch.setattr("casp.plan.__main__.measure", lambda *_: pytest.fail("options are priced"))
+    costs = ["--costs", str(tmp_path / "costs")]
+    with pytest.raises(UserError, match=words):
+        make_plan(tiny_llama, moments, tmp_path / "plan.json", *costs, *flags, bits=bits)
+    assert not (tmp_path / "plan.json").exists()
+
+
 def first_option(place, value):
     return lambda linears: linears[0]["options"][0].__setitem__(place, value)
 
