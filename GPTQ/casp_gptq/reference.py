@@ -1,4 +1,4 @@
-"""GPTQ as the paper prints it, in float64 and without blocks: slow, and what `gptq_quantize` is tested against."""
+"""GPTQ as the paper prints it and a sweep of descent, in float64, without blocks: what the fast ones equal."""
 
 import torch
 from torch import Tensor
@@ -56,3 +56,16 @@ def gptq_reference(
         error = (w[:, j] - rounded) / upper[i, i]
         w[:, order[i + 1 :]] -= error[:, None] * upper[i, i + 1 :]
     return Quantized(codes.to(torch.uint8), scales.to(torch.float16), zeros.to(torch.uint8), group_size=bounds[0][1])
+
+
+def descend_reference(
+    hessian: Tensor, codes: Tensor, gradient: Tensor, scales: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    """One sweep, as `casp_gptq.refine.descend`, column by column: every move changes the whole gradient at once."""
+    h, g, steps = hessian.double(), gradient.double().clone(), scales.double()
+    found = codes.double().clone()
+    for j in range(len(found)):
+        best = (found[j] + g[j] / (h[j, j] * steps[j])).round().clamp(0, 2**bits - 1)
+        g -= h[:, j : j + 1] * (steps[j] * (best - found[j]))
+        found[j] = best
+    return found.to(codes.dtype), g.to(gradient.dtype)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from casp_gptq.gptq import gptq_quantize
 from casp_gptq.grid import find_grid, group_bounds, to_codes
-from casp_gptq.reference import gptq_reference
+from casp_gptq.reference import descend_reference, gptq_reference
+from casp_gptq.refine import descend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +27,9 @@ def nearest(weight, bits, group_size, **grid):
 
 @pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("bits", "group_size", "columns"), [(2, 32, 80), (3, -1, 150), (4, 128, 300), (8, 16, 40)])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "columns"), [(2, 32, 80), (3, -1, 150), (4, 128, 300), (8, 16, 40), (2, 96, 1100)]
+)
 def test_equals_the_paper_column_by_column(correlated, bits, group_size, columns, symmetric, act_order):
     weight, hessian = correlated(24, columns, seed=bits)
     settings = {"symmetric": symmetric, "act_order": act_order}
@@ -36,6 +39,26 @@ def test_equals_the_paper_column_by_column(correlated, bits, group_size, columns
     assert torch.allclose(fast.scales.float(), slow.scales.float(), rtol=2e-3)
     # A value half-way between two codes may fall either way in float32, and what follows in its row with it.
     assert (fast.codes == slow.codes).all(1).float().mean() >= 0.9
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("columns", [40, 130, 1100])
+def test_a_sweep_equals_one_column_after_the_other(correlated, columns, last):
+    weight, hessian = correlated(24, columns)
+    hessian += 0.05 * hessian.diagonal().mean() * torch.eye(columns)
+    target, draw = weight.T.float(), torch.Generator().manual_seed(0)
+    scales = 0.5 + torch.rand(columns, 24, generator=draw)
+    codes = torch.randint(0, 8, (columns, 24), generator=draw).float()
+    gradient = hessian.float() @ (target - scales * (codes - 4))
+    found, left = descend(hessian.float(), codes, gradient, scales, 3, last)
+    wanted, gradient_left = descend_reference(hessian, codes, gradient, scales, 3)
+    assert (found != codes).any(1).all()
+    alike = (found == wanted).all(0)  # half-way between two codes it may fall either way, and what follows with it
+    assert alike.float().mean() >= 0.9
+    if not last:
+        torch.testing.assert_close(
+            left[:, alike], gradient_left[:, alike], rtol=1e-3, atol=1e-4 * gradient.abs().max().item()
+        )
 
 
 def test_error_is_below_rounding_to_nearest(correlated, weighted_error):
