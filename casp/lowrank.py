@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from casp.errors import UserError
-from casp.moments import damped_cholesky
+from casp.moments import damped_, damped_cholesky
 
 WHITENING_DAMPING = 0.001
 """Of both moments where a plan's low-rank linears are factored, in units of their mean diagonals."""
@@ -95,6 +95,40 @@ def decompose(
     if right is not None:
         down = torch.linalg.solve_triangular(right, down, upper=False, left=False)
     return Decomposition(up, down, singular)
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """squares: (n,) float64, of all singular values of a whitened weight in falling order."""
+
+    squares: Tensor
+
+    def lost(self, rank: int) -> float:
+        """As `Decomposition.lost`."""
+        return self.squares[rank:].sum().item()
+
+
+def leading(
+    weight: Tensor, hessian: Tensor, output_moment: Tensor, rank: int, damping: float = 0.0, name: str = "weight"
+) -> tuple[Tensor, Spectrum]:
+    """What pricing needs of `decompose`: the first `rank` rows of its `down`, and what every rank loses.
+
+    With ``M = A A^T`` and H damped, ``(A^T W) H (A^T W)^T = U diag(s^2) U^T`` and ``down = s^-1/2 U^T A^T W``: where W
+    is no taller than wide, H need neither be factored nor undone. float64.
+    """
+    rows, columns = weight.shape
+    if rows > columns:
+        found = decompose(weight, hessian, output_moment, damping, name)
+        return found.down[:rank], Spectrum(found.singular.square())
+    weight = weight.to(torch.float64)
+    if not torch.isfinite(weight).all():
+        raise UserError(f"{name} holds NaN or infinity; download or write the checkpoint again")
+    left, _ = damped_cholesky(output_moment, damping, f"{name} (outputs)")
+    seen = left.T @ weight
+    squares, basis = torch.linalg.eigh(seen @ damped_(hessian.to(torch.float64, copy=True), damping) @ seen.T)
+    squares, basis = squares.flip(0).clamp_min(0), basis.flip(1)
+    balance = squares[:rank].pow(0.25).clamp_min(torch.finfo(torch.float64).tiny)
+    return (basis[:, :rank] / balance).T @ seen, Spectrum(squares)
 
 
 def _balanced(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from casp.moments import damped_cholesky
+from casp.moments import damped_, damped_cholesky
 from casp.moments.symmetric import panels
 
 _ROWS = 512  # of the factor that are put in order at once
@@ -51,11 +51,6 @@ class Moment:
     def damped(self) -> Tensor:
         """The damped moment, float32, columns as they stand; made when it is first asked for."""
         if not self._kept:
-            hessian = self.hessian.to(torch.float32, copy=True)
-            diagonal = hessian.diagonal()
-            occurring = diagonal > 0
-            mean = diagonal[occurring].mean() if occurring.any() else diagonal.new_ones(())
             extra = 0.0 if math.isinf(self.damping) else self.damping
-            diagonal.add_(torch.where(occurring, extra * mean, mean))
-            self._kept.append(hessian)
+            self._kept.append(damped_(self.hessian.to(torch.float32, copy=True), extra))
         return self._kept[0]

@@ -3,7 +3,7 @@
 `python -m casp.moments` collects them once for a model; every stage reads them (`store.Moments`).
 """
 
-from casp.moments.cholesky import damped_cholesky
+from casp.moments.cholesky import damped_, damped_cholesky
 from casp.moments.second_moment import SecondMoment
 
-__all__ = ["SecondMoment", "damped_cholesky"]
+__all__ = ["SecondMoment", "damped_", "damped_cholesky"]

@@ -17,6 +17,15 @@ _ROUNDING = 1e-6  # of the trace: how far below 0 rotating a moment of few token
 _TRIES = 12  # each retry damps ten times more: from 1e-8 that ends at a thousand times the mean diagonal
 
 
+def damped_(matrix: Tensor, damping: float) -> Tensor:
+    """Add to the symmetric `matrix` (n, n) what `damped_cholesky` factors at its first try; returns it."""
+    diagonal = matrix.diagonal()
+    occurring = diagonal > 0
+    mean = diagonal[occurring].mean() if occurring.any() else diagonal.new_ones(())
+    diagonal.copy_(diagonal.where(occurring, mean) + damping * mean)
+    return matrix
+
+
 def damped_cholesky(matrix: Tensor, damping: float, name: str) -> tuple[Tensor, float]:
     """Cholesky factor of a second moment, damped until it exists.
 

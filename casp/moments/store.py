@@ -124,21 +124,26 @@ class LinearMoments:
     energy: float | None
     digests: Mapping[str, str]
 
-    def hessian(self, weighting: str) -> Tensor:
+    def hessian(self, weighting: str, sized_as: str | None = None) -> Tensor:
         """The second moment of its input, (in, in) float32, of `weighting`.
 
         A weighting of one part is the weighted mean ``sum w x x^T / sum w``; one of several, "attention+gradient", is
-        the sum of its parts, each scaled to a mean diagonal of 1. UserError for a weighting that was not collected.
+        the sum of its parts, each scaled to a mean diagonal of 1. sized_as: a weighting of one part whose trace it is
+        to have, as costs are measured in that by gradients. UserError for a weighting that was not collected.
         """
         parts = weighting_parts(weighting)
-        if len(parts) == 1:
-            return unpacked(self._read(parts[0]))
+        means: dict[str, Tensor] = {}
         total: Tensor | None = None
         for part in parts:
             moment = self._read(part)
-            # An input that never occurs, or one no loss depends on, adds nothing.
-            moment = moment.div_(diagonal(moment).mean().clamp_min(torch.finfo(torch.float32).tiny))
+            means[part] = diagonal(moment).mean()
+            if len(parts) > 1:
+                # An input that never occurs, or one no loss depends on, adds nothing.
+                moment = moment.div_(means[part].clamp_min(torch.finfo(torch.float32).tiny))
             total = moment if total is None else total.add_(moment)
+        if sized_as is not None and (own := diagonal(total).mean()) > 0:
+            wanted = means[sized_as] if sized_as in means else diagonal(self._read(sized_as)).mean()
+            total.mul_(wanted / own)
         return unpacked(total)
 
     @property

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from casp.backend import Backend, Format, Matrix, rounded
-from casp.lowrank import LOW_RANK_ROLES, WHITENING_DAMPING, decompose, rank_for
-from casp.plan.factors import FactorCosts, Factored, Sample, sample_of
+from casp.lowrank import LOW_RANK_ROLES, WHITENING_DAMPING, leading, rank_for
+from casp.plan.factors import FactorCosts, Factored, Sample, sample_of, under
 from casp.plan.options import Option, chosen_formats, layouts
 from casp.seed import matrix_generator
 
@@ -37,8 +37,8 @@ class LinearMoments(Protocol):
     losses: int | None
     gradient_moment: Tensor | None
 
-    def hessian(self, weighting: str) -> Tensor:
-        """(in, in) float32 second moment of the input under a weighting of the tokens."""
+    def hessian(self, weighting: str, sized_as: str | None = None) -> Tensor:
+        """(in, in) float32 second moment of the input under a weighting of the tokens, of the trace of another."""
 
 
 def key(format: Format) -> str:
@@ -136,25 +136,17 @@ class Pricing:
         return {key(format): costs[key(format)] for format in formats}
 
 
-def smoothed_hessian(moments: LinearMoments, weighting: str) -> Tensor:
-    """The moment under `weighting`, at the size (trace) of that by gradients, which costs are measured in."""
-    hessian, by_gradient = moments.hessian(weighting), moments.hessian("gradient")
-    trace = hessian.trace()
-    return hessian * (by_gradient.trace() / trace) if trace > 0 else hessian
-
-
 def price(pricing: Pricing, weight: Tensor, moments: LinearMoments, role: str, name: str) -> tuple[Option, ...]:
     """All options of the linear `weight` (out, in) with their predicted costs."""
-    hessian = smoothed_hessian(moments, pricing.weighting)
+    hessian = moments.hessian(pricing.weighting, sized_as="gradient").to(weight.device)
     per_loss = moments.tokens / moments.losses  # the means are over all tokens, the damage is counted a predicted one
-    sample = sample_of(weight, pricing.rows, hessian, moments.energy * per_loss, name)
+    sample = sample_of(weight, pricing.rows, under(hessian), moments.energy * per_loss, name)
     low_rank, downs = role in pricing.low_rank, []
     if low_rank:
-        gradients = moments.gradient_moment * per_loss
-        found = decompose(weight, hessian, gradients, pricing.damping, name)
-        factored = Factored(weight, hessian, gradients, pricing.rows, name)
-        ranks = {rank_for(ratio, *weight.shape) for ratio in ANCHORS} - {None}
-        anchors = [factored.anchor(found.factors(rank)[1]) for rank in sorted(ranks)]
+        gradients = (moments.gradient_moment * per_loss).to(weight.device)
+        ranks = sorted({rank_for(ratio, *weight.shape) for ratio in ANCHORS} - {None})
+        down, spectrum = leading(weight, hessian, gradients, max(ranks, default=0), pricing.damping, name)
+        anchors = Factored.of(weight, hessian, gradients, pricing.rows, name).anchors(down, ranks)
         downs = [anchor.sample_of_down() for anchor in anchors]
     whole, *of_down = pricing.costs([sample, *downs], hessian)
     if low_rank:
@@ -168,5 +160,5 @@ def price(pricing: Pricing, weight: Tensor, moments: LinearMoments, role: str, n
             continue
         more = added.at(option.rank, *names)
         if more is not None:
-            priced.append(option.at(0.5 * found.lost(option.rank) + more))
+            priced.append(option.at(0.5 * spectrum.lost(option.rank) + more))
     return tuple(priced)

@@ -23,23 +23,33 @@ class Sample:
     cost: Callable[[Tensor], float]
 
 
-def row_cost(error: Tensor, hessian: Tensor, energy: float) -> float:
+Square = Callable[[Tensor], Tensor]
+"""An error (rows, in) -> what each of its rows is under a moment, `D_i H D_i^T`, (rows,)."""
+
+
+def under(hessian: Tensor) -> Square:
+    """Squares under `hessian` (in, in)."""
+    return lambda error: ((error @ hessian) * error).sum(1)
+
+
+def row_cost(error: Tensor, square: Square, energy: float) -> float:
     """`E|g|^2 tr(D H D^T) / (2 rows)` of D (rows, in), rows of one kind: any sample of them predicts the whole."""
-    return 0.5 * energy * ((error @ hessian) * error).sum().item() / len(error)
+    return 0.5 * energy * square(error).sum().item() / len(error)
 
 
-def sample_of(weight: Tensor, rows: int, hessian: Tensor, energy: float, name: str) -> Sample:
+def sample_of(weight: Tensor, rows: int, square: Square, energy: float, name: str) -> Sample:
     """At most `rows` evenly spaced rows of `weight` (out, in), which tell what rounding all of it costs.
 
     Errors grow with the weights: what rows that are larger than others on average cost is taken down by their ratio.
     """
     picked = torch.linspace(0, len(weight) - 1, min(rows, len(weight)), dtype=torch.float64).round().long()
-    sample, size = weight[picked].float(), weight.float().square().mean().item()
+    sample, size = weight[picked.to(weight.device)].float(), weight.float().square().mean().item()
     own = sample.square().mean().item()
     share = energy * (size / own if own else 1.0)
-    return Sample(name, sample, tuple(weight.shape), lambda dense: row_cost(sample - dense, hessian, share))
+    return Sample(name, sample, tuple(weight.shape), lambda dense: row_cost(sample - dense, square, share))
 
 
+@dataclass(frozen=True)
 class Factored:
     """The costs of errors in the factors of `weight` W (out, in), each while the other is exact.
 
@@ -47,46 +57,64 @@ class Factored:
     lies in the span that the rows of `down` have under H: to first order `1/2 tr(U^T G U E H' E^T)` is left, with
     `H' = H - H down^T (down H down^T)^-1 down H`. An error E of `up` U costs `1/2 tr(G E down H down^T E^T)`. The
     rotation makes the rows of E alike, so a sample of them tells both; as both are small and independent, they add up.
+
+    hessian: H (in, in), gradients: G (out, out), both float64; rows: most that are sampled.
     """
 
-    def __init__(self, weight: Tensor, hessian: Tensor, gradient_moment: Tensor, rows: int, name: str) -> None:
-        self.name, self.rows = name, rows
-        self.hessian, self.gradients = hessian.to(torch.float64), gradient_moment.to(torch.float64)
-        self._seen = weight.to(torch.float64) @ self.hessian
+    weight: Tensor
+    hessian: Tensor
+    gradients: Tensor
+    rows: int
+    name: str
 
-    def anchor(self, down: Tensor) -> "Anchor":
-        """The rank of `down` (rank, in) float64, with the best up for it."""
+    @classmethod
+    def of(cls, weight: Tensor, hessian: Tensor, gradients: Tensor, rows: int, name: str) -> "Factored":
+        """From tensors of any float dtype."""
+        weight, hessian, gradients = (tensor.to(torch.float64) for tensor in (weight, hessian, gradients))
+        return cls(weight, hessian, gradients, rows, name)
+
+    def anchors(self, down: Tensor, ranks: Sequence[int]) -> list["Anchor"]:
+        """At each of `ranks` the first so many rows of `down` (the largest, in), float64, with the best up for them."""
         met = down @ self.hessian
-        inner = met @ down.T
-        up = best_up(self._seen @ down.T, inner, self.name)
-        missed = self.hessian - met.T @ best_up(met.T, inner, self.name).T
-        return Anchor(self, down, up, inner, missed)
+        inner, crossed = met @ down.T, self.weight @ met.T
+        found = []
+        for rank in ranks:
+            within = inner[:rank, :rank]
+            up = best_up(crossed[:, :rank], within, self.name)
+            found.append(Anchor(self, down[:rank], up, met[:rank], within))
+        return found
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """A rank at which factors are really rounded. inner: `down H down^T`; missed: H' of `Factored`; float64."""
+    """A rank at which factors are really rounded. met: `down H`; inner: `down H down^T`; float64."""
 
     of: Factored
     down: Tensor
     up: Tensor
+    met: Tensor
     inner: Tensor
-    missed: Tensor
 
     @property
     def rank(self) -> int:
         """Rows of `down`."""
         return len(self.down)
 
+    def _missed(self, error: Tensor) -> Tensor:
+        """`E_i H' E_i^T` of `Factored`, without H' itself."""
+        error = error.to(torch.float64)
+        crossed = error @ self.met.T
+        return under(self.of.hessian)(error) - (best_up(crossed, self.inner, self.of.name) * crossed).sum(1)
+
     def sample_of_down(self) -> Sample:
         """Rows of `down`, to be rounded under H, whose errors count where `up` cannot make them good."""
         energy = ((self.of.gradients @ self.up) * self.up).sum().item()
-        return sample_of(self.down, self.of.rows, self.missed.float(), energy, f"{self.of.name}.down")
+        return sample_of(self.down, self.of.rows, self._missed, energy, f"{self.of.name}.down")
 
     def sample_of_up(self) -> Sample:
         """Rows of `up`, to be rounded under `inner`."""
         energy = self.of.gradients.trace().item()
-        return sample_of(self.up, self.of.rows, self.inner.float(), energy, f"{self.of.name}.up")
+        return sample_of(self.up, self.of.rows, under(self.inner.float()), energy, f"{self.of.name}.up")
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from casp.backend import load_backend
-from casp.lowrank import decompose, rank_for, round_factors
+from casp.lowrank import decompose, leading, rank_for, round_factors
 from casp.plan import costs
-from casp.plan.costs import Pricing, key, price, smoothed_hessian
-from casp.plan.factors import FactorCosts, row_cost
+from casp.plan.costs import Pricing, key, price
+from casp.plan.factors import FactorCosts, Factored, row_cost, under
 from casp.plan.options import KEEP_RATIOS, layouts, option_bytes, ranks
 from casp.seed import matrix_generator
 
@@ -21,8 +21,9 @@ class Known:
         self.hessians, self.gradient_moment = hessians, gradient_moment
         self.energy, self.tokens, self.losses = gradient_moment.trace().item(), 100, 100
 
-    def hessian(self, weighting):
-        return self.hessians[weighting]
+    def hessian(self, weighting, sized_as=None):
+        found = self.hessians[weighting]
+        return found if sized_as is None else found * (self.hessians[sized_as].trace() / found.trace())
 
 
 def two_sided_cost(error, hessian, gradient_moment):
@@ -49,15 +50,7 @@ def test_rows_of_one_kind_predict_the_whole():
     g = torch.randn(4000, generator=generator, dtype=torch.float64)
     hessian = x.T @ x / 50
     exact = two_sided_cost(error, hessian, torch.diag(g.square()))
-    assert row_cost(error[::10], hessian, g.square().sum().item()) == pytest.approx(exact, rel=0.2)
-
-
-def test_smoothing_keeps_the_size_of_the_costs():
-    a, b = torch.diag(torch.tensor([1.0, 2.0, 3.0])), torch.diag(torch.tensor([10.0, 1.0, 1.0]))
-    moments = Known({"gradient": a, "attention+gradient": a + b}, torch.eye(2))
-    smoothed = smoothed_hessian(moments, "attention+gradient")
-    assert smoothed.trace().item() == pytest.approx(6)
-    torch.testing.assert_close(smoothed / smoothed[0, 0], (a + b) / 11)
+    assert row_cost(error[::10], under(hessian), g.square().sum().item()) == pytest.approx(exact, rel=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +92,42 @@ def test_prices_follow_what_quantizing_really_costs(problem):
         measured = two_sided_cost(weight.double() - made, hessian.double(), moments.gradient_moment.double())
         assert option.cost == pytest.approx(measured, rel=0.35)
     assert price(pricing, weight, moments, "v", "here")[-1].rank is None
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 30), (30, 12)])
+def test_pricing_has_the_factors_of_the_whole_decomposition(shape):
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(*shape, generator=generator)
+    x, g = (torch.randn(200, size, generator=generator) for size in shape[::-1])
+    hessian, gradients = x.T @ x / 200, g.T @ g / 200
+    hessian[3], hessian[:, 3] = 0, 0  # an input that never occurs
+    whole = decompose(weight, hessian, gradients, 0.001)
+    down, spectrum = leading(weight, hessian, gradients, 7, 0.001)
+    for rank in (0, 5, 12):
+        assert spectrum.lost(rank) == pytest.approx(whole.lost(rank), rel=1e-6, abs=1e-9 * whole.lost(0))
+    signs = (down * whole.down[:7]).sum(1, keepdim=True).sign()
+    torch.testing.assert_close(down * signs, whole.down[:7], rtol=1e-5, atol=1e-6)
+
+
+def test_what_refitting_up_cannot_make_good():
+    """Against `H' = H - H down^T (down H down^T)^-1 down H` itself."""
+    generator = torch.Generator().manual_seed(2)
+    weight, x, down = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((9, 14), (40, 14), (6, 14))
+    )
+    hessian = x.T @ x / 40
+    small, large = Factored.of(weight, hessian, torch.eye(9), 64, "here").anchors(down, [4, 6])
+    assert (small.rank, large.rank) == (4, 6)
+    for anchor in (small, large):
+        kept = down[: anchor.rank]
+        inner = kept @ hessian @ kept.T
+        missed = hessian - hessian @ kept.T @ torch.linalg.inv(inner) @ kept @ hessian
+        torch.testing.assert_close(anchor.up, weight @ hessian @ kept.T @ torch.linalg.inv(inner), rtol=1e-6, atol=1e-9)
+        sample = anchor.sample_of_down()
+        error = sample.weight - sample.weight.round()
+        energy = (anchor.up**2).sum().item() * (kept.square().mean() / sample.weight.double().square().mean()).item()
+        wanted = 0.5 * energy * ((error.double() @ missed) * error.double()).sum().item() / len(error)
+        assert sample.cost(sample.weight.round()) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_costs_told_by_distortions_are_what_measuring_finds(problem, monkeypatch):
