@@ -1,6 +1,7 @@
-"""Rows of a matrix in strips: what is held while they are rounded, a dozen times their size, stays bounded.
+"""Rows of a matrix in strips: what is held while GPTQ or QuIP# round them, a dozen times their size, stays bounded.
 
-Once columns have their order or their rotation, every row is rounded without regard to the others.
+Once columns have their order or their rotation, a row is rounded without regard to the others, but for the walks of a
+trellis, which are 256 rows long, and for when sweeps stop. Rotating a matrix and telling its error take it whole.
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ _MULTIPLE = 256  # rows: whole sequences of a trellis
 def row_strips(rows: int, columns: int, largest: int = LARGEST) -> Iterator[slice]:
     """Slices of about equal height that together are `rows`, none above `largest` weights if 256 rows are not."""
     number = -(-rows * columns // largest)
+    if number <= 1:
+        yield slice(0, rows)
+        return
     height = -(-rows // (number * _MULTIPLE)) * _MULTIPLE
     if height * columns > largest:
         height = max(height - _MULTIPLE, _MULTIPLE)

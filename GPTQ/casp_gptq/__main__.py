@@ -50,7 +50,8 @@ def parser() -> argparse.ArgumentParser:
         type=whole(0, 1000),
         default=20,
         metavar="STEPS",
-        help="shrunken ranges tried for each group; 0: minimum and maximum as they are (default: %(default)s)",
+        help="steps in which a group's range shrinks, the best looked for coarse to fine; 0: minimum and maximum as "
+        "they are (default: %(default)s)",
     )
     flags.add_argument(
         "--sweeps",

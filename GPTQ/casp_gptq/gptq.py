@@ -121,7 +121,10 @@ def quantize_under(
     """As `gptq_quantize`, under a moment made ready by the same act_order: shared by matrices of one input."""
     check_format(bits, group_size)
     settings = {"symmetric": symmetric, "act_order": act_order, "clip_steps": clip_steps, "sweeps": sweeps}
-    strips = [_quantize_rows(weight[rows], moment, bits, group_size, **settings) for rows in row_strips(*weight.shape)]
+    rows, columns = weight.shape
+    # To fit a row's scales takes about four squares of as many numbers as it has groups.
+    held = columns + len(group_bounds(columns, group_size)) ** 2 // 3
+    strips = [_quantize_rows(weight[strip], moment, bits, group_size, **settings) for strip in row_strips(rows, held)]
     return Quantized(
         codes=torch.cat([strip.codes for strip in strips]),
         scales=torch.cat([strip.scales for strip in strips]),

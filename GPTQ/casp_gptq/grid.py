@@ -67,7 +67,8 @@ def find_grid(
 
     columns = values.T.contiguous()  # (columns, rows): limits that differ by row then lie along the inner dimension
     error = torch.empty_like(columns)
-    best_cost, best_scales, best_zeros, best_step = torch.full_like(low, torch.inf), full, middle, torch.zeros_like(low)
+    best_cost, best_step = torch.full_like(low, torch.inf), torch.zeros_like(low)
+    best_scales, best_zeros = stored_scales(full), middle
 
     def compete(steps: Tensor) -> None:
         """Each row takes the range of its own of `steps` where that costs less than its best so far."""
@@ -87,7 +88,7 @@ def find_grid(
 
     for step in range(0, clip_steps + 1, _STRIDES[0]):
         compete(torch.full_like(low, step))
-    for stride in _STRIDES[1:]:
+    for stride in _STRIDES[1:] if clip_steps else ():
         centre = best_step
         for neighbours in (centre - stride, centre + stride):
             compete(neighbours.clamp(0, clip_steps))

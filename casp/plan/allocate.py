@@ -191,6 +191,17 @@ def fixed_ranks_only(linears: Sequence[LinearOptions], budget: int) -> dict[str,
     return closed_form([replace(linear, influence=1.0) for linear in linears], budget)
 
 
+def least_bytes(allocation: str, linear: LinearOptions) -> int:
+    """The fewest bytes that an allocation of this name can leave of a linear."""
+    if allocation in ("uniform", "ranks"):
+        offered = [option for option in linear.options if option.rank is None]
+    elif allocation in ("paper", "paper-ranks"):
+        offered = _fixed_ranks(linear)
+    else:
+        offered = linear.options
+    return min(option.bytes for option in offered)
+
+
 ALLOCATIONS: dict[str, Allocation] = {
     "optimal": knapsack,
     "ranks": ranks_only,

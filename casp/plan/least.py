@@ -6,10 +6,10 @@ from casp.backend import load_backend
 from casp.errors import UserError
 from casp.lowrank import LOW_RANK_ROLES
 from casp.model.decoder import Decoder
-from casp.plan.allocate import check_budget
+from casp.plan.allocate import check_budget, least_bytes
 from casp.plan.file import shapes
 from casp.plan.flags import Goal, Prices, wanted_entries
-from casp.plan.options import chosen_formats, layouts
+from casp.plan.options import LinearOptions, chosen_formats, layouts
 
 
 def check_least(goal: Goal, prices: Prices, decoder: Decoder, budget: int) -> None:
@@ -23,7 +23,8 @@ def check_least(goal: Goal, prices: Prices, decoder: Decoder, budget: int) -> No
 
     @functools.cache
     def least(shape: tuple[int, int], low_rank: bool) -> int:
-        return min(option.bytes for option in layouts(backend, *shape, low_rank, prices.tuned, wanted))
+        options = tuple(layouts(backend, *shape, low_rank, prices.tuned, wanted))
+        return least_bytes(goal.allocation, LinearOptions("", 0, "", *shape, 0.0, options))
 
     smallest = sum(
         least(sizes[f"{block}.{path}"], goal.low_rank and role in LOW_RANK_ROLES)

@@ -8,6 +8,7 @@ on the validation split; the test split only shows what was chosen.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import re
@@ -52,8 +53,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def place(work: Path, dataset: str, samples: int) -> Path:
-    """The folder, in `work`, of what is calibrated on so many samples of a set."""
-    return work / f"{dataset.replace('/', '_').replace(':', '-').replace(',', '-')}-{samples}"
+    """The folder, in `work`, of what is calibrated on so many samples of a set; no two sets share one."""
+    readable = re.sub(r"[^A-Za-z0-9._-]", "-", dataset)[:60]
+    told = "" if readable == dataset else "-" + hashlib.sha256(dataset.encode()).hexdigest()[:8]
+    return work / f"{readable}{told}-{samples}"
 
 
 def stages(model: str, dataset: str, samples: int, machine: Sequence[str], folder: Path) -> dict[Path, list[str]]:

@@ -26,7 +26,7 @@ from casp.numbers import count
 from casp.reading.config import open_config
 from casp.reading.documents import read_json
 from casp.run.files import write_json
-from casp.run.outputs import check_file, make_output
+from casp.run.outputs import check_file, make_output, read_record
 from casp_eval.memory import random_model
 from casp_eval.options import require_writable
 from casp_eval.scale_terms import Shape
@@ -156,6 +156,8 @@ def measure(args: argparse.Namespace, scratch: Path) -> None:
             print(f"{name} needs moments, which are collected first", flush=True)
             usage(stage_flags("moments", model, scratch, args.samples, args.sequence_length))
         flags = stage_flags(name, model, scratch, args.samples, args.sequence_length)
+        if name == "moments" and read_record(scratch / name):  # finished, they would be passed over
+            shutil.rmtree(scratch / name)
         result["stages"][name] = usage(flags).a_block(args.blocks)
         print(name, result["stages"][name], flush=True)
         write_json(args.output, result)

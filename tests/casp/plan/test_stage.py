@@ -176,7 +176,11 @@ def test_pricing_resumes_with_the_same_costs(tiny_llama, moments, planned, tmp_p
 
 @pytest.mark.parametrize(
     ("bits", "flags", "words"),
-    [("0.5", [], "the smallest plan takes"), ("2.6", ["--format", "codebook=x"], "codebook 'x'")],
+    [
+        ("0.5", [], "the smallest plan takes"),
+        ("0.9", ["--allocation", "uniform"], "the smallest plan takes"),
+        ("2.6", ["--format", "codebook=x"], "codebook 'x'"),
+    ],
 )
 def test_what_no_plan_can_be_is_told_before_anything_is_priced(
     tiny_llama, moments, tmp_path, monkeypatch, bits, flags, words
