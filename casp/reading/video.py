@@ -7,10 +7,12 @@ from PIL import Image
 
 from casp.errors import UserError, told_as
 from casp.reading.files import is_folder, require_file
-from casp.reading.pictures import MOST_TOGETHER, check_size, open_picture
+from casp.reading.pictures import MOST_PIXELS, MOST_TOGETHER, check_size, open_picture
 
 FRAME_FILES = {".png", ".jpg", ".jpeg", ".webp"}
 MOST_FRAMES = 100_000  # of a file: an hour at 25 frames a second
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,asf,flv,mpeg,mpegts,ogg,gif,ivf,h264,hevc,m4v"
+"""What FFmpeg may take a file for, by its contents: files that hold pictures, none that names other files."""
 
 
 def evenly_spaced(count: int, wanted: int) -> list[int]:
@@ -51,21 +53,33 @@ def _frames_of_folder(path: Path, wanted: int, source: str, most: int) -> tuple[
 def _frames_of_file(path: Path, wanted: int, what: str, most: int) -> tuple[Image.Image, ...]:
     import av  # loads FFmpeg's libraries: only those who read videos wait for it
 
-    with av.open(str(path)) as container:
+    def opened() -> av.container.InputContainer:
+        return av.open(str(path), options={"format_whitelist": FORMATS})
+
+    with opened() as container:
         if not container.streams.video:
             raise UserError(f"{what} has no pictures in it; give another file.")
         stream = container.streams.video[0]
         size = (stream.width, stream.height)
         check_size(what, *size, most)
         # The header may be wrong about their number, and seeking is not exact in all formats: count, then decode.
-        count = sum(packet.pts is not None for packet in container.demux(stream))
+        count = sum(packet.size > 0 for packet in container.demux(stream))
     if not 1 <= count <= MOST_FRAMES:
         raise UserError(f"{what} has {count} frames, not 1 to {MOST_FRAMES}; cut it.")
     check_size(what, *size, most, min(count, wanted))
     places = set(evenly_spaced(count, wanted))
-    with av.open(str(path)) as container:
-        decoded = enumerate(container.decode(container.streams.video[0]))
-        frames = tuple(frame.to_image().convert("RGB") for place, frame in decoded if place in places)
+    frames: list[Image.Image] = []
+    with opened() as container:
+        stream = container.streams.video[0]
+        stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
+        for place, frame in enumerate(container.decode(stream)):
+            if (frame.width, frame.height) != size:
+                raise UserError(
+                    f"{what} says that its frames are {size[0]}x{size[1]} and holds one of "
+                    f"{frame.width}x{frame.height}; give another file."
+                )
+            if place in places:
+                frames.append(frame.to_image().convert("RGB"))
     if not frames:
         raise UserError(f"{what} holds no frame that decodes; give another file.")
-    return frames
+    return tuple(frames)

@@ -1,10 +1,13 @@
 """Videos: frames from files and folders, and as samples of a video model."""
 
+import io
 import json
 import os
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -97,6 +100,54 @@ def test_a_video_file(tmp_path):
     (tmp_path / "broken.mp4").write_bytes(b"no video at all")
     with pytest.raises(UserError, match=r"line 3: the video .*broken.mp4 does not open"):
         open_frames(tmp_path / "broken.mp4", 4, "line 3")
+
+
+def written(file: Path, pictures: list[bytes], size: tuple[int, int], format: str = "mp4") -> Path:
+    """A video of these JPEG files, whose header says that they are of `size`."""
+    with av.open(str(file), "w", format=format) as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuvj420p"
+        for number, picture in enumerate(pictures):
+            packet = av.Packet(picture)
+            packet.pts = packet.dts = number
+            packet.time_base, packet.stream, packet.is_keyframe = Fraction(1, 25), stream, True
+            container.mux(packet)
+    return file
+
+
+def jpeg(width: int, height: int) -> bytes:
+    found = io.BytesIO()
+    Image.new("RGB", (width, height), (200, 90, 30)).save(found, "JPEG")
+    return found.getvalue()
+
+
+def test_a_frame_that_is_not_of_the_size_in_the_header_is_told(tmp_path):
+    small, large = jpeg(64, 48), jpeg(2000, 1500)
+    assert len(open_frames(written(tmp_path / "good.mp4", [small] * 3, (64, 48)), 8, "here")) == 3
+    with pytest.raises(UserError, match="64x48 and holds one of 2000x1500"):
+        open_frames(written(tmp_path / "grows.mp4", [small, large, small], (64, 48)), 2, "here")
+
+
+@pytest.mark.parametrize("named", ["fifo", "good.mp4", "list.mp4", "/etc/passwd"])
+def test_a_video_that_names_other_files_is_no_video(tmp_path, named):
+    """FFmpeg goes by the contents: such a list made it wait for a pipe, or read any other file."""
+    os.mkfifo(tmp_path / "fifo")
+    written(tmp_path / "good.mp4", [jpeg(64, 48)], (64, 48))
+    (tmp_path / "list.mp4").write_text(f"ffconcat version 1.0\nfile {named}\n")
+    with pytest.raises(UserError, match="does not open"):
+        open_frames(tmp_path / "list.mp4", 4, "here")
+
+
+def test_a_bare_stream_without_times_has_frames(tmp_path):
+    file = tmp_path / "bare.h264"
+    with av.open(str(file), "w", format="h264") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(12):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 20 * number, np.uint8), "rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert len(open_frames(file, 4, "here")) == 4
 
 
 def test_rows_with_videos(tmp_path):
