@@ -117,7 +117,7 @@ def draw(rows: Sequence[Row], model: str, file: Path) -> None:
         axis.set_ylim(0, 1.05 * axis.get_ylim()[1])  # a few points close together leave no margin of their own
         axis.set_xlabel("bits per original weight")
         axis.set_ylabel("text, nats a token above the original")
-        axis.legend()
+        axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
         figure.savefig(file, bbox_inches="tight")
         pyplot.close(figure)
 
