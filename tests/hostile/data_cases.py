@@ -155,7 +155,7 @@ def data_cases() -> Iterator[Case]:
                 (folder / "hostile.jsonl").write_text("\n".join([json.dumps(good)] * 4))
 
             flags = ("--image", "{model}/0.png") if command == "chat" else ("--dataset", "{model}/hostile.jsonl")
-            refuse = width * height not in (1, 50_000)
+            refuse = width * height != 1
             yield Case("data", f"picture {width}x{height}", command, "llava", damage, flags, refuse)
     for label, data in {"cut": png(40, 40)[:45], "text": b"hello", "empty": b"", "gif": b"GIF89a" + bytes(20)}.items():
         yield Case("data", f"picture: {label}", "chat", "llava", written("0.png", data), ("--image", "{model}/0.png"))
