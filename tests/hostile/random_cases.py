@@ -22,7 +22,8 @@ def random_cases(count: int, seed: int) -> Iterator[Case]:
         }
         command = rng.choice(commands.get(base, ("perplexity", "compare", "load")))
         key = rng.randrange(2**31)
-        yield Case("random", f"{base} {seed}-{number}", command, base, lambda f, key=key: scramble(f, key), refuse=False)
+        name = f"{base} {seed}-{number}"
+        yield Case("random", name, command, base, lambda f, key=key: scramble(f, key), refuse=False)
 
 
 def scramble(folder: Path, seed: int) -> None:
