@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 from casp.moments.second_moment import WIDEST_DOUBLE
+from casp.strips import LARGEST
 
 FLOAT = 4  # bytes of a number in the dtype that a CPU computes in
+COPIES = 12  # float32 ones of a strip of rows, while it is rounded
 WEIGHTINGS = 2  # weightings of the inputs that are collected forward by default, "none" and "attention"
 
 
@@ -170,4 +172,9 @@ def held(job: Job) -> float:
         return max(rest + block, block + moments + batch) + state
     if job.stage == "svd":
         return max(rest + block, block + 8 * FLOAT * shape.hidden**2 + batch) + state
-    return block + 5 * FLOAT * max(shape.inputs) ** 2  # the moment, and four times as much to work in
+    widest = max(shape.inputs)
+    if job.stage == "plan":
+        return block + 5 * FLOAT * widest**2  # the moment, and four times as much to work in
+    # The moment and two more of its size, one of them float64 up to WIDEST_DOUBLE; copies of the rows being rounded.
+    strip = min(LARGEST, max(rows * columns for rows, columns in shape.linears))
+    return block + FLOAT * widest**2 * (3 if widest > WIDEST_DOUBLE else 4) + COPIES * FLOAT * strip
