@@ -165,7 +165,8 @@ def test_every_flag_that_changes_prices_changes_their_fingerprint(
     always = ["--moments", str(moments), "--backend", "gptq", "--costs", "costs"]
 
     def prices(*flags: str) -> dict[str, Any]:
-        return fingerprint_of("casp.plan", *always, *flags, data=False)
+        budget = [] if {"--bits", "--size"} & {*flags} else ["--bits", "6"]  # small groups need as much
+        return fingerprint_of("casp.plan", *always, *budget, *flags, data=False)
 
     changes = [
         ["--backend", "quip-sharp"],
@@ -174,7 +175,7 @@ def test_every_flag_that_changes_prices_changes_their_fingerprint(
         ["--dtype", "bfloat16"],
         ["--seed", "7"],
     ]
-    budgets = [["--bits", "3"], ["--size", "1MB"], ["--no-low-rank"], ["--allocation", "paper"]]
+    budgets = [["--bits", "7"], ["--size", "1MB"], ["--no-low-rank"], ["--allocation", "paper"]]
     assert all(prices(*flags) != prices() for flags in changes)
     assert all(prices(*flags) == prices() for flags in budgets)  # one pricing serves every budget
     assert prices("--backend", "quip-sharp", "--tuned") != prices("--backend", "quip-sharp")
