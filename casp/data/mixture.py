@@ -18,7 +18,7 @@ from casp.errors import UserError
 T = TypeVar("T")
 
 REGISTERS = "demo-speeches:1,demo-fiction:1,demo-dialogue:1,demo-technical:1,demo-code:1"
-CHATS_AND_TEXT = "demo-images:4,demo-registers:1"
+CHATS_AND_TEXT = "demo-images:12,demo-registers:1"
 #: What built-in names stand for: (for a text model, for a multimodal one).
 STANDS_FOR = {
     "demo": ("demo-speeches", "demo-images"),

@@ -72,12 +72,12 @@ def test_the_default_is_one_set_until_shares_were_measured() -> None:
 
 def test_the_mixture_of_a_multimodal_model_has_batches_of_chats_and_of_text(tiny_llava: Path) -> None:
     share = 1 - mixture.shares("demo-mixed", True)["demo-images"]
-    batches = calibration_batches(tiny_llava, "demo-mixed", 20, 48, 0, 2)
+    batches = calibration_batches(tiny_llava, "demo-mixed", 65, 48, 0, 2)
     chats = sum(len(batch["input_ids"]) for batch in batches if "pixel_values" in batch)
     texts = [batch for batch in batches if "pixel_values" not in batch]
-    assert chats == round(20 * (1 - share))
+    assert chats == 65 * (1 - share)
     assert {batch["input_ids"].shape[1] for batch in texts} == {48}
-    assert sum(len(batch["input_ids"]) for batch in texts) == 20 - chats
+    assert sum(len(batch["input_ids"]) for batch in texts) == 65 - chats
 
 
 def test_what_a_text_model_cannot_take_is_refused_by_name(tiny_llama: Path) -> None:
