@@ -9,7 +9,7 @@ class Search:
     """How GPTQ looks for codes, see `casp_gptq.gptq.gptq_quantize`.
 
     symmetric: a grid about zero, without zero points; act_order: round the columns with the largest inputs first;
-    damping: on the Hessian's diagonal, a share of its mean; clip_steps: in which a group's range shrinks; sweeps:
+    damping: on the Hessian's diagonal, a share of its mean; clip_steps: of a group's range; sweeps:
     rounds of refinement after GPTQ's own pass.
     """
 

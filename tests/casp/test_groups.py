@@ -7,6 +7,7 @@ from casp_quip_sharp import ldlq
 
 from casp.backend import Matrix, load_backend, quantized
 from casp.moments import damped_cholesky
+from casp.rounding import told_error
 from casp.seed import matrix_generator
 
 FORMATS = {
@@ -95,3 +96,19 @@ def test_a_backend_without_groups_gets_one_matrix_after_the_other(moment, group)
     matrices = group([{}, {}, {}])
     found = [tensors["seen"] for tensors in quantized(Plain(), matrices, moment, {"more": 1})]
     assert found == [one.weight.sum() + 1 for one in matrices]
+
+
+def test_an_error_is_told_of_all_rows_or_of_evenly_spread_ones():
+    draw = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(40, 12, generator=draw), torch.randn(5000, 12, generator=draw)
+    other, hessian = weight + 0.1 * torch.randn(5000, 12, generator=draw), x.T @ x / 40
+
+    def share(rows):
+        outputs = (x @ (weight - other)[rows].T).square().sum() / (x @ weight[rows].T).square().sum()
+        return outputs.item()
+
+    few = told_error(weight[:2048], other[:2048], hessian)
+    assert few == {"relative_error": pytest.approx(share(slice(0, 2048)), rel=1e-4)}
+    many = told_error(weight, other, hessian)
+    assert many == {"relative_error": pytest.approx(share(slice(None, None, 3)), rel=1e-4), "error_rows": 1667}
+    assert many["relative_error"] == pytest.approx(share(slice(None)), rel=0.05)
