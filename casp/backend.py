@@ -46,7 +46,13 @@ class Backend(Protocol):
     are to each other as the distortions of its formats, where these are small, may say them, so that a plan need not
     try each of them:
 
-        distortion(format: Format) -> float, the mean squared error on N(0, 1) at the best scale
+        distortion(format: Format, out_features: int, in_features: int) -> float, the mean squared error of a matrix of
+            this shape drawn from N(0, 1), at the best scale
+        fine: float, the distortion below which that holds (0.03 where it says nothing)
+
+    And one that fits more to a matrix than its codes, codebooks say, may ask for larger samples than others:
+
+        least_sample: int, weights of a matrix that are rounded to price it, if it has as many
     """
 
     name: str

@@ -18,14 +18,15 @@ from torch import Tensor
 
 from casp.backend import Backend, Format, Matrix, rounded
 from casp.lowrank import LOW_RANK_ROLES, WHITENING_DAMPING, leading, rank_for
-from casp.plan.factors import FactorCosts, Factored, Sample, sample_of, under
+from casp.plan.factors import Extent, FactorCosts, Factored, Sample, sample_of, under
 from casp.plan.options import Option, chosen_formats, layouts
 from casp.seed import matrix_generator
 
 ANCHORS = (0.1875, 0.5625)
 """Keep ratios at which factors are really quantized; for other ranks costs follow a power of the rank."""
 FINE = 0.03
-"""Mean squared error on N(0, 1) below which costs of formats are told from each other."""
+"""Mean squared error on N(0, 1) below which costs of formats are told from each other, where the backend has no word
+of its own for it."""
 _ANY_SHAPE = (1024, 1024)  # whose formats stand in a run's record for what its words mean
 
 
@@ -71,6 +72,16 @@ class Pricing:
         """The backend's knobs in use."""
         return self.backend.draft if self.settings is None else self.settings
 
+    @property
+    def extent(self) -> Extent:
+        """How much of a matrix or a factor is quantized to price it."""
+        return Extent(self.rows, getattr(self.backend, "least_sample", 0))
+
+    @property
+    def fine(self) -> float:
+        """The distortion below which costs of formats are told from each other."""
+        return getattr(self.backend, "fine", FINE)
+
     def record(self) -> dict[str, Any]:
         """What decides the costs, besides the model and its moments: for the fingerprint."""
         return {
@@ -79,6 +90,8 @@ class Pricing:
             "token_weights": self.weighting,
             "damping": self.damping,
             "rows": self.rows,
+            **({"weights": self.extent.weights} if self.extent.weights else {}),
+            **({"fine": self.fine} if self.fine != FINE else {}),
             "low_rank": sorted(self.low_rank),
             "tuned": self.tuned,
             "format": dict(self.wanted),
@@ -99,7 +112,7 @@ class Pricing:
         tried = [
             (sample, format)
             for sample, offered in zip(samples, formats, strict=True)
-            for format in self.measured(offered)
+            for format in self.measured(offered, sample.shape)
         ]
         matrices = [
             Matrix(sample.weight.float(), format, matrix_generator(self.seed, sample.name), sample.name)
@@ -109,44 +122,54 @@ class Pricing:
         place = {id(sample): costs for sample, costs in zip(samples, found, strict=True)}
         made = rounded(self.backend, matrices, hessian.float(), self.search)
         for (sample, format), (_, dense) in zip(tried, made, strict=True):
-            place[id(sample)][key(format)] = max(sample.cost(dense), sys.float_info.min)
-        return [self._completed(costs, offered) for costs, offered in zip(found, formats, strict=True)]
+            cost = sample.cost(dense) * self._of_the_whole(format, sample)
+            place[id(sample)][key(format)] = max(cost, sys.float_info.min)
+        return [
+            self._completed(costs, offered, sample.shape)
+            for costs, offered, sample in zip(found, formats, samples, strict=True)
+        ]
 
-    def measured(self, formats: Sequence[Format]) -> list[Format]:
-        """Those of `formats` that are tried: of the fine ones of a backend that knows its distortions the coarsest."""
-        fine = [format for format in formats if self._distortion(format) < FINE]
-        kept = max(fine, key=self._distortion, default=None)
+    def measured(self, formats: Sequence[Format], shape: tuple[int, int]) -> list[Format]:
+        """Those of `formats` of a matrix of `shape` that are tried: of the fine ones of a backend that knows its
+        distortions the coarsest.
+        """
+        fine = [format for format in formats if self._distortion(format, shape) < self.fine]
+        kept = max(fine, key=lambda format: self._distortion(format, shape), default=None)
         return [format for format in formats if format not in fine or format == kept]
 
-    def _distortion(self, format: Format) -> float:
+    def _distortion(self, format: Format, shape: tuple[int, int]) -> float:
         told = getattr(self.backend, "distortion", None)
-        return math.inf if told is None else told(format)
+        return math.inf if told is None else told(format, *shape)
 
-    def _completed(self, costs: dict[str, float], formats: Sequence[Format]) -> dict[str, float]:
+    def _of_the_whole(self, format: Format, sample: Sample) -> float:
+        """How much larger the error of the whole matrix is than that of the sample, to which more could be fitted."""
+        part = self._distortion(format, tuple(sample.weight.shape))
+        return self._distortion(format, sample.shape) / part if math.isfinite(part) else 1.0
+
+    def _completed(
+        self, costs: dict[str, float], formats: Sequence[Format], shape: tuple[int, int]
+    ) -> dict[str, float]:
         """`costs` of what was tried with those of the other formats.
 
         Where errors are far smaller than the weights, feedback does not make them grow, and they are to each other as
         the distortions of a Gaussian are: on demo-llama, from 3 bits on, within 2% on average.
         """
-        fine = [format for format in formats if key(format) in costs and self._distortion(format) < FINE]
-        for format in formats:
-            if key(format) not in costs:
-                ratio = self._distortion(format) / self._distortion(fine[0])
-                costs[key(format)] = ratio * costs[key(fine[0])]
-        return {key(format): costs[key(format)] for format in formats}
+        known = {key(format): self._distortion(format, shape) for format in formats}
+        fine = next((name for name in costs if known[name] < self.fine), None)
+        return {name: costs[name] if name in costs else costs[fine] * known[name] / known[fine] for name in known}
 
 
 def price(pricing: Pricing, weight: Tensor, moments: LinearMoments, role: str, name: str) -> tuple[Option, ...]:
     """All options of the linear `weight` (out, in) with their predicted costs."""
     hessian = moments.hessian(pricing.weighting, sized_as="gradient").to(weight.device)
     per_loss = moments.tokens / moments.losses  # the means are over all tokens, the damage is counted a predicted one
-    sample = sample_of(weight, pricing.rows, under(hessian), moments.energy * per_loss, name)
+    sample = sample_of(weight, pricing.extent, under(hessian), moments.energy * per_loss, name)
     low_rank, downs = role in pricing.low_rank, []
     if low_rank:
         gradients = (moments.gradient_moment * per_loss).to(weight.device)
         ranks = sorted({rank_for(ratio, *weight.shape) for ratio in ANCHORS} - {None})
         down, spectrum = leading(weight, hessian, gradients, max(ranks, default=0), pricing.damping, name)
-        anchors = Factored.of(weight, hessian, gradients, pricing.rows, name).anchors(down, ranks)
+        anchors = Factored.of(weight, hessian, gradients, pricing.extent, name).anchors(down, ranks)
         downs = [anchor.sample_of_down() for anchor in anchors]
     whole, *of_down = pricing.costs([sample, *downs], hessian)
     if low_rank:

@@ -11,6 +11,19 @@ from casp.lowrank import best_up
 
 
 @dataclass(frozen=True)
+class Extent:
+    """How much of a matrix is rounded to price it: `rows`, or as many as hold `weights` where that is more."""
+
+    rows: int
+    weights: int = 0
+
+    def of(self, weight: Tensor) -> Tensor:
+        """The rows of `weight` (out, in) that are sampled, evenly spaced: int64, on its device."""
+        count = min(max(self.rows, -(-self.weights // weight.shape[1])), len(weight))
+        return torch.linspace(0, len(weight) - 1, count, dtype=torch.float64).round().long().to(weight.device)
+
+
+@dataclass(frozen=True)
 class Sample:
     """A matrix that is rounded to price it.
 
@@ -37,13 +50,12 @@ def row_cost(error: Tensor, square: Square, energy: float) -> float:
     return 0.5 * energy * square(error).sum().item() / len(error)
 
 
-def sample_of(weight: Tensor, rows: int, square: Square, energy: float, name: str) -> Sample:
-    """At most `rows` evenly spaced rows of `weight` (out, in), which tell what rounding all of it costs.
+def sample_of(weight: Tensor, extent: Extent, square: Square, energy: float, name: str) -> Sample:
+    """The rows of `weight` (out, in) that tell what rounding all of it costs.
 
     Errors grow with the weights: what rows that are larger than others on average cost is taken down by their ratio.
     """
-    picked = torch.linspace(0, len(weight) - 1, min(rows, len(weight)), dtype=torch.float64).round().long()
-    sample, size = weight[picked.to(weight.device)].float(), weight.float().square().mean().item()
+    sample, size = weight[extent.of(weight)].float(), weight.float().square().mean().item()
     own = sample.square().mean().item()
     share = energy * (size / own if own else 1.0)
     return Sample(name, sample, tuple(weight.shape), lambda dense: row_cost(sample - dense, square, share))
@@ -58,20 +70,20 @@ class Factored:
     `H' = H - H down^T (down H down^T)^-1 down H`. An error E of `up` U costs `1/2 tr(G E down H down^T E^T)`. The
     rotation makes the rows of E alike, so a sample of them tells both; as both are small and independent, they add up.
 
-    hessian: H (in, in), gradients: G (out, out), both float64; rows: most that are sampled.
+    hessian: H (in, in), gradients: G (out, out), both float64; extent: how much of a factor is sampled.
     """
 
     weight: Tensor
     hessian: Tensor
     gradients: Tensor
-    rows: int
+    extent: Extent
     name: str
 
     @classmethod
-    def of(cls, weight: Tensor, hessian: Tensor, gradients: Tensor, rows: int, name: str) -> "Factored":
+    def of(cls, weight: Tensor, hessian: Tensor, gradients: Tensor, extent: Extent, name: str) -> "Factored":
         """From tensors of any float dtype."""
         weight, hessian, gradients = (tensor.to(torch.float64) for tensor in (weight, hessian, gradients))
-        return cls(weight, hessian, gradients, rows, name)
+        return cls(weight, hessian, gradients, extent, name)
 
     def anchors(self, down: Tensor, ranks: Sequence[int]) -> list["Anchor"]:
         """At each of `ranks` the first so many rows of `down` (the largest, in), float64, with the best up for them."""
@@ -109,12 +121,12 @@ class Anchor:
     def sample_of_down(self) -> Sample:
         """Rows of `down`, to be rounded under H, whose errors count where `up` cannot make them good."""
         energy = ((self.of.gradients @ self.up) * self.up).sum().item()
-        return sample_of(self.down, self.of.rows, self._missed, energy, f"{self.of.name}.down")
+        return sample_of(self.down, self.of.extent, self._missed, energy, f"{self.of.name}.down")
 
     def sample_of_up(self) -> Sample:
         """Rows of `up`, to be rounded under `inner`."""
         energy = self.of.gradients.trace().item()
-        return sample_of(self.up, self.of.rows, under(self.inner.float()), energy, f"{self.of.name}.up")
+        return sample_of(self.up, self.of.extent, under(self.inner.float()), energy, f"{self.of.name}.up")
 
 
 @dataclass(frozen=True)

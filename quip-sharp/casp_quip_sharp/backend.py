@@ -44,7 +44,7 @@ class QuipSharp:
         shapes = tensor_shapes(format, out_features, in_features)
         return sum(prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
 
-    def distortion(self, format: Mapping[str, Any]) -> float:
+    def distortion(self, format: Mapping[str, Any], out_features: int, in_features: int) -> float:
         """Mean squared error of the format's codebook on N(0, 1), at the best scale."""
         return codebook_of(format).distortion
 

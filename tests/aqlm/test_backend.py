@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from casp.backend import load_backend
 from casp.errors import UserError
 from casp.finetune.in_block import Masters
+from casp.plan.costs import Pricing, price
 from casp.rounding import weighted_error
 
 SETTINGS = {"max_rounds": 2, "name": "layer"}
@@ -154,3 +155,44 @@ def test_whole_numbers_hold_codebooks_better_than_float8_and_learn(matrix):
     assert layer.codebooks.dtype == torch.int8
     assert layer.codebooks[0, 0, 0] == 127
     assert torch.equal(layer.codebooks.flatten()[1:].int(), (before.flatten()[1:].int() + 1).clamp_max(127))
+
+
+@pytest.mark.parametrize("scheme", ["1x8g8", "2x6g8", "2x8g8", "1x8g4", "1x10g4", "2x6g4", "2x8g4"])
+@pytest.mark.parametrize("rows", [128, 1024])
+def test_distortions_are_those_of_gaussian_numbers(scheme, rows):
+    """Of matrices of different sizes, to which codebooks are fitted more or less closely."""
+    backend, generator = load_backend("aqlm"), torch.Generator().manual_seed(5)
+    format = backend.format(scheme)
+    weight = torch.randn(rows, 256, generator=generator)
+    tensors = backend.quantize(weight, torch.eye(256), format, generator, name="gaussian", max_rounds=4)
+    layer = backend.linear(rows, 256, False, format)
+    layer.load_state_dict(tensors)
+    assert backend.distortion(format, rows, 256) == pytest.approx(
+        (weight - layer.dequantize()).square().mean().item(), rel=0.15
+    )
+
+
+def test_prices_are_what_quantizing_the_whole_matrix_costs(matrix):
+    """Of schemes that are tried on a part of the rows, and of those that are told by their distortions."""
+    backend, (weight, hessian) = load_backend("aqlm"), matrix(1024, 256)
+
+    class Known:
+        energy, tokens, losses, gradient_moment = 2.0, 1, 1, None
+
+        def hessian(self, weighting, sized_as=None):
+            return hessian.float()
+
+    pricing = Pricing(backend, low_rank=frozenset())
+    tried = [format["scheme"] for format in pricing.measured(pricing.formats((1024, 256)), (1024, 256))]
+    assert tried == ["1x8g8", "2x6g8", "2x8g8"]
+    assert len(pricing.extent.of(weight)) == 512
+    told = {option.formats[0]["scheme"]: option for option in price(pricing, weight, Known(), "up", "here")}
+    for scheme in ("1x8g8", "2x8g8", "1x10g4"):
+        format = told[scheme].formats[0]
+        tensors = backend.quantize(weight, hessian, format, torch.Generator().manual_seed(1), name="here")
+        layer = backend.linear(1024, 256, False, format)
+        layer.load_state_dict(tensors)
+        error = weight - layer.dequantize()
+        assert told[scheme].cost == pytest.approx(
+            ((error @ hessian.float()) * error).sum().item() / 1024, rel=0.25
+        )  # half a bit makes 1.8

@@ -9,7 +9,7 @@ from casp.backend import load_backend
 from casp.lowrank import decompose, leading, rank_for, round_factors
 from casp.plan import costs
 from casp.plan.costs import Pricing, key, price
-from casp.plan.factors import FactorCosts, Factored, row_cost, under
+from casp.plan.factors import Extent, FactorCosts, Factored, row_cost, under
 from casp.plan.options import KEEP_RATIOS, layouts, option_bytes, ranks
 from casp.seed import matrix_generator
 
@@ -116,7 +116,7 @@ def test_what_refitting_up_cannot_make_good():
         torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((9, 14), (40, 14), (6, 14))
     )
     hessian = x.T @ x / 40
-    small, large = Factored.of(weight, hessian, torch.eye(9), 64, "here").anchors(down, [4, 6])
+    small, large = Factored.of(weight, hessian, torch.eye(9), Extent(64), "here").anchors(down, [4, 6])
     assert (small.rank, large.rank) == (4, 6)
     for anchor in (small, large):
         kept = down[: anchor.rank]
@@ -134,7 +134,7 @@ def test_costs_told_by_distortions_are_what_measuring_finds(problem, monkeypatch
     weight, moments = problem
     pricing = Pricing(load_backend("quip-sharp"), low_rank=frozenset({"q"}))
     told = price(pricing, weight, moments, "q", "here")
-    assert len(pricing.measured(pricing.formats((64, 96)))) < len(pricing.formats((64, 96)))
+    assert len(pricing.measured(pricing.formats((64, 96)), (64, 96))) < len(pricing.formats((64, 96)))
     monkeypatch.setattr(costs, "FINE", 0.0)
     for one, other in zip(told, price(pricing, weight, moments, "q", "here"), strict=True):
         assert one.cost == pytest.approx(other.cost, rel=0.2)  # one bit makes a factor of 4

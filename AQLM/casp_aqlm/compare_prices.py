@@ -1,0 +1,90 @@
+"""What a plan's prices of this room say, beside what rounding the whole matrix as usual costs: JSON.
+
+`python -m casp_aqlm.compare_prices --model demo-llama --moments DIR --output FILE.json`
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from casp.backend import Matrix, load_backend, rounded
+from casp.cli import Parser, model_folder, run_main
+from casp.model.decoder import Decoder
+from casp.moments.find import ON_THE_WAY
+from casp.moments.store import Moments
+from casp.plan.costs import Pricing, key
+from casp.plan.factors import Extent, Sample, sample_of, under
+from casp.run.digest import content_hash
+from casp.run.files import write_json
+from casp.run.outputs import check_file
+from casp.seed import matrix_generator
+from casp_aqlm.compare_published import places, read
+from casp_aqlm.scheme import Scheme
+
+FEW = 64
+"""Rows that tell enough of a backend without codebooks."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    flags = Parser(prog="python -m casp_aqlm.compare_prices", description=__doc__.splitlines()[0])
+    flags.add_argument("--model", default="demo-llama", help="hub id, folder or built-in name (default: %(default)s)")
+    flags.add_argument("--moments", type=Path, required=True, metavar="DIR", help="output of the moments' stage")
+    flags.add_argument("--matrices", nargs="+", default=["3.q", "10.v", "10.o", "20.gate"], help="BLOCK.ROLE ...")
+    flags.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    return flags
+
+
+def compare(weight: Tensor, hessian: Tensor, name: str) -> list[dict[str, Any]]:
+    """For each format of `weight` (out, in) under `hessian` its cost, and what three ways of pricing make of it.
+
+    cost: of the whole matrix, the usual rounds, relative to the energy of the outputs; the others as shares of it: from
+    FEW rows, from as many as a plan takes, and what the plan tells, by distortions where it does not try.
+    """
+    backend = load_backend("aqlm")
+    pricing = Pricing(backend, low_rank=frozenset())
+
+    def cost(sample: Sample, format: dict[str, Any], settings: dict[str, Any]) -> float:
+        matrix = Matrix(sample.weight, format, matrix_generator(0, name), name)
+        [(_, dense)] = rounded(backend, [matrix], hessian, settings)
+        return sample.cost(dense)
+
+    square = under(hessian)
+    few, some, every = (
+        sample_of(weight, extent, square, 1.0, name) for extent in (Extent(FEW), pricing.extent, Extent(len(weight)))
+    )
+    [told] = pricing.costs([some], hessian)
+    energy, found = every.cost(torch.zeros_like(weight)), []
+    for format in pricing.formats(tuple(weight.shape)):
+        whole = cost(every, format, {})
+        row = {"format": format, "cost": whole / energy, "few_rows": cost(few, format, dict(backend.draft)) / whole}
+        found.append(row | {"rows_of_a_plan": cost(some, format, dict(backend.draft)) / whole})
+        found[-1]["told"] = told[key(format)] / whole
+    return found
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> None:
+    """Compare on every matrix asked for; the file is complete after each."""
+    args = parser().parse_args(argv)
+    decoder, moments = Decoder.open(model_folder(args.model)), Moments(args.moments)
+    moments.check(content_hash(decoder.folder), decoder, ON_THE_WAY)
+    wanted = places(decoder, args.matrices)
+    check_file(args.output, [{"matrices"}], [decoder.folder, args.moments])
+    results: list[dict[str, Any]] = []
+    for matrix, (index, path) in wanted.items():
+        weight, hessian = read(decoder, moments, index, path, Scheme.parse("2x8g8"), matrix)
+        results.append({"matrix": matrix, "shape": list(weight.shape), "formats": compare(weight, hessian, matrix)})
+        write_json(args.output, {"matrices": results})
+        for row in results[-1]["formats"]:
+            print(
+                f"{matrix} {row['format']['scheme']}: {row['cost']:.5f}, of it {row['few_rows']:.2f} from {FEW} rows, "
+                f"{row['rows_of_a_plan']:.2f} from a plan's, {row['told']:.2f} told"
+            )
+
+
+if __name__ == "__main__":
+    run_main(main)
