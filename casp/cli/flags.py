@@ -67,9 +67,9 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
         "--dataset",
         default="demo",
         help="calibration data: rp, c4, wikitext2, ptb (hub), a .txt file, a .jsonl file of texts and of pictures "
-        "or a video, question and answer or messages, a built-in set (demo = demo-images for a model of images and "
-        "text, demo-speeches for one of text; demo-registers, demo-mixed, ...: see the README), or several by "
-        "shares, as in demo-images:4,demo-registers:1 (default: %(default)s)",
+        "or a video, question and answer or messages, a built-in set (demo = demo-images:12,demo-registers:1 for a "
+        "model of images and text, demo-registers for one of text; others: docs/calibration.md), or several by "
+        "shares, as in chats.jsonl:12,demo-registers:1 (default: %(default)s)",
     )
 
 

@@ -45,7 +45,8 @@ ABLATION = ("optimal", "optimal, full rank", "ranks", "paper", "paper, full rank
 """Ranks and bits, bits only, ranks only, and the paper's version of each."""
 
 COLUMNS = {"model", "backend", "codebook", "allocation", "tuned", "casp", "bits", "bpw", "seed", *MEASURES}
-SAMPLES = {"demo-llama": 32, "demo-llava": 192}
+CALIBRATION = {"demo-llama": ("demo-speeches", 32), "demo-llava": ("demo-mixed", 208)}
+"""The models of the table, and what each is calibrated on: a set and how many samples of it."""
 LONGEST_ANSWER = 4  # tokens
 
 
@@ -116,7 +117,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Making:
-    """How checkpoints are made: on what device, from how many samples (0: SAMPLES) in batches of what size, and how
+    """How checkpoints are made: on what device, from how many samples (0: CALIBRATION) in batches of what size, and how
     many epochs a fine-tuning takes.
     """
 
@@ -161,8 +162,17 @@ class Workshop:
             raise UserError(f"{' '.join(command[1:])} ended with status {done.returncode}; mend that and run again.")
 
     def _data(self, setting: Setting) -> list[object]:
-        samples = self.making.samples or SAMPLES.get(setting.model, 128)
-        return ["--samples", samples, "--seed", setting.seed, "--batch-size", self.making.batch_size]
+        dataset, samples = CALIBRATION[setting.model]
+        return [
+            "--dataset",
+            dataset,
+            "--samples",
+            self.making.samples or samples,
+            "--seed",
+            setting.seed,
+            "--batch-size",
+            self.making.batch_size,
+        ]
 
     def moments(self, setting: Setting) -> Path:
         """Of the model and the seed."""
@@ -280,7 +290,8 @@ def kept_rows(folder: Path) -> list[dict[str, Any]]:
 def of_work(making: Making) -> dict[str, Any]:
     """What the files of a workshop share, by flag."""
     batch_size, epochs = making.batch_size, making.epochs
-    return {"samples": making.samples, "calibration_batch_size": batch_size, "epochs": epochs}
+    data = {name: f"{dataset}@{samples}" for name, (dataset, samples) in CALIBRATION.items()}
+    return {"calibration": data, "samples": making.samples, "calibration_batch_size": batch_size, "epochs": epochs}
 
 
 def of_rows(making: Making, scoring: Scoring, questions: int) -> dict[str, Any]:
@@ -298,8 +309,8 @@ def check_alike(file: Path, wanted: dict[str, Any], flag: str) -> None:
     other = next((name for name, value in wanted.items() if found.get(name) != value), None)
     if other is not None:
         raise UserError(
-            f"what lies in {file.parent} was made with {other} {str(found.get(other))[:40]}, not {wanted[other]}; "
-            f"give --{other.replace('_', '-')} the same or choose another {flag}."
+            f"what lies in {file.parent} was made with {other} {str(found.get(other))[:80]}, not {wanted[other]}; "
+            f"give the same or choose another {flag}."
         )
 
 
@@ -313,7 +324,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--work", type=Path, default=Path("runs/casp_vs_baseline"), help="moments, prices, plans (default: %(default)s)"
     )
     parser.add_argument(
-        "--models", nargs="+", choices=SAMPLES, default=list(SAMPLES), help="built-in models (default: all)"
+        "--models", nargs="+", choices=CALIBRATION, default=list(CALIBRATION), help="built-in models (default: all)"
     )
     parser.add_argument(
         "--backends", nargs="+", choices=backend_names(), default=backend_names(), help="quantizers (default: all)"
@@ -340,7 +351,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tuned", action=on_off, default=True, help="also with both fine-tunings (default: on)")
     parser.add_argument("--epochs", type=whole(1), default=2, help="of each fine-tuning (default: %(default)s)")
     parser.add_argument(
-        "--samples", type=whole(0), default=0, help="calibration samples (default: 0 = 32 texts or 192 chats)"
+        "--samples",
+        type=whole(0),
+        default=0,
+        help="calibration samples (default: 0 = 32 texts, or 192 chats and 16 texts)",
     )
     parser.add_argument(
         "--calibration-batch-size", type=whole(1), default=2, help="samples run at once (default: %(default)s)"

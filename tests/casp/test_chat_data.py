@@ -63,7 +63,7 @@ def test_every_turn_of_the_assistant_counts(tiny_llama: Path, tmp_path: Path, be
 
 
 def test_the_answers_of_the_built_in_llava(demo_llava: Path):
-    found = calibration_batches(demo_llava, "demo", 12, 512, 0, 3)
+    found = calibration_batches(demo_llava, "demo-images", 12, 512, 0, 3)
     scenes_of = [BUILT_IN_CHATS["demo-images"].question("calibration", i).answer for i in range(96)]
     assert {text.strip().removesuffix("<|im_end|>") for text in said(demo_llava, found)} <= set(scenes_of)
 

@@ -86,9 +86,9 @@ def test_built_in_texts_are_of_the_calibration_splits(tiny_llama: Path, tiny_lla
     assert splits == [*text.CALIBRATION.values()] * 3
 
 
-@pytest.mark.parametrize("name", ["demo", "demo-text", "demo-speeches"])
+@pytest.mark.parametrize("name", ["demo-text", "demo-speeches"])
 def test_the_speeches_are_cut_as_they_were_when_they_were_all_the_built_in_text(demo_llama: Path, name: str):
-    """SHA-256 of the batches of --dataset demo before other registers joined: earlier figures can be made again."""
+    """SHA-256 of the batches of the default data before other registers joined: earlier figures can be made again."""
     found = batches(demo_llama, name, samples=128, sequence_length=512, batch_size=8)
     assert fingerprint(found) == "93d0de41d9293eda5198368110436c54ccee158665424fda8dd2719447b8566b"
 

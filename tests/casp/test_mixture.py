@@ -64,10 +64,12 @@ def test_a_mixture_of_texts_has_windows_of_each(tiny_llama: Path, tmp_path: Path
     assert sorted(Counter(windows[:, 0].tolist()).values()) == [4, 12]
 
 
-def test_the_default_is_one_set_until_shares_were_measured() -> None:
-    assert mixture.shares("demo", False) == mixture.shares("demo-text", False) == {"demo-speeches": 1}
-    assert mixture.shares("demo", True) == {"demo-images": 1}
-    assert mixture.shares("demo-text", True) == {"demo-speeches": 1}
+def test_the_default_has_every_register_and_chats_where_there_are_pictures() -> None:
+    assert mixture.shares("demo", False) == mixture.shares("demo-registers", False)
+    chats_and_text = mixture.shares("demo", True)
+    assert chats_and_text["demo-images"] == Fraction(12, 13)
+    assert chats_and_text.keys() - {"demo-images"} == mixture.shares("demo-registers", True).keys()
+    assert mixture.shares("demo-text", False) == mixture.shares("demo-text", True) == {"demo-speeches": 1}
 
 
 def test_the_mixture_of_a_multimodal_model_has_batches_of_chats_and_of_text(tiny_llava: Path) -> None:
@@ -97,6 +99,7 @@ def test_the_files_of_a_mixture_are_its_local_sets(tmp_path: Path, monkeypatch: 
 
 
 def test_the_share_of_chats_is_that_of_pictures_and_rows() -> None:
-    assert sources.share_of_chats("demo") == sources.share_of_chats("some.jsonl") == 1
+    assert sources.share_of_chats("demo-images") == sources.share_of_chats("some.jsonl") == 1
+    assert sources.share_of_chats("demo") == pytest.approx(12 / 13)
     assert sources.share_of_chats("c4") == sources.share_of_chats("demo-text") == 0
     assert sources.share_of_chats("demo-images:1,some.txt:3") == 0.25
