@@ -20,8 +20,11 @@ struct Planes {
 };
 
 struct AQLMKernels {
-  // Rounds tables (places, kEntries).
-  void (*round)(const float* tables, int64_t places, const Planes& planes);
+  // Rounds the tables of places [first, first + here), here <= kPlaces, into `planes`, where theirs begin. Place n holds the
+  // products of x + n / count * width with the codewords of codebook n % count; words (count, width, kEntries); room for
+  // kPlaces * kEntries numbers.
+  void (*tabulate)(const float* x, const float* words, int64_t width, int64_t count, int64_t first, int64_t here,
+                   const Planes& planes, float* room);
 
   // y[v * stride + r] for r in [0, rows), rows <= kOutputsTogether: the sum of what the codes (rows, places), `bytes` apart, look up
   // in the tables of vector v.

@@ -169,15 +169,20 @@ void AQLMProduct::look_up_rounded(const at::Tensor& x, int64_t batch, float* y) 
   std::vector<std::vector<uint8_t>> bytes(batch);
   std::vector<std::vector<float>> steps(batch);
   std::vector<Planes> planes(batch);
+  const at::Tensor columns = codebooks_.to(at::kFloat).transpose(1, 2).contiguous(); // of words: (M, g, entries)
+  const float* words = columns.const_data_ptr<float>();
   for (int64_t v = 0; v < batch; v++) {
     bytes[v].resize(places * 2 * kEntries);
     steps[v].resize(blocks);
     planes[v] = {bytes[v].data(), steps[v].data()};
-    at::Tensor exact = tables(x.select(0, v));
-    const float* table = exact.const_data_ptr<float>();
+    const float* from = x.const_data_ptr<float>() + v * groups_ * group_;
     at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      const int64_t first = begin * kPlaces, last = std::min(places, end * kPlaces);
-      kernels_->round(table + first * kEntries, last - first, {planes[v].bytes + first * 2 * kEntries, planes[v].steps + begin});
+      std::vector<float> room(kPlaces * kEntries);
+      for (int64_t block = begin; block < end; block++) {
+        const int64_t first = block * kPlaces, here = std::min(kPlaces, places - first);
+        const Planes part = {planes[v].bytes + first * 2 * kEntries, planes[v].steps + block};
+        kernels_->tabulate(from, words, group_, count_, first, here, part, room.data());
+      }
     });
   }
   at::parallel_for(0, (rows_ + kOutputsTogether - 1) / kOutputsTogether, 1, [&](int64_t begin, int64_t end) {

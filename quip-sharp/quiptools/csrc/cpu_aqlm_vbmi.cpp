@@ -30,27 +30,39 @@ constexpr int64_t kParts = kOutputsTogether / 64; // registers of codes to a tab
 constexpr int64_t kAhead = 2; // tiles whose codes are asked for: rows are too far apart for the processor to foresee them
 static_assert(kPlaces == 64);
 
-void round(const float* tables, int64_t places, const Planes& planes) {
-  for (int64_t first = 0; first < places; first += kPlaces) {
-    const int64_t here = std::min(kPlaces, places - first), count = here * kEntries;
-    const float* from = tables + first * kEntries;
-    __m512 most = _mm512_setzero_ps(), zero = most; // zero stays it while all is finite
-    for (int64_t n = 0; n < count; n += 16) {
-      const __m512 product = _mm512_loadu_ps(from + n);
-      most = _mm512_max_ps(most, _mm512_abs_ps(product));
-      zero = _mm512_fmadd_ps(product, _mm512_setzero_ps(), zero);
-    }
-    const float largest = _mm512_reduce_max_ps(most), spoilt = _mm512_reduce_add_ps(zero);
-    const float step = spoilt == 0 ? std::max(largest / (kMiddle - 1), std::numeric_limits<float>::min()) : spoilt;
-    const __m512 factor = _mm512_set1_ps(1 / step), middle = _mm512_set1_ps(kMiddle);
-    planes.steps[first / kPlaces] = step;
-    uint8_t* to = planes.bytes + first * 2 * kEntries;
-    for (int64_t p = 0; p < here; p++, to += 2 * kEntries) {
-      for (int64_t n = 0; n < kEntries; n += 16) {
-        __m512i whole = _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_loadu_ps(from + p * kEntries + n), factor, middle));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + n), _mm512_cvtepi32_epi8(whole));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + kEntries + n), _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, 8)));
+void tabulate(const float* x, const float* words, int64_t width, int64_t count, int64_t first, int64_t here,
+              const Planes& planes, float* room) {
+  constexpr int kTogether = 8; // registers of products: enough that no sum waits for the one before
+  __m512 most = _mm512_setzero_ps(), zero = most; // zero stays it while all is finite
+  for (int64_t p = 0; p < here; p++) {
+    const float* from = x + (first + p) / count * width;
+    const float* codebook = words + (first + p) % count * width * kEntries;
+    for (int64_t n = 0; n < kEntries; n += 16 * kTogether) {
+      __m512 products[kTogether] = {};
+      for (int64_t a = 0; a < width; a++) {
+        const __m512 factor = _mm512_set1_ps(from[a]);
+#pragma GCC unroll 8
+        for (int t = 0; t < kTogether; t++)
+          products[t] = _mm512_fmadd_ps(factor, _mm512_loadu_ps(codebook + a * kEntries + n + 16 * t), products[t]);
       }
+#pragma GCC unroll 8
+      for (int t = 0; t < kTogether; t++) {
+        most = _mm512_max_ps(most, _mm512_abs_ps(products[t]));
+        zero = _mm512_fmadd_ps(products[t], _mm512_setzero_ps(), zero);
+        _mm512_storeu_ps(room + p * kEntries + n + 16 * t, products[t]);
+      }
+    }
+  }
+  const float largest = _mm512_reduce_max_ps(most), spoilt = _mm512_reduce_add_ps(zero);
+  const float step = spoilt == 0 ? std::max(largest / (kMiddle - 1), std::numeric_limits<float>::min()) : spoilt;
+  const __m512 factor = _mm512_set1_ps(1 / step), middle = _mm512_set1_ps(kMiddle);
+  *planes.steps = step;
+  uint8_t* to = planes.bytes;
+  for (int64_t p = 0; p < here; p++, to += 2 * kEntries) {
+    for (int64_t n = 0; n < kEntries; n += 16) {
+      __m512i whole = _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_loadu_ps(room + p * kEntries + n), factor, middle));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + n), _mm512_cvtepi32_epi8(whole));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + kEntries + n), _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, 8)));
     }
   }
 }
@@ -127,19 +139,22 @@ void look_up(const uint8_t* codes, int64_t bytes, int64_t rows, int64_t places, 
     for (int64_t part = 0; part < kParts; part++) {
       __m512i lines[64];
       for (int64_t r = 0; r < 64; r++) {
-        const uint8_t* row = codes + std::min(64 * part + r, rows - 1) * bytes + first;
-        lines[r] = _mm512_maskz_loadu_epi8(valid, row);
-        const uint8_t* later = row + kAhead * kPlaces;
-        if (first + kAhead * kPlaces >= places) later += kOutputsTogether * bytes - places;
-        _mm_prefetch(reinterpret_cast<const char*>(later), _MM_HINT_T1); // also where nothing lies: that does no harm
+        lines[r] = _mm512_maskz_loadu_epi8(valid, codes + std::min(64 * part + r, rows - 1) * bytes + first);
       }
       turn(lines, tile + 64 * part);
     }
+    // Codes of later tiles are asked for one place at a time, as fast as memory brings them; also where nothing lies: that
+    // does no harm.
+    const uint8_t* later = codes + first + kAhead * kPlaces;
+    if (first + kAhead * kPlaces >= places) later += kOutputsTogether * bytes - places;
     for (int64_t v = 0; v < batch; v++) {
       Sums low[kParts] = {}, high[kParts] = {};
       for (int64_t p = 0; p < here; p++) {
         __m512i table[8];
         for (int n = 0; n < 8; n++) table[n] = _mm512_loadu_si512(planes[v].bytes + (first + p) * 2 * kEntries + 64 * n);
+        if (v == 0)
+          for (int64_t part = 0; part < kParts; part++)
+            _mm_prefetch(reinterpret_cast<const char*>(later + (64 * part + p) * bytes), _MM_HINT_T1);
         for (int64_t part = 0; part < kParts; part++) {
           __m512i found = _mm512_load_si512(tile + p * kOutputsTogether + 64 * part);
           __mmask64 upper = _mm512_movepi8_mask(found);
@@ -169,7 +184,7 @@ void look_up(const uint8_t* codes, int64_t bytes, int64_t rows, int64_t places, 
 
 namespace quiptools {
 const AQLMKernels* vbmi_aqlm() {
-  static const AQLMKernels kernels{vbmi::round, vbmi::look_up, vbmi::dot, vbmi::unpack12};
+  static const AQLMKernels kernels{vbmi::tabulate, vbmi::look_up, vbmi::dot, vbmi::unpack12};
   return &kernels;
 }
 } // namespace quiptools
