@@ -47,7 +47,8 @@ class Backend(Protocol):
     try each of them:
 
         distortion(format: Format, out_features: int, in_features: int) -> float, the mean squared error of a matrix of
-            this shape drawn from N(0, 1), at the best scale
+            this shape drawn from N(0, 1), at the best scale: more than 0, infinite where it is not known. What a sample
+            of rows costs is taken to the whole by the ratio of both
         fine: float, the distortion below which that holds (0.03 where it says nothing)
 
     And one that fits more to a matrix than its codes, codebooks say, may ask for larger samples than others:

@@ -105,8 +105,11 @@ class Visit:
         """Replace the cached inputs by the outputs of the block as it is now."""
         self.replay(advance=True)
 
-    def block_influence(self) -> float:
-        """The block influence of the block as it is now, over the cached inputs of all ranks that visit it."""
+    def block_influence(self, attention: Callable[[AttentionCall, BatchInputs], None] | None = None) -> float:
+        """The block influence of the block as it is now, over the cached inputs of all ranks that visit it.
+
+        attention: shown the operands of this rank's attention on the way, as by `replay`.
+        """
         found: list[list[float]] = []
 
         def see(entered: Tensor, left: Tensor, batch: BatchInputs) -> None:
@@ -114,7 +117,7 @@ class Visit:
             of_batch.add(entered, left, batch.tokens)
             found.append(of_batch.state())
 
-        self.replay(output=see)
+        self.replay(output=see, attention=attention)
         influence = BlockInfluence()
         for state in self.ranks.by_item(found):
             influence.absorb(state)

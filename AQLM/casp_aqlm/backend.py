@@ -40,7 +40,7 @@ DISTORTIONS = {
 }
 """Mean squared error of N(0, 1) at each scheme, codebooks fitted to far more vectors than they have entries."""
 
-_FITTED = 3.2
+_FITTED, _FITS = 3.2, 0.25
 """With n entries for N vectors the error is smaller by exp(-3.2 n / N): 2 to 4.5 by scheme, on N(0, 1) and on matrices
 of demo-llama alike, up to a quarter as many entries as vectors."""
 
@@ -89,11 +89,13 @@ class AQLM:
         return sum(prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
 
     def distortion(self, format: Mapping[str, Any], out_features: int, in_features: int) -> float:
-        """Mean squared error of N(0, 1); infinite for a scheme of which it is not known, which is to be tried."""
+        """Mean squared error of N(0, 1); infinite, so that it is tried, where it is not known: of other schemes, and of
+        matrices with few vectors for the entries.
+        """
         scheme = Scheme.of(format)
-        vectors = out_features * scheme.groups(in_features)
-        fitted = scheme.codebooks * scheme.size / vectors
-        return DISTORTIONS.get(str(scheme), math.inf) * math.exp(-_FITTED * fitted)
+        fitted = scheme.codebooks * scheme.size / (out_features * scheme.groups(in_features))
+        told = DISTORTIONS.get(str(scheme), math.inf)
+        return told * math.exp(-_FITTED * fitted) if fitted <= _FITS else math.inf
 
     def quantize(
         self,

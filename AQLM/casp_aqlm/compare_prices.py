@@ -4,6 +4,7 @@
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch import Tensor
 from casp.backend import Matrix, load_backend, rounded
 from casp.cli import Parser, model_folder, run_main
 from casp.model.decoder import Decoder
-from casp.moments.find import ON_THE_WAY
 from casp.moments.store import Moments
 from casp.plan.costs import Pricing, key
 from casp.plan.factors import Extent, Sample, sample_of, under
@@ -21,8 +21,7 @@ from casp.run.digest import content_hash
 from casp.run.files import write_json
 from casp.run.outputs import check_file
 from casp.seed import matrix_generator
-from casp_aqlm.compare_published import places, read
-from casp_aqlm.scheme import Scheme
+from casp_aqlm.compare_published import places, require_writable
 
 FEW = 64
 """Rows that tell enough of a backend without codebooks."""
@@ -57,9 +56,9 @@ def compare(weight: Tensor, hessian: Tensor, name: str) -> list[dict[str, Any]]:
         sample_of(weight, extent, square, 1.0, name) for extent in (Extent(FEW), pricing.extent, Extent(len(weight)))
     )
     [told] = pricing.costs([some], hessian)
-    energy, found = every.cost(torch.zeros_like(weight)), []
+    energy, found = max(every.cost(torch.zeros_like(weight)), sys.float_info.min), []
     for format in pricing.formats(tuple(weight.shape)):
-        whole = cost(every, format, {})
+        whole = max(cost(every, format, {}), sys.float_info.min)
         row = {"format": format, "cost": whole / energy, "few_rows": cost(few, format, dict(backend.draft)) / whole}
         found.append(row | {"rows_of_a_plan": cost(some, format, dict(backend.draft)) / whole})
         found[-1]["told"] = told[key(format)] / whole
@@ -71,14 +70,17 @@ def main(argv: list[str] | None = None) -> None:
     """Compare on every matrix asked for; the file is complete after each."""
     args = parser().parse_args(argv)
     decoder, moments = Decoder.open(model_folder(args.model)), Moments(args.moments)
-    moments.check(content_hash(decoder.folder), decoder, ON_THE_WAY)
+    weighting = Pricing(load_backend("aqlm")).weighting
+    moments.check(content_hash(decoder.folder), decoder, weighting)
     wanted = places(decoder, args.matrices)
-    check_file(args.output, [{"matrices"}], [decoder.folder, args.moments])
+    check_file(args.output, [{"prices"}], [decoder.folder, args.moments])
+    require_writable(args.output)
     results: list[dict[str, Any]] = []
     for matrix, (index, path) in wanted.items():
-        weight, hessian = read(decoder, moments, index, path, Scheme.parse("2x8g8"), matrix)
+        weight = dict(decoder.shards.load([f"{decoder.blocks[index]}.{path}.weight"])).popitem()[1].float()
+        hessian = moments.read(index)[path].hessian(weighting, sized_as="gradient").float()
         results.append({"matrix": matrix, "shape": list(weight.shape), "formats": compare(weight, hessian, matrix)})
-        write_json(args.output, {"matrices": results})
+        write_json(args.output, {"prices": results})
         for row in results[-1]["formats"]:
             print(
                 f"{matrix} {row['format']['scheme']}: {row['cost']:.5f}, of it {row['few_rows']:.2f} from {FEW} rows, "

@@ -101,6 +101,14 @@ def picture_of(output: Path) -> Path:
     return output.with_suffix(".png")
 
 
+def require_writable(output: Path) -> None:
+    """UserError where the file `output` cannot be written."""
+    try:
+        try_to_write(output)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written ({error.strerror}); choose another --output.") from error
+
+
 def check_place(output: Path, inputs: Sequence[Path]) -> None:
     """UserError, before anything is measured, where figure or JSON would replace what this script did not make."""
     check_file(output, [{"scheme", "matrices"}], inputs)
@@ -108,10 +116,7 @@ def check_place(output: Path, inputs: Sequence[Path]) -> None:
     if picture == output or (is_there(picture) and not output.exists()):
         raise UserError(f"{picture}, where the figure would go, is --output itself or was there; choose another one.")
     refuse_inputs(picture, inputs)
-    try:
-        try_to_write(output)
-    except OSError as error:
-        raise UserError(f"{output} cannot be written ({error.strerror}); choose another --output.") from error
+    require_writable(output)
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from casp.errors import UserError
 from casp.linear import LowRankLinear
 from casp.lowrank import factor, rank_for
 from casp.model.decoder import Decoder
-from casp.moments.density import attention_density, density_batches
+from casp.moments.density import density_batches, influence_and_density
 from casp.moments.find import add_moments_argument, find_moments
 from casp.moments.store import REMEDY, BlockMoments
 from casp.numbers import real
@@ -225,10 +225,8 @@ def main(argv: list[str] | None = None) -> None:
     for visit in run.walk(batches, compute.device, compute.dtype):
         name = decoder.blocks[visit.index]
         known = None if moments is None else moments.read(visit.index)
-        report = {
-            "block_influence": visit.block_influence() if known is None else known.influence,
-            "attention_density": attention_density(visit, few) if known is None else known.density,
-        }
+        influence, density = influence_and_density(visit, few) if known is None else (known.influence, known.density)
+        report = {"block_influence": influence, "attention_density": density}
         if visit.index not in factored:
             run.save(visit, report)
             continue

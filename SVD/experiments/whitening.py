@@ -1,6 +1,7 @@
 """What whitens W_q and W_k best: the measurement behind the default of stage 1, one row per candidate.
 
-python SVD/experiments/whitening.py --model demo-llama --samples 32 --sequence-length 512 --batch-size 2 --windows 6
+python SVD/experiments/whitening.py --model demo-llama --dataset demo-speeches --samples 32 --sequence-length 512 \\
+    --batch-size 2 --windows 6
 
 Every candidate factors all blocks of the unchanged model (the statistics of a block are those of the original),
 so that one walk serves all. The choice is made on validation text: the rise of the negative log-likelihood in

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from torch import Tensor
 from casp.data import mixture
 from casp.data.chat_batches import chat_batches
 from casp.data.chats import Chat
-from casp.data.sources import draw
+from casp.data.sources import BUILT_IN_CHATS, draw
 from casp.errors import UserError
 from casp.model.batch import Batch, answers_of
-from casp.model.modality import Visual, is_multimodal
+from casp.model.modality import Visual, cross_attends, is_multimodal
 from casp.reading.config import open_config
 from casp.reading.pretrained import check_ids, open_tokenizer
 
@@ -42,7 +43,8 @@ def calibration_batches(
     """Batches of `samples` sequences for the checkpoint in `folder`, on the CPU.
 
     `dataset` is rp, c4, wikitext2 or ptb (hub); a local .txt or .jsonl file; a built-in set (`sources.BUILT_IN`);
-    or a mixture of these, "NAME:SHARE,NAME:SHARE" (`mixture.shares`). Chats and texts together give batches of chats
+    or a mixture of these, "NAME:SHARE,NAME:SHARE" (`mixture.shares`). A model that reads pictures by cross-attention
+    takes of a built-in mixture the chats alone, which is printed. Chats and texts together give batches of chats
     and batches of text, evenly spread. `chats` says what the rows of a .jsonl may be.
     """
     sizes = {"samples": samples, "sequence length": sequence_length, "batch size": batch_size}
@@ -61,7 +63,11 @@ def calibration_batches(
     rng = random.Random(seed)
     chats: list[Chat] = []
     windows: list[Tensor] = []
-    parts = mixture.counts(mixture.shares(dataset, multimodal), samples)
+    shares = mixture.shares(dataset, multimodal)
+    if dataset in mixture.STANDS_FOR and cross_attends(config) and (of_chats := shares.keys() & BUILT_IN_CHATS.keys()):
+        print(f"blocks of the model in {folder} read pictures alone: calibrated on {', '.join(of_chats)}, without text")
+        shares = {name: Fraction(1, len(of_chats)) for name in of_chats}
+    parts = mixture.counts(shares, samples)
     for name, count in parts.items():
         drawn = draw(name, count, rng, visual.frames)
         if not multimodal and any(any(chat.media()) for chat in drawn.chats):
@@ -101,7 +107,7 @@ def _windows_of_text(
     if spare < 0:
         raise UserError(
             f"{dataset} has {len(ids)} tokens, fewer than {samples} samples of {length}: lower --samples or"
-            " --sequence-length, or use a longer text"
+            " --sequence-length, or give --dataset a longer text (demo-speeches is the longest built in)"
         )
     # Sorted shifts of a row of windows that touch: every place is reached and none overlap.
     shifts = sorted(rng.choices(range(spare + 1), k=samples))

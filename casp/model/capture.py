@@ -136,7 +136,7 @@ def _record(decoder: Decoder, given: dict[str, Tensor], level: float) -> _Record
         if kwargs is None:
             raise UserError(
                 f"{decoder.folder}: this calibration data never reaches block {index}, which reads pictures; give data "
-                "with a picture in every sample."
+                "with a picture in every sample, --dataset demo-images for one."
             )
     return recorder
 

@@ -24,6 +24,11 @@ def is_multimodal(config: Any) -> bool:
     return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
+def cross_attends(config: Any) -> bool:
+    """Whether some blocks read a picture's states beside the sequence (Mllama): without a picture they do not run."""
+    return bool(getattr(config.get_text_config(), "cross_attention_layers", None))
+
+
 def token_ids(config: Any) -> dict[str, frozenset[int]]:
     """Modality -> the token ids that stand for it, none where the model has none.
 

@@ -52,9 +52,9 @@ class Pricing:
     """How options are priced.
 
     settings: the backend's knobs of the search, its own for a draft where None; weighting: of the tokens in the moment
-    that matrices are rounded and whitened under; damping: of the whitening; rows: most rows of a matrix or a factor
-    that are quantized to price it; low_rank: roles that may become low-rank; tuned: formats that fine-tuning can move;
-    wanted: words of the backend that choose its formats.
+    that matrices are rounded and whitened under; damping: of the whitening; rows: of a matrix or a factor, that are
+    quantized to price it, more where the backend asks for larger samples; low_rank: roles that may become low-rank;
+    tuned: formats that fine-tuning can move; wanted: words of the backend that choose its formats.
     """
 
     backend: Backend
@@ -91,13 +91,18 @@ class Pricing:
             "damping": self.damping,
             "rows": self.rows,
             **({"weights": self.extent.weights} if self.extent.weights else {}),
-            **({"fine": self.fine} if self.fine != FINE else {}),
+            **self._record_of_distortions(),
             "low_rank": sorted(self.low_rank),
             "tuned": self.tuned,
             "format": dict(self.wanted),
             "formats": self.formats(_ANY_SHAPE),
             "seed": self.seed,
         }
+
+    def _record_of_distortions(self) -> dict[str, Any]:
+        told = {key(format): self._distortion(format, _ANY_SHAPE) for format in self.formats(_ANY_SHAPE)}
+        finite = {name: value for name, value in told.items() if math.isfinite(value)}
+        return {"fine": self.fine, "distortions": finite} if finite else {}
 
     def formats(self, shape: tuple[int, int]) -> list[Format]:
         """The formats that a matrix of this shape may take."""
@@ -122,8 +127,7 @@ class Pricing:
         place = {id(sample): costs for sample, costs in zip(samples, found, strict=True)}
         made = rounded(self.backend, matrices, hessian.float(), self.search)
         for (sample, format), (_, dense) in zip(tried, made, strict=True):
-            cost = sample.cost(dense) * self._of_the_whole(format, sample)
-            place[id(sample)][key(format)] = max(cost, sys.float_info.min)
+            place[id(sample)][key(format)] = sample.cost(dense) * self._of_the_whole(format, sample)
         return [
             self._completed(costs, offered, sample.shape)
             for costs, offered, sample in zip(found, formats, samples, strict=True)
@@ -143,8 +147,8 @@ class Pricing:
 
     def _of_the_whole(self, format: Format, sample: Sample) -> float:
         """How much larger the error of the whole matrix is than that of the sample, to which more could be fitted."""
-        part = self._distortion(format, tuple(sample.weight.shape))
-        return self._distortion(format, sample.shape) / part if math.isfinite(part) else 1.0
+        part, whole = (self._distortion(format, tuple(shape)) for shape in (sample.weight.shape, sample.shape))
+        return whole / part if math.isfinite(part) and math.isfinite(whole) else 1.0
 
     def _completed(
         self, costs: dict[str, float], formats: Sequence[Format], shape: tuple[int, int]
@@ -156,7 +160,8 @@ class Pricing:
         """
         known = {key(format): self._distortion(format, shape) for format in formats}
         fine = next((name for name in costs if known[name] < self.fine), None)
-        return {name: costs[name] if name in costs else costs[fine] * known[name] / known[fine] for name in known}
+        told = {name: costs[fine] * known[name] / known[fine] for name in known if name not in costs}
+        return {name: max((costs | told)[name], sys.float_info.min) for name in known}
 
 
 def price(pricing: Pricing, weight: Tensor, moments: LinearMoments, role: str, name: str) -> tuple[Option, ...]:

@@ -46,7 +46,8 @@ ABLATION = ("optimal", "optimal, full rank", "ranks", "paper", "paper, full rank
 
 COLUMNS = {"model", "backend", "codebook", "allocation", "tuned", "casp", "bits", "bpw", "seed", *MEASURES}
 CALIBRATION = {"demo-llama": ("demo-speeches", 32), "demo-llava": ("demo-mixed", 208)}
-"""The models of the table, and what each is calibrated on: a set and how many samples of it."""
+"""The models of the table, and what each is calibrated on: a set and how many samples of it. demo-llama's is what the
+aims of its figures were set on, not the default."""
 LONGEST_ANSWER = 4  # tokens
 
 
@@ -288,14 +289,14 @@ def kept_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def of_work(making: Making) -> dict[str, Any]:
-    """What the files of a workshop share, by flag."""
+    """What the files of a workshop share."""
     batch_size, epochs = making.batch_size, making.epochs
     data = {name: f"{dataset}@{samples}" for name, (dataset, samples) in CALIBRATION.items()}
     return {"calibration": data, "samples": making.samples, "calibration_batch_size": batch_size, "epochs": epochs}
 
 
 def of_rows(making: Making, scoring: Scoring, questions: int) -> dict[str, Any]:
-    """What the rows of one table share, by flag: data and questions."""
+    """What the rows of one table share: data and questions."""
     how = {"windows": scoring.windows, "sequence_length": scoring.sequence_length, "dtype": scoring.dtype}
     return {**of_work(making), **how, "questions": questions}
 

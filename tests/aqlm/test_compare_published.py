@@ -79,15 +79,14 @@ def test_moments_are_of_this_model(tiny_llama, moments, tmp_path):
 
 
 def test_prices_beside_what_rounding_costs(tiny_llama, moments, tmp_path):
-    """A small matrix is tried whole; one round then costs about what the usual ones do."""
+    """A small matrix is tried whole."""
     output = tmp_path / "prices.json"
     sources = ["--model", str(tiny_llama), "--moments", str(moments)]
     compare_prices([*sources, "--matrices", "0.k", "--output", str(output)])
-    (found,) = json.loads(output.read_text())["matrices"]
+    (found,) = json.loads(output.read_text())["prices"]
     assert found["matrix"] == "0.k"
     costs = [row["cost"] for row in found["formats"]]
     assert all(0 <= cost < 1 for cost in costs)
-    assert all(row["few_rows"] == row["rows_of_a_plan"] == pytest.approx(1, abs=0.5) for row in found["formats"])
-    assert all(row["told"] > 0 for row in found["formats"])
+    assert all(row["few_rows"] == row["rows_of_a_plan"] == row["told"] > 0 for row in found["formats"])
     with pytest.raises(UserError, match=r"no BLOCK\.ROLE"):
         compare_prices([*sources, "--matrices", "9.k", "--output", str(output)])

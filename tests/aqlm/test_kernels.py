@@ -99,6 +99,16 @@ def test_many_groups_and_outliers_among_the_inputs(scheme):
 
 
 @needs_kernel
+@pytest.mark.parametrize("scheme", ["1x8g32", "2x8g32", "3x8g12"])
+def test_wide_groups_that_the_columns_do_not_fill(scheme):
+    layer, weight = random_layer(scheme, 300, 2100)
+    x = torch.randn(3, 2100, generator=torch.Generator().manual_seed(0))
+    for one in IMPLEMENTATIONS:
+        for dtype in (torch.float32, torch.bfloat16):
+            check(one, layer, weight, x.to(dtype))
+
+
+@needs_kernel
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_comes_out(bad):
     layer, _ = random_layer("2x8g8", 300, 1096)

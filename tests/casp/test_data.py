@@ -1,6 +1,7 @@
 """Calibration: the same batches for the same seed, windows that do not overlap, padding that masks show."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,19 @@ def test_the_speeches_are_cut_as_they_were_when_they_were_all_the_built_in_text(
     assert fingerprint(found) == "93d0de41d9293eda5198368110436c54ccee158665424fda8dd2719447b8566b"
 
 
+def test_a_model_whose_blocks_read_pictures_alone_gets_no_text_by_default(tiny_llava: Path, tmp_path: Path, capsys):
+    """As Mllama, whose cross-attention does not run where a batch has no picture."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llava, model)
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["cross_attention_layers"] = [1]
+    (model / "config.json").write_text(json.dumps(config))
+    found = batches(model, "demo", samples=13)
+    assert sum(len(batch["pixel_values"]) for batch in found) == 13
+    assert "calibrated on demo-images, without text" in capsys.readouterr().out
+    assert any("pixel_values" not in batch for batch in batches(tiny_llava, "demo", samples=13))
+
+
 def test_built_in_images_are_of_the_calibration_split(tiny_llava: Path, monkeypatch: pytest.MonkeyPatch):
     from casp.demo import scenes
 
@@ -105,7 +119,7 @@ def test_built_in_images_are_of_the_calibration_split(tiny_llava: Path, monkeypa
 
 
 def test_the_built_in_llava_takes_its_calibration(demo_llava: Path):
-    found = batches(demo_llava, "demo", samples=2, batch_size=2)
+    found = batches(demo_llava, "demo", samples=13, batch_size=2)
     model = AutoModelForImageTextToText.from_pretrained(demo_llava)
     assert all(model(**batch).logits.isfinite().all() for batch in found)
 

@@ -38,7 +38,8 @@ says so.
 - *Blocks without attention* (linear attention, Mamba) keep full rank in the SVD stage and are quantized like others.
 - *Models with an attention of their own* (Falcon, BLOOM), and hybrid ones that transformers does not offer other
   attentions for (Qwen3.5), cannot be watched: their tokens count alike, and no density is measured.
-- *Cross-attention* (Mllama) needs a picture in every calibration sample; text alone is refused.
+- *Cross-attention* (Mllama) needs a picture in every calibration sample: of the default data it takes the chats
+  alone, text of your own is refused.
 - InternVL and SmolVLM give frames of a video to the language model as pictures; they count as such.
 """
 

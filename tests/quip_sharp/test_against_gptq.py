@@ -34,12 +34,15 @@ def error(backend, format, weight, hessian):
     return weighted_error(weight, module.dequantize().float(), hessian)
 
 
+SETS = [("demo_llama", "demo-speeches", 24, 4), ("demo_llava", "demo-images", 512, 16)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "samples", "batch"), [("demo_llama", 24, 4), ("demo_llava", 512, 16)])
-def test_less_error_on_every_class_of_matrix(request, name, samples, batch):
+@pytest.mark.parametrize(("name", "dataset", "samples", "batch"), SETS)
+def test_less_error_on_every_class_of_matrix(request, name, dataset, samples, batch):
     folder = request.getfixturevalue(name)
     decoder = Decoder.open(folder)
-    batches = calibration_batches(folder, "demo", samples, 256, 0, batch)
+    batches = calibration_batches(folder, dataset, samples, 256, 0, batch)
     inputs = capture_inputs(decoder, batches, torch.device("cpu"), torch.float32)
     quip, gptq = QuipSharp(), GPTQ()
     errors = defaultdict(lambda: [0.0, 0.0])

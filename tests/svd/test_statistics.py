@@ -8,7 +8,7 @@ from casp_svd.statistics import attention_moments, input_moments
 
 from casp.model.capture import capture_inputs
 from casp.model.decoder import Decoder
-from casp.moments.density import MASS, attention_density
+from casp.moments.density import MASS, influence_and_density
 from casp.walk import walk
 
 CPU = torch.device("cpu")
@@ -124,7 +124,7 @@ def test_density_of_uniform_attention(tiny_llava):
     batch["attention_mask"][:] = 1
     visit = first_visit(decoder, [batch])
     torch.nn.init.zeros_(visit.block.self_attn.q_proj.weight)
-    found = attention_density(visit, 1)
+    found = influence_and_density(visit, 1)[1]
     is_image = [4 <= key < 20 for key in range(22)]
     visible = {kind: sum(is_image[k] == (kind == "image") for q in range(22) for k in range(q + 1)) for kind in found}
     used = sum(math.ceil(MASS * n) for n in range(1, 23))
@@ -138,11 +138,11 @@ def test_density_of_sharp_attention(tiny_llama):
     batch = {"input_ids": torch.arange(4, 24)[None]}
     visit = first_visit(decoder, [batch])
     visit.block.self_attn.q_proj.weight.mul_(1e4)
-    assert attention_density(visit, 1) == {"image": None, "text": pytest.approx(20 / 210)}
+    assert influence_and_density(visit, 1)[1] == {"image": None, "text": pytest.approx(20 / 210)}
 
 
 def test_density_leaves_padding_out(tiny_llama):
     decoder = Decoder.open(tiny_llama)
-    found = [attention_density(first_visit(decoder, [batch_of(decoder, filler=f)]), 1)["text"] for f in (0, 77)]
+    found = [influence_and_density(first_visit(decoder, [batch_of(decoder, filler=f)]), 1)[1]["text"] for f in (0, 77)]
     assert found[0] == found[1]
     assert 0 < found[0] <= 1

@@ -20,9 +20,9 @@ struct Planes {
 };
 
 struct AQLMKernels {
-  // Rounds the tables of places [first, first + here), here <= kPlaces, into `planes`, where theirs begin. Place n holds the
-  // products of x + n / count * width with the codewords of codebook n % count; words (count, width, kEntries); room for
-  // kPlaces * kEntries numbers.
+  // Rounds the tables of places [first, first + here), here <= kPlaces, into `planes`, where theirs begin. Place n
+  // holds the products of x + n / count * width with the codewords of codebook n % count; words (count, width,
+  // kEntries); room for kPlaces * kEntries numbers.
   void (*tabulate)(const float* x, const float* words, int64_t width, int64_t count, int64_t first, int64_t here,
                    const Planes& planes, float* room);
 

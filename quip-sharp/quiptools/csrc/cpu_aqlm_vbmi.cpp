@@ -60,9 +60,11 @@ void tabulate(const float* x, const float* words, int64_t width, int64_t count, 
   uint8_t* to = planes.bytes;
   for (int64_t p = 0; p < here; p++, to += 2 * kEntries) {
     for (int64_t n = 0; n < kEntries; n += 16) {
-      __m512i whole = _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_loadu_ps(room + p * kEntries + n), factor, middle));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + n), _mm512_cvtepi32_epi8(whole));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + kEntries + n), _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, 8)));
+      const __m512 product = _mm512_loadu_ps(room + p * kEntries + n);
+      const __m512i whole = _mm512_cvtps_epi32(_mm512_fmadd_ps(product, factor, middle));
+      const __m128i low = _mm512_cvtepi32_epi8(whole), high = _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, 8));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + n), low);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + kEntries + n), high);
     }
   }
 }
@@ -143,18 +145,21 @@ void look_up(const uint8_t* codes, int64_t bytes, int64_t rows, int64_t places, 
       }
       turn(lines, tile + 64 * part);
     }
-    // Codes of later tiles are asked for one place at a time, as fast as memory brings them; also where nothing lies: that
-    // does no harm.
+    // Codes of later tiles are asked for one place at a time, as fast as memory brings them; also where nothing lies:
+    // that does no harm.
     const uint8_t* later = codes + first + kAhead * kPlaces;
     if (first + kAhead * kPlaces >= places) later += kOutputsTogether * bytes - places;
+    auto ask = [&](int64_t r) {
+      for (int64_t part = 0; part < kParts; part++)
+        _mm_prefetch(reinterpret_cast<const char*>(later + (64 * part + r) * bytes), _MM_HINT_T1);
+    };
+    for (int64_t r = here; r < kPlaces; r++) ask(r);
     for (int64_t v = 0; v < batch; v++) {
       Sums low[kParts] = {}, high[kParts] = {};
       for (int64_t p = 0; p < here; p++) {
         __m512i table[8];
         for (int n = 0; n < 8; n++) table[n] = _mm512_loadu_si512(planes[v].bytes + (first + p) * 2 * kEntries + 64 * n);
-        if (v == 0)
-          for (int64_t part = 0; part < kParts; part++)
-            _mm_prefetch(reinterpret_cast<const char*>(later + (64 * part + p) * bytes), _MM_HINT_T1);
+        if (v == 0) ask(p);
         for (int64_t part = 0; part < kParts; part++) {
           __m512i found = _mm512_load_si512(tile + p * kOutputsTogether + 64 * part);
           __mmask64 upper = _mm512_movepi8_mask(found);
