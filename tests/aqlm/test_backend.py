@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from casp.backend import load_backend
 from casp.errors import UserError
 from casp.finetune.in_block import Masters
-from casp.plan.costs import Pricing, price
+from casp.plan.costs import Pricing, key, price
 from casp.rounding import weighted_error
 
 SETTINGS = {"max_rounds": 2, "name": "layer"}
@@ -196,3 +196,14 @@ def test_prices_are_what_quantizing_the_whole_matrix_costs(matrix):
         assert told[scheme].cost == pytest.approx(
             ((error @ hessian.float()) * error).sum().item() / 1024, rel=0.25
         )  # half a bit makes 1.8
+
+
+def test_distortions_that_were_not_measured_are_not_told():
+    """Of other schemes, and of few vectors for the entries: such formats are tried."""
+    backend = load_backend("aqlm")
+    assert backend.distortion(backend.format("3x8g12"), 1024, 1024) == float("inf")
+    assert backend.distortion(backend.format("2x8g8"), 192, 27) == float("inf")
+    assert backend.distortion(backend.format("2x8g8"), 192, 256) < 0.1
+    pricing = Pricing(backend, low_rank=frozenset())
+    assert pricing.measured(pricing.formats((10, 64)), (10, 64)) == pricing.formats((10, 64))
+    assert set(pricing.record()["distortions"]) == {key(format) for format in pricing.formats((1024, 1024))}
