@@ -114,6 +114,7 @@ class GradientStatistics(Statistics):
         self.outputs = {path: moment(size[0], device) for path, size in sizes.items() if path in covariances}
         self._energies: dict[str, list[Tensor]] = {path: [] for path in sizes}
         self._counts: dict[str, list[Tensor]] = {path: [] for path in sizes}
+        self._chats: dict[str, list[Tensor]] = {path: [] for path in sizes}
         self.tokens = 0
 
     def run(self, block: nn.Module, index: int, batch: BatchInputs, gradient: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ class GradientStatistics(Statistics):
             seen = here.seen_by(x, experts[path])
             if output.requires_grad:  # an expert that no token goes to has no gradient either
                 x = x.detach()
-                output.register_hook(lambda g: self._add(path, x, g, seen, batch.tokens.shape))
+                output.register_hook(lambda g: self._add(path, x, g, seen, batch))
 
         with ExitStack() as stack:
             stack.enter_context(every_expert(block))
@@ -146,9 +147,9 @@ class GradientStatistics(Statistics):
         return found
 
     @torch.no_grad()
-    def _add(self, path: str, x: Tensor, gradient: Tensor, seen: BatchInputs, shape: torch.Size) -> None:
-        x, tokens = seen.by_sequence(x, *shape)
-        gradient, _ = seen.by_sequence(gradient, *shape)
+    def _add(self, path: str, x: Tensor, gradient: Tensor, seen: BatchInputs, batch: BatchInputs) -> None:
+        x, tokens = seen.by_sequence(x, *batch.tokens.shape)
+        gradient, _ = seen.by_sequence(gradient, *batch.tokens.shape)
         for name, moment in self.inputs[path].items():
             moment.add(x[tokens], gradient_weights(name, gradient, tokens)[tokens])
         scaled, energies = tempered(gradient, tokens)
@@ -156,6 +157,7 @@ class GradientStatistics(Statistics):
             self.outputs[path].add(scaled[tokens & (energies > 0)[:, None]])
         self._energies[path].append(energies.cpu())
         self._counts[path].append(tokens.sum(-1).cpu())
+        self._chats[path].append(torch.full(energies.shape, batch.answers is not None))
 
     def moments_by_key(self) -> dict[Key, SecondMoment | Summands]:
         """All moments, by path and weighting, and by path and OUTPUTS."""
@@ -167,23 +169,24 @@ class GradientStatistics(Statistics):
         return found
 
     def told(self) -> tuple[dict[str, Any], Iterable[Tensor]]:
-        """How many tokens there were, and of each linear its sequences' energies and tokens."""
+        """How many tokens there were, and of each linear its sequences' energies, tokens and kinds."""
         sequences = {path: len(parts) for path, parts in self._counts.items()}
-        seen = (part for path in sequences for part in (*self._energies[path], *self._counts[path]))
+        lists = (self._energies, self._counts, self._chats)
+        seen = (part for path in sequences for of_path in lists for part in of_path[path])
         return {"tokens": self.tokens, "sequences": sequences}, seen
 
     def hear(self, told: dict[str, Any], tensors: Iterator[Tensor]) -> None:
         """Add what another one of the same sizes tells."""
         self.tokens += told["tokens"]
         for path, count in told["sequences"].items():
-            self._energies[path] += [part.cpu() for part in islice(tensors, count)]
-            self._counts[path] += [part.cpu() for part in islice(tensors, count)]
+            for of_path in (self._energies, self._counts, self._chats):
+                of_path[path] += [part.cpu() for part in islice(tensors, count)]
 
     def energy(self, path: str) -> float:
         """E|g|^2 over the tokens, g the gradient at the linear's output: `casp.moments.weights.typical_energy`."""
         if not self._counts[path]:
             return 0.0
-        return typical_energy(torch.cat(self._energies[path]), torch.cat(self._counts[path]))
+        return typical_energy(*(torch.cat(of_path[path]) for of_path in (self._energies, self._counts, self._chats)))
 
     def counts(self) -> dict[str, int]:
         """How many tokens each linear saw, of those that did not see all of them (experts)."""

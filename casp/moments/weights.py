@@ -94,16 +94,19 @@ def tempered(gradient: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return gradient * (kept / energy.clamp_min(tiny)[:, None]).sqrt()[..., None], energy
 
 
-def typical_energy(energies: Tensor, counts: Tensor) -> float:
+def typical_energy(energies: Tensor, counts: Tensor, chats: Tensor) -> float:
     """The mean of the sequences' `energies`, weighted by their `counts` of tokens, none above 4 times the median.
 
-    Both (sequences,). The median is that of the sequences that have a loss.
+    All (sequences,); chats: bool, which of them are chats. The median is that of the sequences of the same kind that
+    have a loss: a window of text has a loss at every position and hundreds of times the energy of a short answer.
     """
     energies, counts = energies.double(), counts.double()
-    used = energies[energies > 0]
-    if not len(used):
-        return 0.0
-    return ((energies.clamp_max(_MOST_ENERGY * used.median()) * counts).sum() / counts.sum()).item()
+    total = 0.0
+    for kind in (chats, ~chats):
+        used = energies[kind & (energies > 0)]
+        if len(used):
+            total += (energies[kind].clamp_max(_MOST_ENERGY * used.median()) * counts[kind]).sum().item()
+    return total / counts.sum().item() if total else 0.0
 
 
 def gradient_weights(part: str, gradient: Tensor, tokens: Tensor) -> Tensor:

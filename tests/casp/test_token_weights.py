@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from casp.errors import UserError
 from casp.model.attention import AttentionCall
-from casp.moments.weights import attention_received, gradient_weights, weighting_parts
+from casp.moments.weights import attention_received, gradient_weights, typical_energy, weighting_parts
 
 
 def test_uniform_attention_weighs_all_tokens_alike():
@@ -68,3 +68,13 @@ def test_a_misspelt_weighting_is_named(wrong):
 def test_parts_of_a_sum():
     assert weighting_parts("attention+gradient") == ("attention", "gradient")
     assert weighting_parts("none") == ("none",)
+
+
+def test_windows_of_text_and_chats_have_a_typical_energy_each():
+    """An outlier counts 4 times the median of its kind; windows of text, all of them strong, are no outliers."""
+    energies = torch.tensor([1.0, 1.0, 50.0, 0.0, 1000.0, 1000.0])
+    counts = torch.tensor([10, 20, 10, 5, 30, 25])
+    chats = torch.tensor([True, True, True, True, False, False])
+    expected = (10 + 20 + 4 * 10 + 1000 * (30 + 25)) / 100
+    assert typical_energy(energies, counts, chats) == pytest.approx(expected)
+    assert typical_energy(torch.zeros(6), counts, chats) == 0
