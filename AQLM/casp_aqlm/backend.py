@@ -52,7 +52,7 @@ class AQLM:
     draft = MappingProxyType({"max_rounds": 1})
     fine = 0.1
     """From 2 bits on errors are to each other as these distortions: on four matrices of demo-llama what is told so is
-    right within 6%, 3x8g8 and 4x8g8 up to 11% and 28% too cheap (eval/results/aqlm/prices.json)."""
+    right within 6%, 3x8g8 and 4x8g8 up to 10% and 26% too cheap (eval/results/aqlm/prices.json)."""
     least_sample = 1 << 17
     """Codebooks fitted to few vectors flatter: on 64 rows of demo-llama 4x8g8 has half the error that it has on all."""
 
