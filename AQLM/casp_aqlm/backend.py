@@ -54,7 +54,7 @@ class AQLM:
     """From 2 bits on errors are to each other as these distortions: on four matrices of demo-llama what is told so is
     right within 6%, 3x8g8 and 4x8g8 up to 10% and 26% too cheap (eval/results/aqlm/prices.json)."""
     least_sample = 1 << 17
-    """Codebooks fitted to few vectors flatter: on 64 rows of demo-llama 4x8g8 has half the error that it has on all."""
+    """Codebooks fitted to few vectors flatter: on 64 rows of demo-llama 4x8g8 has at most half of its error on all."""
 
     def format(self, scheme: str, entries: str = "float16") -> dict[str, Any]:
         """The format of a scheme written as MxBgG and the dtype of its codebooks; UserError when there is none."""

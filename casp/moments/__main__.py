@@ -16,6 +16,7 @@ from casp.cli import (
 from casp.data import fingerprint
 from casp.errors import UserError
 from casp.linear import LowRankLinear, QuantizedLinear
+from casp.model.batch import answers_of
 from casp.model.decoder import Decoder
 from casp.moments.collect import collect
 from casp.moments.find import stage_name
@@ -77,6 +78,8 @@ def main(argv: list[str] | None = None) -> None:
     calibration, compute = calibration_of(args), compute_of(args).of(decoder.dtype)
     batches = calibration.batches(decoder.folder, compute.seed)
     what = {"token_weights": weightings, "gradients": args.gradients, "share_of_weights": round(share, 4)}
+    if len({answers_of(batch) is None for batch in batches}) > 1:
+        what["energies"] = "bounded by kind"  # of moments from before that, a rerun is told
     settings = union(what, calibration.record(), compute.record())
     work = WorkFolder(
         output,

@@ -24,7 +24,7 @@ def _in_use(probabilities: Tensor) -> Tensor:
     """Which of each row (..., n) are the fewest that hold `MASS` together: bool; of equal ones the first."""
     ordered = _falling(probabilities)
     needed = (ordered.cumsum(-1) - ordered < MASS).sum(-1, keepdim=True)
-    least = ordered.gather(-1, needed - 1)
+    least = ordered.gather(-1, (needed - 1).clamp_min(0))  # of NaN none are needed: others say what is wrong
     larger, equal = probabilities > least, probabilities == least
     return larger | (equal & (equal.cumsum(-1) <= needed - larger.sum(-1, keepdim=True)))
 
@@ -83,12 +83,13 @@ def influence_and_density(visit: Visit, batches: int) -> tuple[float, dict[str, 
     From one run of the block.
     """
     ranks, found, mine = visit.ranks, AttentionDensity(), AttentionDensity()
-    first, seen = len(ranks.mine(batches)), []
+    left, last = len(ranks.mine(batches)), None
 
     def look(call: AttentionCall, batch: BatchInputs) -> None:
-        if not seen or seen[-1] is not batch:
-            seen.append(batch)
-        if len(seen) <= first:
+        nonlocal left, last
+        if batch is not last:
+            left, last = left - 1, batch
+        if left >= 0:
             mine.add(call, batch)
 
     influence = visit.block_influence(look)

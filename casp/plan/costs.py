@@ -27,6 +27,7 @@ ANCHORS = (0.1875, 0.5625)
 FINE = 0.03
 """Mean squared error on N(0, 1) below which costs of formats are told from each other, where the backend has no word
 of its own for it."""
+_SMALL_SHAPE = (128, 512)  # for which a backend may have other formats
 _ANY_SHAPE = (1024, 1024)  # whose formats stand in a run's record for what its words mean
 
 
@@ -100,7 +101,8 @@ class Pricing:
         }
 
     def _record_of_distortions(self) -> dict[str, Any]:
-        told = {key(format): self._distortion(format, _ANY_SHAPE) for format in self.formats(_ANY_SHAPE)}
+        shapes = (_SMALL_SHAPE, _ANY_SHAPE)
+        told = {key(format): self._distortion(format, shape) for shape in shapes for format in self.formats(shape)}
         finite = {name: value for name, value in told.items() if math.isfinite(value)}
         return {"fine": self.fine, "distortions": finite} if finite else {}
 
@@ -156,7 +158,7 @@ class Pricing:
         """`costs` of what was tried with those of the other formats.
 
         Where errors are far smaller than the weights, feedback does not make them grow, and they are to each other as
-        the distortions of a Gaussian are: on demo-llama, from 3 bits on, within 2% on average.
+        the distortions of a Gaussian are: QuIP#'s on demo-llama, from 3 bits on, within 2% on average.
         """
         known = {key(format): self._distortion(format, shape) for format in formats}
         fine = next((name for name in costs if known[name] < self.fine), None)
