@@ -19,9 +19,9 @@ from casp.plan.costs import Pricing, key
 from casp.plan.factors import Extent, Sample, sample_of, under
 from casp.run.digest import content_hash
 from casp.run.files import write_json
-from casp.run.outputs import check_file
+from casp.run.outputs import check_file, require_writable
 from casp.seed import matrix_generator
-from casp_aqlm.compare_published import places, require_writable
+from casp_aqlm.compare_published import places
 
 FEW = 64
 """Rows that tell enough of a backend without codebooks."""

@@ -24,8 +24,8 @@ from casp.numbers import real
 from casp.numbers import seed as any_seed
 from casp.reading.files import is_there
 from casp.run.digest import content_hash
-from casp.run.files import try_to_write, write_json
-from casp.run.outputs import check_file, refuse_inputs
+from casp.run.files import write_json
+from casp.run.outputs import check_file, refuse_inputs, require_writable
 from casp.seed import matrix_generator
 from casp_aqlm.factors import Factors
 from casp_aqlm.loss_plot import draw
@@ -99,14 +99,6 @@ def compare(weight: Tensor, hessian: Tensor, scheme: Scheme, seed: int, name: st
 def picture_of(output: Path) -> Path:
     """Where the figure goes, beside the JSON."""
     return output.with_suffix(".png")
-
-
-def require_writable(output: Path) -> None:
-    """UserError where the file `output` cannot be written."""
-    try:
-        try_to_write(output)
-    except OSError as error:
-        raise UserError(f"{output} cannot be written ({error.strerror}); choose another --output.") from error
 
 
 def check_place(output: Path, inputs: Sequence[Path]) -> None:

@@ -18,12 +18,13 @@ T = TypeVar("T")
 
 REGISTERS = "demo-speeches:1,demo-fiction:1,demo-dialogue:1,demo-technical:1,demo-code:1"
 CHATS_AND_TEXT = "demo-images:12,demo-registers:1"
+_MIXED = (REGISTERS, CHATS_AND_TEXT)
 #: What built-in names stand for: (for a text model, for a multimodal one).
 STANDS_FOR = {
-    "demo": (REGISTERS, CHATS_AND_TEXT),
+    "demo": _MIXED,
     "demo-text": ("demo-speeches", "demo-speeches"),
     "demo-registers": (REGISTERS, REGISTERS),
-    "demo-mixed": (REGISTERS, CHATS_AND_TEXT),
+    "demo-mixed": _MIXED,
 }
 
 _PART = r"[^:,]+:[0-9]{1,9}(?:\.[0-9]{1,9})?"

@@ -12,7 +12,7 @@ from typing import Any
 from casp.demo import cache_folder, kept_in_cache
 from casp.errors import UserError
 from casp.reading.documents import read_json
-from casp.run.files import make_folder
+from casp.run.files import make_folder, try_to_write
 
 RUN_FILE = "casp_run.json"
 VERSION = 1
@@ -112,6 +112,14 @@ def check_file(path: Path, shapes: Iterable[Collection[str]], inputs: Iterable[P
         ) from error
     if not any(set(shape) <= found.keys() for shape in shapes):
         raise UserError(f"{path} exists and holds no figures of this tool; choose another --output.")
+
+
+def require_writable(path: Path) -> None:
+    """UserError where no file could be written at `path`."""
+    try:
+        try_to_write(path)
+    except OSError as error:
+        raise UserError(f"--output {_short(path)} cannot be written ({error.strerror}); choose another one.") from error
 
 
 def check_report(folder: Path, names: Iterable[str], inputs: Iterable[Path], record: str, columns: set[str]) -> None:

@@ -29,9 +29,8 @@ from casp.numbers import whole
 from casp.reading.config import open_config
 from casp.run.files import write_atomically, write_json
 from casp.run.folder import check_places
-from casp.run.outputs import check_file, make_output, refuse_inputs
+from casp.run.outputs import check_file, make_output, refuse_inputs, require_writable
 from casp_eval import compare, report
-from casp_eval.options import require_writable
 
 SPLITS = {"validation": tuple(text.VALIDATION.values()), "test": text.TEST}
 

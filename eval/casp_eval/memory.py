@@ -32,8 +32,7 @@ from casp.reading.config import open_config
 from casp.reading.documents import read_json
 from casp.reading.pretrained import open_tokenizer
 from casp.run.files import write_json
-from casp.run.outputs import check_file
-from casp_eval.options import require_writable
+from casp.run.outputs import check_file, require_writable
 
 TEN_TIMES = {
     "hidden_size": 1536,

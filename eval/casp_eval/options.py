@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from casp.demo import NAMES
-from casp.errors import UserError
 from casp.numbers import seed, whole
 from casp.ranks import here
 from casp.reading.files import is_there
-from casp.run.files import try_to_write, write_atomically
-from casp.run.outputs import check_file
+from casp.run.files import write_atomically
+from casp.run.outputs import check_file, require_writable
 
 MOST_NEW_TOKENS = 1 << 16
 MOST_CHARACTERS = 20_000  # of a question: more than any built-in model reads, an answer within seconds of computing
@@ -90,14 +89,6 @@ def check_output(output: Path | None, *given: str | Path | None) -> None:
         shapes = [{"model", "dataset", "perplexity"}, {"model", "results"}, {"model", "original", "divergence"}]
         check_file(output, shapes, inputs)
         require_writable(output)
-
-
-def require_writable(output: Path) -> None:
-    """UserError where no file could be written at `output`."""
-    try:
-        try_to_write(output)
-    except OSError as error:
-        raise UserError(f"{output} cannot be written ({error.strerror}): choose another --output") from error
 
 
 def write_figure(figure: dict[str, Any], output: Path | None) -> None:

@@ -30,10 +30,10 @@ from casp.plan.allocate import frontier
 from casp.plan.measure import read_costs
 from casp.plan.options import LinearOptions, Option
 from casp.run.digest import content_hash
-from casp.run.outputs import check_file, read_record
+from casp.run.outputs import check_file, read_record, require_writable
 from casp.seed import matrix_generator
 from casp_eval.correlation import spearman
-from casp_eval.options import require_writable, write_figure
+from casp_eval.options import write_figure
 
 ROWS = 256
 

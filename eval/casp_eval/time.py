@@ -26,9 +26,8 @@ from casp.numbers import count
 from casp.reading.config import open_config
 from casp.reading.documents import read_json
 from casp.run.files import write_json
-from casp.run.outputs import check_file, make_output, read_record
+from casp.run.outputs import check_file, make_output, read_record, require_writable
 from casp_eval.memory import random_model
-from casp_eval.options import require_writable
 from casp_eval.scale_terms import Shape
 
 _QUANTIZE = ["--from-original", "--token-weights", "attention"]

@@ -157,7 +157,7 @@ def test_whole_numbers_hold_codebooks_better_than_float8_and_learn(matrix):
     assert torch.equal(layer.codebooks.flatten()[1:].int(), (before.flatten()[1:].int() + 1).clamp_max(127))
 
 
-@pytest.mark.parametrize("scheme", ["1x8g8", "2x6g8", "2x8g8", "1x8g4", "1x10g4", "2x6g4", "2x8g4"])
+@pytest.mark.parametrize("scheme", ["1x8g8", "2x6g8", "2x8g8", "1x8g4", "1x10g4", "2x6g4", "2x8g4", "3x8g8"])
 @pytest.mark.parametrize("rows", [128, 1024])
 def test_distortions_are_those_of_gaussian_numbers(scheme, rows):
     """Of matrices of different sizes, to which codebooks are fitted more or less closely."""
@@ -167,9 +167,8 @@ def test_distortions_are_those_of_gaussian_numbers(scheme, rows):
     tensors = backend.quantize(weight, torch.eye(256), format, generator, name="gaussian", max_rounds=4)
     layer = backend.linear(rows, 256, False, format)
     layer.load_state_dict(tensors)
-    assert backend.distortion(format, rows, 256) == pytest.approx(
-        (weight - layer.dequantize()).square().mean().item(), rel=0.15
-    )
+    error = (weight - layer.dequantize()).square().mean().item()
+    assert backend.distortion(format, rows, 256) == pytest.approx(error, rel=0.25 if scheme == "3x8g8" else 0.15)
 
 
 def test_prices_are_what_quantizing_the_whole_matrix_costs(matrix):

@@ -4,9 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from casp.data import calibration_batches
+from casp.moments import backward
+from casp.moments.__main__ import main as collect
+from casp.moments.weights import typical_energy
 
 SHARES = "demo-images:2,demo-text:1"
 DATA = ["--dataset", SHARES, "--samples", 9, "--sequence-length", 40, "--batch-size", 2]
@@ -19,6 +23,22 @@ def mixed_moments(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory, ru
     done = run_module("casp.moments", "--model", tiny_llava, "--output", folder, *DATA)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+def test_energies_are_bounded_by_kind(tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Six chats and three windows of text, each called what it is, and the record says so."""
+    seen = []
+
+    def look(energies: Tensor, counts: Tensor, chats: Tensor) -> float:
+        seen.append((counts, chats))
+        return typical_energy(energies, counts, chats)
+
+    monkeypatch.setattr(backward, "typical_energy", look)
+    collect(["--model", str(tiny_llava), "--output", str(tmp_path / "out"), *map(str, DATA)])
+    for counts, chats in seen:
+        assert chats.sum() == 6
+        assert counts[~chats].tolist() == [40] * 3
+    assert '"energies": "bounded by kind"' in (tmp_path / "out" / "casp_run.json").read_text()
 
 
 @pytest.mark.parametrize("collected", [False, True], ids=["on the way", "collected"])

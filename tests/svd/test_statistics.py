@@ -141,6 +141,17 @@ def test_density_of_sharp_attention(tiny_llama):
     assert influence_and_density(visit, 1)[1] == {"image": None, "text": pytest.approx(20 / 210)}
 
 
+def test_density_is_that_of_the_first_batches_and_influence_that_of_all(tiny_llama):
+    decoder = Decoder.open(tiny_llama)
+    ids = torch.randint(4, 60, (2, 1, 20), generator=torch.Generator().manual_seed(3))
+    one, two = ({"input_ids": row} for row in ids)
+    of_one, of_two = (influence_and_density(first_visit(decoder, [batch]), 1) for batch in (one, two))
+    first, both = (influence_and_density(first_visit(decoder, [one, two]), count) for count in (1, 2))
+    assert first[1] == of_one[1] != of_two[1]
+    assert both[1]["text"] == pytest.approx((of_one[1]["text"] + of_two[1]["text"]) / 2)
+    assert first[0] == both[0] == pytest.approx((of_one[0] + of_two[0]) / 2, rel=1e-4)
+
+
 def test_density_leaves_padding_out(tiny_llama):
     decoder = Decoder.open(tiny_llama)
     found = [influence_and_density(first_visit(decoder, [batch_of(decoder, filler=f)]), 1)[1]["text"] for f in (0, 77)]
