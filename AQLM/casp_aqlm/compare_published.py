@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from casp.cli import Parser, model_folder, run_main
+from casp.cli.matrices import places
 from casp.errors import UserError
 from casp.model.decoder import Decoder
 from casp.moments.find import ON_THE_WAY
@@ -50,19 +51,6 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--seed", type=any_seed, default=0, help="of what codebooks start from (default: %(default)s)")
     flags.add_argument("--output", type=Path, required=True, help="JSON file to write, a .png beside it")
     return flags
-
-
-def places(decoder: Decoder, matrices: Sequence[str]) -> dict[str, tuple[int, str]]:
-    """BLOCK.ROLE -> block and path; UserError for what the model does not have."""
-    every = {
-        f"{index}.{role}": (index, path)
-        for index in range(len(decoder.blocks))
-        for role, path in decoder.linears(index).items()
-    }
-    for matrix in matrices:
-        if matrix not in every:
-            raise UserError(f"--matrices {matrix} is no BLOCK.ROLE of {decoder.folder}; an example is 0.q.")
-    return {matrix: every[matrix] for matrix in matrices}
 
 
 def read(

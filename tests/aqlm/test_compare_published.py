@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from casp_aqlm.compare_prices import main as compare_prices
 from casp_aqlm.compare_published import main
 
 from casp.errors import UserError
@@ -76,17 +75,3 @@ def test_moments_are_of_this_model(tiny_llama, moments, tmp_path):
     (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
     with pytest.raises(UserError, match="another model"):
         compared(other, moments, tmp_path / "loss.json")
-
-
-def test_prices_beside_what_rounding_costs(tiny_llama, moments, tmp_path):
-    """A small matrix is tried whole."""
-    output = tmp_path / "prices.json"
-    sources = ["--model", str(tiny_llama), "--moments", str(moments)]
-    compare_prices([*sources, "--matrices", "0.k", "--output", str(output)])
-    (found,) = json.loads(output.read_text())["prices"]
-    assert found["matrix"] == "0.k"
-    costs = [row["cost"] for row in found["formats"]]
-    assert all(0 <= cost < 1 for cost in costs)
-    assert all(row["few_rows"] == row["rows_of_a_plan"] == row["told"] > 0 for row in found["formats"])
-    with pytest.raises(UserError, match=r"no BLOCK\.ROLE"):
-        compare_prices([*sources, "--matrices", "9.k", "--output", str(output)])

@@ -7,6 +7,7 @@ from casp_gptq.gptq import gptq_quantize
 
 from casp.backend import Backend, load_backend
 from casp.linear import LowRankLinear
+from casp.plan.costs import Pricing, price
 from casp.run.files import write_shard
 
 SHAPES = [(64, 96), (36, 576), (576, 72), (33, 31), (1, 1)]
@@ -90,3 +91,32 @@ def test_two_runs_write_the_same_bytes(correlated, tmp_path):
         tensors = GPTQ().quantize(*correlated(48, 96), {"bits": 3, "group_size": 64})
         write_shard(tmp_path / name, tensors)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("columns", "group_size"), [(128, 64), (150, 64), (72, 128), (40, -1)])
+def test_distortions_are_those_of_gaussian_matrices(bits, columns, group_size):
+    """White inputs, for which nothing is fed back; groups whole and short."""
+    backend = GPTQ()
+    weight = torch.randn(512, columns, generator=torch.Generator().manual_seed(3))
+    layer = quantized_layer(weight, torch.eye(columns), backend.format(bits, group_size))
+    error = (weight - layer.dequantize()).square().mean().item()
+    assert backend.distortion(layer.format, 512, columns) == pytest.approx(error, rel=0.05)
+
+
+def test_prices_told_by_distortions_are_what_trying_finds(correlated, monkeypatch):
+    weight, hessian = correlated(96, 160)
+
+    class Known:
+        energy, tokens, losses, gradient_moment = 2.0, 1, 1, torch.eye(96)
+
+        def hessian(self, weighting, sized_as=None):
+            return hessian.float()
+
+    pricing = Pricing(load_backend("gptq"), low_rank=frozenset({"q"}))
+    tried = pricing.measured(pricing.formats((96, 160)), (96, 160))
+    assert [(one["bits"], one["group_size"]) for one in tried] == [(2, 128), (2, 64), (3, 128)]
+    told = price(pricing, weight, Known(), "q", "here")
+    monkeypatch.setattr(GPTQ, "fine", 0.0)
+    for one, other in zip(told, price(pricing, weight, Known(), "q", "here"), strict=True):
+        assert one.cost == pytest.approx(other.cost, rel=0.25)  # a bit makes a factor of 4

@@ -1,6 +1,6 @@
-"""What a plan's prices of this room say, beside what rounding the whole matrix as usual costs: JSON.
+"""What a plan's prices say of a backend's formats, beside what rounding the whole matrix as usual costs: JSON.
 
-`python -m casp_aqlm.compare_prices --model demo-llama --moments DIR --output FILE.json`
+`bash eval/scripts/prices.sh --backend aqlm --model demo-llama --moments DIR --output FILE.json`
 """
 
 import argparse
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from casp.backend import Matrix, load_backend, rounded
+from casp.backend import Backend, Matrix, backend_names, load_backend, rounded
 from casp.cli import Parser, model_folder, run_main
+from casp.cli.matrices import places
 from casp.model.decoder import Decoder
 from casp.moments.store import Moments
 from casp.plan.costs import Pricing, key
@@ -21,7 +22,6 @@ from casp.run.digest import content_hash
 from casp.run.files import write_json
 from casp.run.outputs import check_file, require_writable
 from casp.seed import matrix_generator
-from casp_aqlm.compare_published import places
 
 FEW = 64
 """Rows that tell enough of a backend without codebooks."""
@@ -29,7 +29,8 @@ FEW = 64
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    flags = Parser(prog="python -m casp_aqlm.compare_prices", description=__doc__.splitlines()[0])
+    flags = Parser(prog="prices.sh", description=__doc__.splitlines()[0])
+    flags.add_argument("--backend", choices=backend_names(), required=True, help="quantizer")
     flags.add_argument("--model", default="demo-llama", help="hub id, folder or built-in name (default: %(default)s)")
     flags.add_argument("--moments", type=Path, required=True, metavar="DIR", help="output of the moments' stage")
     flags.add_argument("--matrices", nargs="+", default=["3.q", "10.v", "10.o", "20.gate"], help="BLOCK.ROLE ...")
@@ -37,13 +38,12 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def compare(weight: Tensor, hessian: Tensor, name: str) -> list[dict[str, Any]]:
+def compare(backend: Backend, weight: Tensor, hessian: Tensor, name: str) -> list[dict[str, Any]]:
     """For each format of `weight` (out, in) under `hessian` its cost, and what three ways of pricing make of it.
 
-    cost: of the whole matrix, the usual rounds, relative to the energy of the outputs; the others as shares of it: from
+    cost: of the whole matrix, the usual search, relative to the energy of the outputs; the others as shares of it: from
     FEW rows, from as many as a plan takes, and what the plan tells, by distortions where it does not try.
     """
-    backend = load_backend("aqlm")
     pricing = Pricing(backend, low_rank=frozenset())
 
     def cost(sample: Sample, format: dict[str, Any], settings: dict[str, Any]) -> float:
@@ -70,7 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     """Compare on every matrix asked for; the file is complete after each."""
     args = parser().parse_args(argv)
     decoder, moments = Decoder.open(model_folder(args.model)), Moments(args.moments)
-    weighting = Pricing(load_backend("aqlm")).weighting
+    backend = load_backend(args.backend)
+    weighting = Pricing(backend).weighting
     moments.check(content_hash(decoder.folder), decoder, weighting)
     wanted = places(decoder, args.matrices)
     check_file(args.output, [{"prices"}], [decoder.folder, args.moments])
@@ -79,11 +80,12 @@ def main(argv: list[str] | None = None) -> None:
     for matrix, (index, path) in wanted.items():
         weight = dict(decoder.shards.load([f"{decoder.blocks[index]}.{path}.weight"])).popitem()[1].float()
         hessian = moments.read(index)[path].hessian(weighting, sized_as="gradient").float()
-        results.append({"matrix": matrix, "shape": list(weight.shape), "formats": compare(weight, hessian, matrix)})
+        rows = compare(backend, weight, hessian, matrix)
+        results.append({"matrix": matrix, "shape": list(weight.shape), "formats": rows})
         write_json(args.output, {"prices": results})
-        for row in results[-1]["formats"]:
+        for row in rows:
             print(
-                f"{matrix} {row['format']['scheme']}: {row['cost']:.5f}, of it {row['few_rows']:.2f} from {FEW} rows, "
+                f"{matrix} {key(row['format'])}: {row['cost']:.5f}, of it {row['few_rows']:.2f} from {FEW} rows, "
                 f"{row['rows_of_a_plan']:.2f} from a plan's, {row['told']:.2f} told"
             )
 
