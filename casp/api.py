@@ -66,7 +66,7 @@ def collect_moments(
     progress: Listener | None = None,
     **settings: Any,
 ) -> Path:
-    """Second moments of inputs and gradients of every linear of `model`, into the folder `output`."""
+    """Second moments of inputs and energies of gradients of every linear of `model`, into the folder `output`."""
     wanted = {"model": model, "output": output, **calibration.record(), **settings}
     _run("casp.moments.__main__", wanted, progress)
     return Path(output)

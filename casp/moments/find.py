@@ -1,4 +1,7 @@
-"""Which moments a stage uses: those that --moments names, those in runs/<model>/moments, or none."""
+"""Which moments a stage uses: those that --moments names, those in runs/<model>/moments, or none.
+
+Those of a low-rank model lie in runs/<model>/casp-moments.
+"""
 
 import argparse
 from collections.abc import Mapping
@@ -16,7 +19,7 @@ from casp.run.outputs import read_record
 ON_THE_WAY = "attention"
 """Token weights where second moments are collected while quantizing."""
 COLLECTED = "attention+gradient"
-"""Token weights where moments were collected before. Both were chosen with QuIP# at 2 bits on validation, see
+"""Token weights where moments were collected before. Both were chosen on validation, see
 eval/results/token_weights_validation.json."""
 
 NO_MOMENTS = Path("none")
@@ -36,8 +39,8 @@ def add_moments_argument(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help=f"moments collected before with {REMEDY}; none: take from the calibration data what is needed, each block "
-        "from what those compressed before put out (default: runs/<model>/moments if it was collected on this model "
-        "and calibration data, else none)",
+        "from what those compressed before put out (default: runs/<model>/moments, of a low-rank model casp-moments, if "
+        "it was collected on this model and calibration data, else none)",
     )
 
 

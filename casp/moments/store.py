@@ -3,14 +3,14 @@
 `inputs-00000.safetensors`, from the forward pass, holds for each group of linears that share an input and each
 weighting ("none", "attention") that was asked for the upper triangle of the second moment of that input, row after
 row, float32, 2 in (in + 1) bytes, named `GROUP/WEIGHTING` after the group's first path. `gradients-00000.safetensors`,
-from the backward pass, holds for each linear `PATH/outputs`, the triangle of E[g g^T] / E|g|^2, 2 out (out + 1) bytes,
-and for each weighting by gradient `PATH/WEIGHTING`, 2 in (in + 1) bytes: these differ between linears that share an
-input.
+from the backward pass, holds for W_q and W_k `PATH/outputs`, the triangle of E[g g^T] / E|g|^2, 2 out (out + 1)
+bytes, and for every linear and each weighting by gradient `PATH/WEIGHTING`, 2 in (in + 1) bytes: these differ between
+linears that share an input.
 Paths are relative to the block; what else is known of a block stands as JSON in the headers, the digest of every tensor
 among it.
 
 For Llama-2-7B that is 343 MB a block for each of "none" and "attention", 443 MB for each weighting by gradient and
-652 MB for G.
+67 MB for G.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Choosing one option for every linear within a budget of bytes: three ways, one signature.
+"""Choosing one option for every linear within a budget of bytes: five ways, one signature.
 
 Each takes the linears with their options and the bytes that all may take together, and returns path -> option; none
 exceeds the budget. UserError where even the smallest options do.
