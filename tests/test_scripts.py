@@ -29,6 +29,7 @@ NEEDS = {
     "scale.sh": ["--model", MISSPELT, "--output", "out", "--cases"],
     "compress.sh": ["--model", MISSPELT, "--backend", "gptq"],
     "plan.sh": ["--model", MISSPELT, "--backend", "gptq"],
+    "prices.sh": ["--backend", "gptq", "--model", MISSPELT, "--moments", "moments", "--output", "out.json"],
     "casp_vs_baseline.sh": None,  # takes built-in models
     "memory.sh": None,  # makes its own models
     "paper_tables.sh": None,  # names its models by rows

@@ -39,8 +39,8 @@ def add_moments_argument(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help=f"moments collected before with {REMEDY}; none: take from the calibration data what is needed, each block "
-        "from what those compressed before put out (default: runs/<model>/moments, of a low-rank model casp-moments, if "
-        "it was collected on this model and calibration data, else none)",
+        "from what those compressed before put out (default: runs/<model>/moments, of a low-rank model casp-moments, "
+        "if it was collected on this model and calibration data, else none)",
     )
 
 
