@@ -40,7 +40,7 @@ from casp.moments.store import Moments
 from casp.moments.weights import USUAL, weighting_parts
 from casp.numbers import whole
 from casp.plan.budget import other_bytes
-from casp.plan.file import SHAPE, read_plan
+from casp.plan.file import SHAPE, read_plan, refuse_edited
 from casp.plan.flags import (
     Goal,
     Prices,
@@ -175,8 +175,17 @@ def recipe_file(output: Path) -> Path:
 
 
 def parser_of(package: str) -> argparse.ArgumentParser:
-    """The command line of a stage."""
-    return importlib.import_module(f"{package}.__main__").parser()
+    """The command line of a stage; UserError where the package has none."""
+    try:
+        stage = importlib.import_module(f"{package}.__main__")
+    except ModuleNotFoundError as error:
+        if error.name != f"{package}.__main__":
+            raise
+        raise UserError(
+            f"the package {package} offers a backend but no quantizing stage, {package}.__main__ with parser() and "
+            "main(): add that module, or call the backend from Python."
+        ) from None
+    return stage.parser()
 
 
 def speed(device: torch.device) -> float:
@@ -237,7 +246,8 @@ def steps(job: Job, decoder: Decoder, output: Path, budget: int) -> list[Step]:
 
 def check(job: Job, decoder: Decoder, output: Path, budget: int) -> None:
     """UserError, before the first stage runs for hours, where a later one would not read or write what it shall."""
-    moments, costs = job.prices.moments_folder(), job.prices.costs_folder()
+    prices = replace(job.prices, tuned=bool(job.ft_epochs or job.prices.tuned))
+    moments, costs = prices.moments_folder(), prices.costs_folder()
     inputs = [decoder.folder, *job.calibration.files(), *([job.plan] if job.plan else [])]
     check_places(moments, inputs, "--moments")
     check_places(output, [*inputs, moments])
@@ -245,11 +255,11 @@ def check(job: Job, decoder: Decoder, output: Path, budget: int) -> None:
         Moments(moments).check(content_hash(decoder.folder), decoder, job.prices.token_weights)
     plan = job.plan_file(output)
     if job.plan is None:
-        prices = replace(job.prices, tuned=bool(job.ft_epochs or job.prices.tuned))
         check_least(job.goal, prices, decoder, budget)
         check_places(costs, [*inputs, moments], "--costs")
         refuse_inputs(output, [costs])
         check_file(plan, [SHAPE], [*inputs, moments, costs])
+        refuse_edited(plan)
     if job.evaluate:
         importlib.import_module(EVALUATION).check_place(report_folder(output), [*inputs, output])
     places = {"output": output, "model": job.prices.model, "moments": moments, "plan": plan}
@@ -282,7 +292,9 @@ def announce(todo: list[Step], decoder: Decoder, budget: int, prices: Prices, co
     )
     for number, step in enumerate(todo, 1):
         state = f"about {duration(step.seconds / count)}" + (f" in {count} processes" if count > 1 else "")
-        print(f"  {number} {step.name}: {step.outcome} ({'done already' if step.outcome.exists() else state})")
+        if step.outcome.exists():
+            state = "made anew from its prices, where these are there" if step.name == "plan" else "done already"
+        print(f"  {number} {step.name}: {step.outcome} ({state})")
 
 
 def todo(args: argparse.Namespace, count: int = 1) -> list[Step]:

@@ -16,7 +16,7 @@ from casp.budget import matrices
 from casp.errors import UserError
 from casp.model.decoder import Decoder
 from casp.reading.documents import read_json
-from casp.run.export import export_checkpoint, uniform_format
+from casp.run.export import export_checkpoint, refuse_taken_apart, uniform_format
 from casp_aqlm.packing import unpack
 from casp_aqlm.scheme import Scheme
 
@@ -57,6 +57,7 @@ def _checked(format: Mapping[str, Any], shapes: Mapping[str, tuple[int, int, int
 
 def check_exportable(decoder: Decoder, format: Mapping[str, Any]) -> None:
     """UserError, before any work is done, when `decoder` quantized to `format` could not be exported."""
+    refuse_taken_apart(decoder, "AQLM")
     shapes = matrices(decoder)
     modules = {path: {"format": format} for path in shapes}
     _checked(uniform_format({**(decoder.compression or {}).get("modules", {}), **modules}, "AQLM"), shapes)

@@ -14,7 +14,7 @@ from casp.budget import matrices
 from casp.errors import UserError
 from casp.model.decoder import Decoder
 from casp.reading.documents import read_json
-from casp.run.export import export_checkpoint, uniform_format
+from casp.run.export import export_checkpoint, refuse_taken_apart, uniform_format
 from casp_gptq.packing import RUN
 
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # those that gptqmodel's kernels take
@@ -58,6 +58,7 @@ def common_format(modules: dict[str, dict], shapes: dict[str, tuple[int, int, in
 
 def check_exportable(decoder: Decoder, format: dict[str, int]) -> None:
     """UserError, before any work is done, when `decoder` quantized to `format` could not be exported."""
+    refuse_taken_apart(decoder, "GPTQ")
     shapes = matrices(decoder)
     modules = {path: {"format": format} for path in shapes}
     common_format({**(decoder.compression or {}).get("modules", {}), **modules}, shapes)

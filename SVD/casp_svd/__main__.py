@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     compute = compute.of(decoder.dtype)
     needed = {"gradient": "gradient", "input": "none"}.get(factoring.whitening)
-    data = union(calibration.record(), compute.record())
+    data = union(calibration.record(), calibration.contents(), compute.record())
     moments = find_moments(args.moments, args.model, data, decoder, low_rank=False, weighting=needed)
     if factoring.whitening == "gradient" and moments is None:
         raise UserError(f"--whitening gradient needs moments collected before; run {REMEDY}, or give --moments.")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from casp.data import calibration_batches, sources
 from casp.model.modality import Visual
+from casp.run.digest import file_digest, hash_of
 
 
 class Search(Protocol):
@@ -44,6 +45,13 @@ class Calibration:
     def files(self) -> list[Path]:
         """The local files among the data, which no output may touch."""
         return sources.files(self.dataset)
+
+    def contents(self) -> dict[str, str]:
+        """A digest of the local files among the data, under the name `files`; empty where there are none."""
+        files = self.files()
+        return (
+            {"files": hash_of({str(number): file_digest(file) for number, file in enumerate(files)})} if files else {}
+        )
 
     def record(self) -> dict[str, Any]:
         """All of it, JSON-able."""

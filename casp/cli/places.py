@@ -10,6 +10,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from casp.demo import NAMES
 from casp.errors import UserError
 from casp.reading.files import is_there, require_folder
+from casp.run.digest import content_hash
+from casp.run.outputs import read_record
 from casp.run.report import read_report
 
 RUNS = Path("runs")
@@ -56,9 +58,24 @@ def stage_input(model: str, earlier_stage: str, from_original: bool) -> Path:
     """What a stage starts from: the output of `earlier_stage` for the same model if there is one, and says so."""
     earlier = default_output(model, earlier_stage)
     if not from_original and (earlier / "config.json").is_file():
+        if not _made_from(earlier, model):
+            raise UserError(
+                f"{earlier} was made from another model than {model}, or that changed since; start from {model} with "
+                "--from-original, or move that folder away."
+            )
         print(f"starting from {earlier}, the output of stage {earlier_stage} (--from-original starts from {model})")
         return earlier
     return model_folder(model)
+
+
+def _made_from(earlier: Path, model: str) -> bool:
+    """Whether the stage's output `earlier` says nothing against being of `model`; a hub id is compared by name."""
+    record = read_record(earlier)
+    if record is None:
+        return True
+    if model in NAMES or is_there(Path(model)):
+        return record["fingerprint"].get("model") == content_hash(model_folder(model))
+    return record.get("base_model") == model
 
 
 def base_model(folder: Path, model: str) -> str:

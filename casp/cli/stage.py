@@ -200,7 +200,7 @@ def quantize_stage(
     low_rank = decoder.holds(LowRankLinear)
     stage = f"casp-{label}" if low_rank else label
     compute = asked.compute.of(decoder.dtype)
-    data = union(asked.calibration.record(), compute.record())
+    data = union(asked.calibration.record(), asked.calibration.contents(), compute.record())
     moments = find_moments(asked.moments, asked.model, data, decoder, low_rank, asked.token_weights)
     weighting = choose_weighting(asked.token_weights, moments, on_the_way)
     obeyed = planned(asked, decoder, backend, moments)

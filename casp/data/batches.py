@@ -68,6 +68,8 @@ def calibration_batches(
         print(f"blocks of the model in {folder} read pictures alone: calibrated on {', '.join(of_chats)}, without text")
         shares = {name: Fraction(1, len(of_chats)) for name in of_chats}
     parts = mixture.counts(shares, samples)
+    if left_out := [name for name in shares if name not in parts]:
+        print(f"{samples} samples are too few for all of {dataset}: none of {', '.join(left_out)}")
     for name, count in parts.items():
         drawn = draw(name, count, rng, visual.frames)
         if not multimodal and any(any(chat.media()) for chat in drawn.chats):

@@ -32,6 +32,7 @@ from casp.reading.video import open_frames
 ROLES = ("system", "user", "assistant")
 MOST_SHOWN = 256  # pictures and videos of a chat: a processor needs tens of seconds for thousands
 OTHER_MEDIA = ("audio", "audios")
+NAMED_MEDIA = ("image", "images", "video", "videos")
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,12 @@ def read_samples(path: Path) -> tuple[list[str], list[Chat]]:
         if any(medium in row for medium in OTHER_MEDIA):
             raise UserError(f"{source} has sound, which is not read: remove it")
         kind = string_of(row, "kind", source) if "kind" in row else "question"
+        shown = [name for name in NAMED_MEDIA if name in row]
+        if "videos" in row or (shown and ("text" in row or "messages" in row)):
+            raise UserError(
+                f"{source} names {', '.join(shown)} where that is not read: it is 'image', 'images' or 'video' beside "
+                "'question' and 'answer', and a part of a message's content in 'messages'; correct or remove it"
+            )
         if "text" in row:
             texts.append(string_of(row, "text", source))
         elif "messages" in row:

@@ -88,7 +88,17 @@ TRAINING = {
 #: The choices of the GPTQ paper's evaluation (arXiv 2210.17323), which the papers after it kept.
 TEST: dict[str, tuple[dict[str, Any], str, str, int | None]] = {
     "wikitext2": ({"path": "wikitext", "name": "wikitext-2-raw-v1", "split": "test"}, "text", "\n\n", None),
-    "ptb": ({"path": "ptb_text_only", "name": "penn_treebank", "split": "test"}, "sentence", " ", None),
+    "ptb": (
+        {
+            "path": "ptb-text-only/ptb_text_only",
+            "revision": "refs/convert/parquet",
+            "data_files": {"test": "penn_treebank/test/*.parquet"},
+            "split": "test",
+        },
+        "sentence",
+        " ",
+        None,
+    ),
     "c4": (
         {
             "path": "allenai/c4",

@@ -146,11 +146,20 @@ class Masters:
         return [{"params": [leaf], "lr": learning_rate * (sizes[name] or 1.0)} for name, leaf in self.leaves.items()]
 
     def in_use(self) -> dict[str, Tensor]:
-        """The leaves as a forward pass takes them: parameters in their own dtype, a format's buffers in float32."""
-        return {
-            name: leaf.to(self.tensors[name].dtype) if isinstance(self.tensors[name], nn.Parameter) else leaf
-            for name, leaf in self.leaves.items()
-        }
+        """The leaves as a forward pass takes them: parameters in their own dtype, a format's buffers in float32.
+
+        Buffers of one byte a number are what will be stored, with the gradient passed straight through the rounding
+        (Bengio et al. 2013, arXiv 1308.3432): it is coarse enough for the loss to be another.
+        """
+        return {name: self._in_use(leaf, self.tensors[name]) for name, leaf in self.leaves.items()}
+
+    @staticmethod
+    def _in_use(leaf: Tensor, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, nn.Parameter):
+            return leaf.to(tensor.dtype)
+        if tensor.element_size() > 1:
+            return leaf
+        return leaf + (stored_as(leaf.detach(), tensor.dtype).float() - leaf.detach())
 
     def snapshot(self) -> dict[str, Tensor]:
         """Copies of the leaves."""

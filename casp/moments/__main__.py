@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     what = {"token_weights": weightings, "gradients": args.gradients, "share_of_weights": round(share, 4)}
     if len({answers_of(batch) is None for batch in batches}) > 1:
         what["energies"] = "bounded by kind"  # of moments from before that, a rerun is told
-    settings = union(what, calibration.record(), compute.record())
+    settings = union(what, calibration.record(), calibration.contents(), compute.record())
     work = WorkFolder(
         output,
         decoder,

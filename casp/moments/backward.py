@@ -30,6 +30,8 @@ from casp.moments.weights import gradient_weights, tempered, typical_energy
 NO_LABEL = -100
 OUTPUTS = "outputs"
 """The moment of the gradient at a linear's output."""
+STATES = ("cross_attention_states",)
+"""Arguments of a block whose rows some of its linears read in the place of the sequence's: those have gradients too."""
 SUREST = 0.9
 """Probability of a label above which a position is taken to be less sure than it is."""
 _HOTTEST, _HALVINGS = 64.0, 14  # the temperature is found to a part in 4,000
@@ -141,8 +143,10 @@ class GradientStatistics(Statistics):
                 stack.callback(hook.remove)
             with torch.enable_grad():
                 entered = batch.hidden.detach().to(device).requires_grad_()
-                left = first_output(block(entered, **moved(batch.kwargs[index], device)))
-                (found,) = torch.autograd.grad(left, entered, gradient)
+                given = moved(batch.kwargs[index], device)
+                beside = {name: given[name].detach().requires_grad_() for name in STATES if given.get(name) is not None}
+                left = first_output(block(entered, **given | beside))
+                found, *_ = torch.autograd.grad(left, [entered, *beside.values()], gradient, allow_unused=True)
         self.tokens += int(here.tokens.sum())
         return found
 

@@ -66,7 +66,7 @@ def find_moments(
 ) -> Moments | None:
     """The moments of `decoder` that --moments `asked` for or that are filed under `model`; None where there are none.
 
-    data: the record of the calibration data and the seed that filed moments must have been collected with; low_rank:
+    data: the record of the calibration data, its contents and the seed that filed moments must be of; low_rank:
     whether the decoder has low-rank layers; weighting: token weights that must have been collected.
     UserError where --moments names what does not fit; what is filed and does not fit is passed over, saying so.
     """
@@ -90,6 +90,9 @@ def find_moments(
     if other:
         flags = ", ".join(f"--{name.replace('_', '-')} {settings.get(name)}" for name in other)
         print(f"not using {folder}, collected with {flags}; --moments {folder} takes it as it is")
+        return None
+    if settings.get("files") != data.get("files"):
+        print(f"not using {folder}, collected before {data['dataset']} changed; --moments {folder} takes it as it is")
         return None
     print(f"using {folder}, moments collected before (--moments none does without)")
     return found

@@ -41,6 +41,7 @@ class InputStatistics(Statistics):
         self.paths, self.weightings, self.density_batches = list(paths), tuple(weightings), density_batches
         self._moment, self._device = moment, torch.device(device)
         self.groups: list[list[str]] = []
+        self.sizes: dict[str, int] = {}
         self.moments: dict[str, dict[str, SecondMoment | Summands]] = {}
         self.tokens, self.batches = 0, 0
         self.influence, self.density = BlockInfluence(), AttentionDensity()
@@ -87,7 +88,7 @@ class InputStatistics(Statistics):
             "influence": self.influence.state(),
             "density": self.density.state(),
             "groups": self.groups,
-            "sizes": {path: next(iter(named.values())).size for path, named in self.moments.items()},
+            "sizes": self.sizes,
         }
         return header, ()
 
@@ -101,7 +102,7 @@ class InputStatistics(Statistics):
             self._begin(told["groups"], told["sizes"])
 
     def _begin(self, groups: list[list[str]], sizes: Mapping[str, int]) -> None:
-        self.groups = groups
+        self.groups, self.sizes = groups, dict(sizes)
         self.moments = {
             path: {name: self._moment(size, self._device) for name in self.weightings} for path, size in sizes.items()
         }

@@ -103,7 +103,8 @@ def allocate(prices: Prices, goal: Goal, budget: Budget, decoder: Decoder, costs
     record = union(goal.record(), budget.record())
     plan = Plan(content_hash(decoder.folder), prices.backend, decoder.original_weights(), options, record)
     print(describe(plan, linears))
-    file = output or costs / f"plan-{goal.allocation}-{8 * budget.bytes / decoder.original_weights():.3f}.json"
+    kind = goal.allocation + ("" if goal.low_rank else "-full-rank")
+    file = output or costs / f"plan-{kind}-{8 * budget.bytes / decoder.original_weights():.3f}.json"
     write_plan(file, plan)
     print(f"wrote {file}; edit it if you like, and give it to the quantizing stage as --plan {file}")
     return file

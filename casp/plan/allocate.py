@@ -5,6 +5,7 @@ exceeds the budget. UserError where even the smallest options do.
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -64,6 +65,8 @@ def knapsack(linears: Sequence[LinearOptions], budget: int) -> dict[str, Option]
         )
     if found.x is None:
         raise UserError(f"no plan was found within {budget} bytes ({found.message}); allow more bits.")
+    if found.status:
+        print(f"the plan is within the budget, not proven to be the best: {found.message.strip()}", file=sys.stderr)
     picked = {linears[owner[i]].path: flat[i] for i in np.flatnonzero(found.x > 0.5)}
     return _within(picked, choices, linears, budget)
 

@@ -1,6 +1,7 @@
 """The plan as a file: JSON that can be read, edited and obeyed.
 
     {"version": 1, "model": content hash, "backend": ..., "record": {...}, "bytes": ..., "bits": ..., "predicted": ...,
+     "fingerprint": of all ranks and formats as they were made,
      "linears": {"model.layers.0.self_attn.q_proj": {"rank": 108, "formats": [{...}, {...}], "bytes": ...,
                                                      "predicted": ...}}}
 
@@ -58,12 +59,28 @@ class Plan:
 
     def fingerprint(self) -> str:
         """SHA-256 of what decides the outcome: ranks and formats."""
-        decisive = {path: [option.rank, option.formats] for path, option in self.linears.items()}
-        return hashlib.sha256(json.dumps([self.backend, decisive], sort_keys=True).encode()).hexdigest()
+        return _fingerprint(self.backend, {path: [one.rank, one.formats] for path, one in self.linears.items()})
+
+
+def _fingerprint(backend: Any, decisive: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([backend, decisive], sort_keys=True).encode()).hexdigest()
+
+
+def refuse_edited(file: Path) -> None:
+    """UserError where `file` holds a plan whose ranks or formats are no longer those that were made."""
+    if not is_there(file):
+        return
+    found = _json(file)
+    entries = [entry if isinstance(entry, dict) else {} for entry in found["linears"].values()]
+    decisive = [[entry.get("rank"), entry.get("formats")] for entry in entries]
+    now = _fingerprint(found.get("backend"), dict(zip(found["linears"], decisive, strict=True)))
+    if now != found.get("fingerprint", now):
+        raise UserError(f"{file} was edited since it was made and would be lost; give it as --plan, or move it away.")
 
 
 def write_plan(file: Path, plan: Plan) -> None:
-    """`plan` as JSON, atomically; UserError where `file` cannot be written."""
+    """`plan` as JSON, atomically; UserError where `file` cannot be written or holds a plan that was edited."""
+    refuse_edited(file)
     linears = {
         path: {"rank": option.rank, "formats": list(option.formats), "bytes": option.bytes, "predicted": option.cost}
         for path, option in plan.linears.items()
@@ -76,6 +93,7 @@ def write_plan(file: Path, plan: Plan) -> None:
         "bytes": plan.bytes,
         "bits": plan.bits,
         "predicted": plan.predicted,
+        "fingerprint": plan.fingerprint(),
         "linears": linears,
     }
     try:

@@ -56,6 +56,15 @@ def uniform_format(modules: Mapping[str, Mapping[str, Any]], kind: str) -> dict[
     return json.loads(formats.pop())
 
 
+def refuse_taken_apart(decoder: Decoder, kind: str) -> None:
+    """UserError where linears are stored under other names than the architecture's own (`casp.model.split`)."""
+    if decoder.splits:
+        raise UserError(
+            f"CASP takes linears of {decoder.folder} apart ({next(iter(decoder.splits))}, say), which a plain {kind} "
+            "checkpoint holds whole; leave out --export."
+        )
+
+
 def export_checkpoint(
     folder: Path,
     output: Path,

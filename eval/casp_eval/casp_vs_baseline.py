@@ -372,7 +372,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure what is missing, then write the report over all rows."""
     args = build_parser().parse_args(arguments)
     rows_folder = args.output / "rows"
-    check_report(args.output, ("report.json", "report.md"), [], "report.json", COLUMNS)
+    plots = [f"{model}.png" for model in CALIBRATION]
+    check_report(args.output, ("report.json", "report.md", *plots), [], "report.json", COLUMNS)
     refuse_inputs(args.work, [], "--work")
     grid = Grid(
         *(tuple(values) for values in (args.models, args.backends, args.bits, args.seeds)),
