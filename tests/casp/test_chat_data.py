@@ -127,6 +127,12 @@ def test_other_outputs_of_a_processor_pass_through(tiny_llava: Path, tmp_path: P
         ('{"images": ["0.png", 1], "question": "q", "answer": "a"}', "line 3 of .* has no text in quotes"),
         ('{"video": "0.mp4", "question": "q", "answer": "a"}', "line 3 of .*: the video .*0.mp4 cannot be read"),
         ('{"audio": "0.wav", "question": "q", "answer": "a"}', "line 3 of .* has sound"),
+        ('{"videos": ["0.mp4"], "question": "q", "answer": "a"}', "line 3 of .* names videos where that is not read"),
+        ('{"text": "a picture", "image": "0.png"}', "line 3 of .* names image where that is not read"),
+        (
+            '{"messages": [{"role": "assistant", "content": "a"}], "images": ["0.png"]}',
+            "line 3 of .* names images where that is not read",
+        ),
         ('{"messages": "hello"}', "line 3 of .* has no list of objects as 'messages'"),
         ('{"messages": [{"role": "robot", "content": "hello"}]}', "line 3 of .* role is none of system, user"),
         (

@@ -208,3 +208,20 @@ def test_a_following_stage_says_which_earlier_output_it_uses(tiny_llama, tmp_pat
 def test_devices_that_are_not_there(name):
     with pytest.raises(UserError, match=f"--device {name}"):
         pick_device(name)
+
+
+def test_an_output_of_another_model_is_no_start(tiny_llama, tiny_qwen2, tmp_path, monkeypatch):
+    """Of the same name, or of weights that have changed since."""
+    monkeypatch.chdir(tmp_path)
+    earlier = tmp_path / "runs" / tiny_llama.name / "svd"
+    shutil.copytree(tiny_llama, earlier)
+    for made_from, refused in ((tiny_llama, False), (tiny_qwen2, True)):
+        fingerprint = {"model": content_hash(made_from), "settings": {}}
+        record = {"version": 1, "kind": "checkpoint", "base_model": tiny_llama.name, "fingerprint": fingerprint}
+        (earlier / "casp_run.json").write_text(json.dumps(record))
+        if refused:
+            with pytest.raises(UserError, match="was made from another model than"):
+                stage_input(str(tiny_llama), "svd", from_original=False)
+        else:
+            assert stage_input(str(tiny_llama), "svd", from_original=False).resolve() == earlier
+    assert stage_input(str(tiny_llama), "svd", from_original=True) == tiny_llama

@@ -19,6 +19,7 @@ from casp.moments.__main__ import main, wanted_weightings
 from casp.moments.backward import NO_LABEL, SUREST, head_gradient, next_tokens, temperatures
 from casp.moments.collect import collect
 from casp.moments.find import COLLECTED, ON_THE_WAY, choose_weighting
+from casp.moments.forward import InputStatistics
 from casp.moments.store import Moments, gradients_file, inputs_file
 from casp.moments.weights import EXPLAINED
 from casp.run.files import write_shard
@@ -388,3 +389,12 @@ def test_zeros_are_no_moments_of_what_a_loss_depends_on(tiny_llama, tmp_path):
     zeroed(folder / gradients_file(1), energy=dict.fromkeys(moments.read(1), 0.0))
     assert not moments.read(1)[path].hessian("gradient").any()
     assert not moments.read(1)[path].gradient_moment.any()
+
+
+def test_a_forward_pass_without_weightings_tells_its_sizes():
+    """What a rank tells the first one where all weights of tokens are by gradient."""
+    one, other = (InputStatistics(["q", "k"], [], 0) for _ in range(2))
+    one._begin([["q", "k"]], {"q": 8})
+    header, _ = one.told()
+    other.hear(header, iter(()))
+    assert (other.groups, other.sizes) == ([["q", "k"]], {"q": 8})

@@ -208,3 +208,20 @@ def test_end_to_end(tiny_llama, tmp_path, toy_site, checkpointing):
     with torch.no_grad():
         q, p = (F.log_softmax(model(**BATCHES[7]).logits.double(), -1) for model in (student, original))
     assert F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean().item() == pytest.approx(best, rel=0.02)
+
+
+def test_buffers_of_one_byte_are_seen_as_they_will_be_stored():
+    """Of a leaf between whole numbers the loss sees the stored one; the gradient is that of the leaf."""
+    masters = Masters(
+        {"codebooks": torch.tensor([3, -7], dtype=torch.int8), "scales": torch.ones(2, dtype=torch.float16)}
+    )
+    with torch.no_grad():
+        masters.leaves["codebooks"] += torch.tensor([0.4, 0.7])
+        masters.leaves["scales"] += 1e-5
+    used = masters.in_use()
+    assert used["codebooks"].tolist() == [3.0, -6.0]
+    assert used["scales"].tolist() == masters.leaves["scales"].tolist()
+    (used["codebooks"] * torch.tensor([2.0, 5.0])).sum().backward()
+    assert masters.leaves["codebooks"].grad.tolist() == [2.0, 5.0]
+    masters.write()
+    assert masters.tensors["codebooks"].tolist() == [3, -6]

@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import casp_gptq.__main__ as gptq
 import casp_quip_sharp.__main__ as quip_sharp
 import casp_svd.__main__ as svd
+from casp_aqlm.export import check_exportable as aqlm_exportable
+from casp_gptq.export import check_exportable as gptq_exportable
 from zoo import FAMILIES, Family
 
 import casp.cli.options
@@ -24,7 +26,10 @@ from casp.errors import UserError
 from casp.model.capture import capture_inputs
 from casp.model.decoder import Decoder, _factory
 from casp.model.split import Experts, SplitLinear
+from casp.moments.collect import collect
+from casp.moments.store import Moments
 from casp.reading.config import open_config
+from casp.run.folder import WorkFolder
 
 CPU = torch.device("cpu")
 VISUAL = [3, 4, 5, 6]  # a token of these, generated at random, would ask for a picture
@@ -140,3 +145,33 @@ def test_the_opened_model_is_the_saved_one(name, tmp_path):
     with torch.no_grad():
         found, expected = decoder.model(**batch, use_cache=False).logits, own(**batch, use_cache=False).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_what_cross_attention_reads_has_gradients_too(tmp_path):
+    """Keys and values of a picture's own states, whose damage would else be priced at nothing."""
+    family = FAMILIES["mllama"]
+    torch.manual_seed(0)
+    model = family.make()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.1)
+            elif name.endswith("_gate"):
+                parameter.fill_(0.5)
+    model.save_pretrained(tmp_path / "model")
+    decoder = Decoder(tmp_path / "model")
+    settings = {"token_weights": ["none", "gradient"], "gradients": True}
+    work = WorkFolder(tmp_path / "moments", decoder, "moments", "mllama", settings, "")
+    collect(decoder, work, [family.batch()], CPU, torch.float32, ["none", "gradient"], True)
+    known = Moments(tmp_path / "moments").read(1)
+    assert {path.rpartition(".")[2] for path in known} >= {"q_proj", "k_proj", "v_proj", "o_proj"}
+    for path in known:
+        assert known[path].energy > 0, path
+        assert known[path].hessian("gradient").diagonal().sum() > 0, path
+
+
+@pytest.mark.parametrize("check", [gptq_exportable, aqlm_exportable])
+def test_a_plain_checkpoint_does_not_hold_what_is_taken_apart(check, tmp_path):
+    FAMILIES["phi3"].save(tmp_path)
+    with pytest.raises(UserError, match="leave out --export"):
+        check(Decoder(tmp_path), {"bits": 4, "group_size": 16})

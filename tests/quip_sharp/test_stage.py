@@ -1,6 +1,7 @@
 """The stage: its checkpoint loads with transformers, low-rank factors, a byte budget, bad input."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -256,6 +257,19 @@ def test_moments_are_found_where_they_are_filed(stage, texts, tiny_llama, tmp_pa
     ]
     with pytest.raises(UserError, match=r"gradient-norm needs moments.*hessian_offline"):
         stage("--model", tiny_llama, "--output", "out", "--token-weights", "gradient-norm")
+
+
+def test_moments_of_data_that_changed_since_are_passed_over(stage, texts, tiny_llama, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    mine = shutil.copy(texts, tmp_path / f"mine{texts.suffix}")
+    flags = ["--samples", "4", "--sequence-length", "32", "--dataset", str(mine), "--device", "cpu"]
+    moments.main(["--model", str(tiny_llama), *flags])
+    with open(mine, "a") as file:
+        file.write(mine.read_text()[:400])
+    capsys.readouterr()
+    stage("--model", tiny_llama, "--output", "out", "--dataset", mine)
+    said = capsys.readouterr().out
+    assert f"not using runs/{tiny_llama.name}/moments, collected before {mine} changed" in said
 
 
 @pytest.mark.parametrize("codebook", ["e8p", "trellis"])

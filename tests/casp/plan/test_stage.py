@@ -7,6 +7,8 @@ import pytest
 import torch
 from casp_gptq.__main__ import main as gptq
 from casp_quip_sharp.__main__ import main as quip_sharp
+from casp_svd.__main__ import main as svd
+from scipy.optimize import milp
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import casp
@@ -17,6 +19,8 @@ from casp.model.checkpoint import size
 from casp.model.decoder import Decoder
 from casp.moments.__main__ import main as collect
 from casp.plan.__main__ import main as plan
+from casp.plan.allocate import knapsack
+from casp.plan.options import LinearOptions, Option
 
 
 @pytest.fixture(scope="module")
@@ -324,3 +328,50 @@ def test_compress_evaluates_if_asked(tiny_llama, texts, moments, planned, tmp_pa
     assert compressed["bpw"] == pytest.approx(size(output).bpw)
     assert compressed["perplexity_text"] != original["perplexity_text"]
     assert "perplexity" in (output / "README.md").read_text()
+
+
+def test_an_edited_plan_is_not_written_over(tiny_llama, texts, moments, planned, tmp_path):
+    """Not by the plan made anew, and compress tells it before the first stage."""
+    file = tmp_path / "out-plan.json"
+    make_plan(tiny_llama, moments, file, "--costs", str(planned.parent / "costs-quip-sharp"))
+    make_plan(tiny_llama, moments, file, "--costs", str(planned.parent / "costs-quip-sharp"), bits="3")  # its own
+    found = json.loads(file.read_text())
+    entry = next(entry for entry in found["linears"].values() if entry["rank"] is None)
+    entry["formats"][0]["bits"] = 4 if entry["formats"][0]["bits"] != 4 else 3
+    file.write_text(json.dumps(found))
+    with pytest.raises(UserError, match="was edited since it was made"):
+        make_plan(tiny_llama, moments, file, "--costs", str(planned.parent / "costs-quip-sharp"))
+    flags = ["--model", str(tiny_llama), "--backend", "quip-sharp", "--bits", "3", "--moments", str(moments)]
+    with pytest.raises(UserError, match="was edited since it was made"):
+        compress([*flags, *data_flags(texts), "--output", str(tmp_path / "out")])
+    assert json.loads(file.read_text()) == found
+
+
+def test_a_compressed_model_has_no_plan(tiny_llama, texts, moments, tmp_path):
+    """Of a low-rank model that is told before anything is priced."""
+    svd(["--model", str(tiny_llama), "--output", str(tmp_path / "low"), *data_flags(texts)])
+    with pytest.raises(UserError, match="is compressed already"):
+        make_plan(tmp_path / "low", moments, tmp_path / "plan.json")
+    flags = ["--model", str(tmp_path / "low"), "--backend", "gptq", "--bits", "3", "--dry-run"]
+    with pytest.raises(UserError, match="is compressed already"):
+        compress([*flags, "--output", str(tmp_path / "out"), "--moments", str(tmp_path / "none")])
+
+
+def test_a_backend_without_a_stage_is_told():
+    with pytest.raises(UserError, match="offers a backend but no quantizing stage"):
+        job.parser_of("casp.plan.table")
+
+
+def test_a_plan_that_is_not_proven_best_says_so(monkeypatch, capsys):
+    """What the solver found when its time was over."""
+
+    def late(*args, **kwargs):
+        found = milp(*args, **kwargs)
+        found.status, found.message = 1, "Time limit reached."
+        return found
+
+    options = tuple(Option(None, ({"bits": bits},), bits * 8, 4.0**-bits) for bits in (2, 4))
+    linears = [LinearOptions("here", 0, "v", 8, 8, 0.0, options)]
+    monkeypatch.setattr("casp.plan.allocate.milp", late)
+    assert knapsack(linears, 32)["here"] == options[1]
+    assert "not proven to be the best: Time limit reached" in capsys.readouterr().err
