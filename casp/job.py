@@ -265,6 +265,8 @@ def check(job: Job, decoder: Decoder, output: Path, budget: int) -> None:
     places = {"output": output, "model": job.prices.model, "moments": moments, "plan": plan}
     given = [f"--{name}={place}" for name, place in places.items()]
     wanted = parser_of(package_of(job.prices.backend)).parse_args([*given, *job.quantizing])
+    if any(getattr(wanted, name, None) for name in ("export", "bits_budget", "target_bytes_of")):
+        raise UserError("--export, --bits-budget and --target-bytes-of do not go with a plan of ranks and formats.")
     if any(getattr(wanted, name) != place for name, place in places.items()):
         raise UserError("--output, --model, --moments and --plan are for all stages; give them before the --.")
 

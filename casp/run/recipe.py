@@ -103,9 +103,22 @@ def with_recipe(words: Sequence[str], parser: argparse.ArgumentParser, command: 
         file = None  # the parser of the command says what is wrong
     if file is None:
         return list(words)
-    found = flags(read_recipe(file, command), parser)
+    settings = read_recipe(file, command)
+    for name in _overruled(words, parser):
+        settings = {key: value for key, value in settings.items() if str(key).replace("-", "_") != name}
+    found = flags(settings, parser)
     end = found.index("--") if "--" in found else len(found)
     return [*found[:end], *words, *([] if "--" in words else found[end:])]
+
+
+def _overruled(words: Sequence[str], parser: argparse.ArgumentParser) -> set[str]:
+    """The settings that exclude one which `words` give: --size in the place of the recipe's bits."""
+    given = {word.partition("=")[0] for word in words}
+    found = set()
+    for group in parser._mutually_exclusive_groups:
+        own = {action.dest for action in group._group_actions if given & {*action.option_strings}}
+        found |= {action.dest for action in group._group_actions} - own if own else set()
+    return found
 
 
 class _Plain(yaml.SafeLoader):

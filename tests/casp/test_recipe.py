@@ -108,6 +108,15 @@ def test_flags_overrule_the_recipe(tmp_path: Path):
     assert recipe.with_recipe(["--samples", "9"], job.parser(), "compress") == ["--samples", "9"]
 
 
+def test_a_flag_overrules_the_setting_that_it_excludes(tmp_path: Path):
+    (tmp_path / "r.yaml").write_text("model: demo-llama\nbackend: gptq\nbits: 2.5\n")
+    for given in (["--size", "30MB"], ["--size=30MB"]):
+        words = recipe.with_recipe(["--recipe", str(tmp_path / "r.yaml"), *given], job.parser(), "compress")
+        found = job.parser().parse_args(words)
+        assert found.bits is None
+        assert found.size is not None
+
+
 def test_calibration_has_the_defaults_of_the_flags():
     args = job.parser().parse_args(["--backend", "gptq"])
     assert calibration_of(args) == Calibration()

@@ -279,6 +279,8 @@ def test_compress_announces_and_does_the_whole_job(tiny_llava, tmp_path, capfd):
         (["--output", "{dir}/reported", "--evaluate"], "is no report of this script"),
         (["--output", "{dir}/out", "--", "--no-such-flag"], "--no-such-flag"),
         (["--output", "{dir}/out", "--", "--sweeps", "nan"], "--sweeps"),
+        (["--output", "{dir}/out", "--", "--export", "gptq"], "do not go with a plan"),
+        (["--output", "{dir}/out", "--", "--bits-budget", "3"], "do not go with a plan"),
         (["--output", "{dir}/out", "--", "--output", "{dir}/other"], "before the --"),
     ],
 )
