@@ -1,5 +1,7 @@
 """Every implementation of AQLM's layer against float64, with groups, codes and sizes that fill no byte."""
 
+import copy
+
 import pytest
 import torch
 from casp_aqlm.linear import AQLMLinear
@@ -12,7 +14,9 @@ from casp.kernels import has_operator, implementations
 from casp.linear import stored_as
 
 BUILT = has_operator("aqlm_layer", "cpu")
-IMPLEMENTATIONS = [one for one in implementations() if one.name == "reference" or (BUILT and one.name != "cuda")]
+ON_CUDA = has_operator("aqlm_layer", "cuda") and torch.cuda.is_available()
+RUN = {"reference": True, "cuda": ON_CUDA}
+IMPLEMENTATIONS = [one for one in implementations() if RUN.get(one.name, BUILT)]
 needs_kernel = pytest.mark.skipif(not BUILT, reason="quiptools is not built with this operator")
 
 
@@ -35,12 +39,18 @@ def random_layer(scheme, out_features, in_features, entries="float16", bias=True
     return layer, weight
 
 
+def run(one, layer, x, must=False):
+    """What an implementation makes of x, on the device that it is for."""
+    device = "cuda" if one.name == "cuda" else "cpu"
+    kernel, there = copy.deepcopy(layer).to(device).kernel(), x.to(device)
+    with torch.no_grad():
+        assert not must or one.can(kernel, there)
+        return one.run(kernel, there).cpu()
+
+
 def check(one, layer, weight, x):
     """One implementation on x (vectors, in): its sums in float32 and the dtype's own digits."""
-    kernel = layer.kernel()
-    with torch.no_grad():
-        assert one.can(kernel, x)
-        y = one.run(kernel, x)
+    y = run(one, layer, x, must=True)
     bias = 0 if layer.bias is None else layer.bias.double()
     size = 0 if layer.bias is None else layer.bias.double().abs()
     assert (y.dtype, y.shape) == (x.dtype, (x.shape[0], weight.shape[0]))
@@ -115,8 +125,7 @@ def test_what_is_not_finite_comes_out(bad):
     x = torch.randn(2, 1096, generator=torch.Generator().manual_seed(0)).bfloat16()
     x[1, 900] = bad
     for one in IMPLEMENTATIONS:
-        with torch.no_grad():
-            y = one.run(layer.kernel(), x)
+        y = run(one, layer, x)
         assert torch.isfinite(y[0]).all()
         assert not torch.isfinite(y[1]).any()
 

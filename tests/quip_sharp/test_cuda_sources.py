@@ -64,6 +64,7 @@ int main(int, char** names) {
     ("source", "kernels"),
     [
         ("cuda_kernels.cu", 20),  # four formats, each to decode and for 1, 2, 4 and 8 vectors
+        ("cuda_aqlm.cu", 13),  # to decode, and groups of 8, 4 and any number for 1, 2, 4 and 8 vectors
         ("cuda_trellis.cu", 12),  # narrow and wide states, each to decode and for 1, 2, 4, 8 and 16 vectors
     ],
 )

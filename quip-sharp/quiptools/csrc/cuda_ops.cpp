@@ -1,6 +1,7 @@
-// The CUDA operators: checks, memory, streams. The arithmetic is in cuda_kernels.cu.
+// The CUDA operators: checks, memory, streams. The arithmetic is in cuda_kernels.cu, cuda_trellis.cu and cuda_aqlm.cu.
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -8,7 +9,9 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
+#include "cuda_aqlm.h"
 #include "cuda_kernels.h"
 #include "cuda_trellis.h"
 #include "ops.h"
@@ -127,6 +130,69 @@ Tensor trellis_product(const Tensor& x, const Tensor& codes, int64_t rows, int64
   return sums.sum(0).narrow(0, 0, batch).contiguous();
 }
 
+// words: the codebooks in float32, which the matrix points into.
+CudaAQLM aqlm_of(const Tensor& codes, const Tensor& codebooks, const Tensor& scales, int64_t columns, int64_t bits,
+                 Tensor& words) {
+  TORCH_CHECK_VALUE(bits >= 1 && bits <= 16 && columns > 0 && codebooks.dim() == 3 && codebooks.size(0) > 0 &&
+                        codebooks.size(1) == int64_t{1} << bits && codebooks.size(2) > 0 && codebooks.size(2) <= 32 &&
+                        codebooks.scalar_type() == at::kHalf && codebooks.device() == codes.device(),
+                    "codebooks are a float16 tensor (codebooks, ", int64_t{1} << bits, ", group) on the device of the codes");
+  int64_t group = codebooks.size(2), groups = (columns + group - 1) / group;
+  int64_t bytes = (groups * codebooks.size(0) * bits + 7) / 8;
+  TORCH_CHECK_VALUE(codes.dim() == 2 && codes.scalar_type() == at::kByte && codes.is_contiguous() && codes.size(0) > 0 &&
+                        codes.size(1) == bytes,
+                    "codes of ", columns, " columns are a uint8 matrix (out, ", bytes, ")");
+  TORCH_CHECK_VALUE(scales.dim() == 1 && scales.scalar_type() == at::kHalf && scales.size(0) == codes.size(0) &&
+                        scales.device() == codes.device(),
+                    "scales are ", codes.size(0), " numbers of float16 on the device of the codes");
+  words = codebooks.to(at::kFloat).contiguous();
+  return {codes.const_data_ptr<uint8_t>(),
+          words.const_data_ptr<float>(),
+          static_cast<int>(bits),
+          static_cast<int>(codebooks.size(0)),
+          static_cast<int>(group),
+          codes.size(0),
+          columns,
+          bytes,
+          groups};
+}
+
+Tensor aqlm_decode(const Tensor& codes, const Tensor& codebooks, const Tensor& scales, int64_t columns, int64_t bits,
+                   std::string isa) {
+  check_isa(isa);
+  c10::cuda::CUDAGuard guard(codes.device());
+  Tensor words;
+  CudaAQLM m = aqlm_of(codes, codebooks, scales, columns, bits, words);
+  Tensor out = at::empty({m.rows, columns}, words.options());
+  C10_CUDA_CHECK(cuda_aqlm_decode(m, out.mutable_data_ptr<float>(), c10::cuda::getCurrentCUDAStream()));
+  return out.mul_(scales.to(at::kFloat).unsqueeze(1));
+}
+
+Tensor aqlm_layer(const Tensor& x, const Tensor& codes, const Tensor& codebooks, const Tensor& scales, int64_t bits,
+                  const std::optional<Tensor>& bias, bool, std::string isa) {
+  check_isa(isa);
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.is_floating_point() && x.device() == codes.device(),
+                    "x is of floats on the device of the codes and ends in the inputs");
+  c10::cuda::CUDAGuard guard(codes.device());
+  int64_t columns = x.size(-1), batch = columns ? x.numel() / columns : 0;
+  if (batch == 0 || batch > kLargestCudaBatch) {
+    Tensor weight = aqlm_decode(codes, codebooks, scales, columns, bits, isa).to(x.scalar_type());
+    return at::linear(x, weight, bias ? std::optional<Tensor>(bias->to(x.scalar_type())) : std::nullopt);
+  }
+  Tensor words;
+  CudaAQLM m = aqlm_of(codes, codebooks, scales, columns, bits, words);
+  Tensor vectors = x.reshape({batch, columns}).to(at::kFloat);
+  vectors = at::constant_pad_nd(vectors, {0, m.groups * m.group - columns}).contiguous();
+  Tensor y = at::empty({batch, m.rows}, words.options());
+  C10_CUDA_CHECK(cuda_aqlm_product(m, vectors.const_data_ptr<float>(), batch, y.mutable_data_ptr<float>(),
+                                   c10::cuda::getCurrentCUDAStream()));
+  y.mul_(scales.to(at::kFloat));
+  if (bias) y.add_(bias->to(at::kFloat));
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = m.rows;
+  return y.to(x.scalar_type()).view(shape);
+}
+
 } // namespace
 
 TORCH_LIBRARY_IMPL(quiptools, CUDA, library) {
@@ -134,6 +200,8 @@ TORCH_LIBRARY_IMPL(quiptools, CUDA, library) {
   library.impl("product", product);
   library.impl("trellis_decode", trellis_decode);
   library.impl("trellis_product", trellis_product);
+  library.impl("aqlm_decode", aqlm_decode);
+  library.impl("aqlm_layer", aqlm_layer);
 }
 
 } // namespace quiptools
