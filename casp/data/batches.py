@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -69,7 +70,7 @@ def calibration_batches(
         shares = {name: Fraction(1, len(of_chats)) for name in of_chats}
     parts = mixture.counts(shares, samples)
     if left_out := [name for name in shares if name not in parts]:
-        print(f"{samples} samples are too few for all of {dataset}: none of {', '.join(left_out)}")
+        print(f"{samples} samples are too few for all of {dataset}: none of {', '.join(left_out)}", file=sys.stderr)
     for name, count in parts.items():
         drawn = draw(name, count, rng, visual.frames)
         if not multimodal and any(any(chat.media()) for chat in drawn.chats):

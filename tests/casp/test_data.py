@@ -180,3 +180,11 @@ def test_fingerprint_sees_values_names_types_shapes_and_order():
     ]
     assert len({fingerprint(found) for found in [base, *others]}) == 10
     assert fingerprint([{"b": torch.zeros(2), "a": torch.arange(6)}]) == fingerprint(base)
+
+
+def test_parts_of_a_mixture_without_a_sample_are_told(tiny_llama: Path, capsys: pytest.CaptureFixture):
+    batches(tiny_llama, "demo", samples=3, batch_size=1)
+    told = capsys.readouterr().err
+    assert "3 samples are too few for all of demo: none of demo-technical, demo-code" in told
+    batches(tiny_llama, "demo", samples=5, batch_size=1)
+    assert "too few" not in capsys.readouterr().err
