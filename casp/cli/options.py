@@ -48,10 +48,8 @@ class Calibration:
 
     def contents(self) -> dict[str, str]:
         """A digest of the local files among the data, under the name `files`; empty where there are none."""
-        files = self.files()
-        return (
-            {"files": hash_of({str(number): file_digest(file) for number, file in enumerate(files)})} if files else {}
-        )
+        digests = {str(number): file_digest(file) for number, file in enumerate(self.files())}
+        return {"files": hash_of(digests)} if digests else {}
 
     def record(self) -> dict[str, Any]:
         """All of it, JSON-able."""

@@ -1,8 +1,8 @@
 """What the ranks of a run tell each other, in an order that does not depend on how many there are.
 
 Floating-point addition is not associative, so a sum keeps its bytes only where its terms and their order are kept. The
-terms are those of the items (batches, blocks, windows), which no number of ranks changes, and one
-rank adds each sum up in the order of the items: what one process alone does, term by term.
+terms are those of the items (batches, blocks, windows), which no number of ranks changes, and one rank adds
+each sum up in the order of the items: what one process alone does, term by term.
 """
 
 import json
