@@ -66,12 +66,15 @@ _MATRIX = 1024
 
 @dataclass(frozen=True)
 class Step:
-    """One stage: what it is called, its command, the file or folder that it leaves, and how long it may take."""
+    """One stage: what it is called, its command, the file or folder that it leaves, how long it may take, and by which
+    flag of this command that outcome is chosen.
+    """
 
     name: str
     command: list[str]
     outcome: Path
     seconds: float
+    flag: str = "--output"
 
     def started(self, count: int) -> list[str]:
         """The command that starts it in so many processes."""
@@ -226,7 +229,7 @@ def steps(job: Job, decoder: Decoder, output: Path, budget: int) -> list[Step]:
     command = [*python, "casp.moments", *run, *data, "--from-original", "--output", str(moments)]
     unusual = set(weighting_parts(prices.token_weights)) - set(USUAL)
     command += ["--token-weights", *USUAL, *sorted(unusual)] if unusual else []
-    found = [Step("moments", command, moments, moment_seconds)]
+    found = [Step("moments", command, moments, moment_seconds, "--moments")]
     if job.plan is None:
         size = ["--size", f"{budget}B"]
         command = [*python, "casp.plan", *run, *of_plan, *size, "--output", str(plan)]
@@ -354,6 +357,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"\n== {number}/{len(found)} {step.name}: {shlex.join(step.command[1:])}", flush=True)
         status = subprocess.run(step.started(count)).returncode
         if status:
+            if step.flag != "--output":
+                print(f"{NAME}: that stage's --output is {step.flag} here", file=sys.stderr)
             raise SystemExit(status)  # the stage has said why
 
 

@@ -20,7 +20,7 @@ from casp.lowrank import LOW_RANK_ROLES
 from casp.model.decoder import Decoder
 from casp.moments.store import Moments
 from casp.numbers import seed
-from casp.plan.allocate import ALLOCATIONS
+from casp.plan.allocate import ALLOCATIONS, least_cost
 from casp.plan.costs import Pricing
 from casp.plan.file import SHAPE, Plan, write_plan
 from casp.plan.flags import (
@@ -100,9 +100,10 @@ def allocate(prices: Prices, goal: Goal, budget: Budget, decoder: Decoder, costs
     priced = read_costs(costs, decoder, load_backend(prices.backend))
     linears = with_low_rank(priced, LOW_RANK_ROLES if goal.low_rank else ())
     options = ALLOCATIONS[goal.allocation](linears, budget.bytes)
-    record = union(goal.record(), budget.record())
+    at_least = least_cost(linears, budget.bytes)
+    record = union(goal.record(), budget.record(), {"at_least": at_least})
     plan = Plan(content_hash(decoder.folder), prices.backend, decoder.original_weights(), options, record)
-    print(describe(plan, linears))
+    print(describe(plan, linears, at_least))
     kind = goal.allocation + ("" if goal.low_rank else "-full-rank")
     file = output or costs / f"plan-{kind}-{8 * budget.bytes / decoder.original_weights():.3f}.json"
     write_plan(file, plan)

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -32,6 +33,38 @@ def frontier(options: Sequence[Option]) -> list[Option]:
         if not kept or option.cost < kept[-1].cost:
             kept.append(option)
     return kept
+
+
+def _hull(options: Sequence[Option]) -> list[Option]:
+    """The corners of the lower convex hull of cost over bytes, in ascending bytes."""
+    kept: list[Option] = []
+    for option in frontier(options):
+        while len(kept) > 1 and _gain(kept[-2], option) >= _gain(kept[-2], kept[-1]):
+            kept.pop()
+        kept.append(option)
+    return kept
+
+
+def _gain(smaller: Option, larger: Option) -> float:
+    """What each byte from one option to the other takes off the cost."""
+    return (smaller.cost - larger.cost) / (larger.bytes - smaller.bytes)
+
+
+def least_cost(linears: Sequence[LinearOptions], budget: int) -> float:
+    """A total cost below which no plan of these options lies, whatever finds it: the knapsack with options in parts.
+
+    Between the corners of their hulls linears go in the order of what a byte gains (Sinha and Zoltners, Operations
+    Research 27, 1979); the last step is taken in part.
+    """
+    hulls = [_hull(linear.options) for linear in linears]
+    check_budget(sum(hull[0].bytes for hull in hulls), budget, sum(linear.weights for linear in linears))
+    left, cost = budget - sum(hull[0].bytes for hull in hulls), sum(hull[0].cost for hull in hulls)
+    for step in sorted(
+        (step for hull in hulls for step in pairwise(hull)), key=lambda step: _gain(*step), reverse=True
+    ):
+        taken = min(step[1].bytes - step[0].bytes, left)
+        left, cost = left - taken, cost - taken * _gain(*step)
+    return cost
 
 
 def check_budget(smallest: int, budget: int, weights: int) -> None:

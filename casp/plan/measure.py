@@ -29,7 +29,7 @@ _Checked = tuple[str, tuple[int, int]]  # an option or a format as JSON, and the
 class CostsFolder(WorkFolder):
     """The work of pricing options."""
 
-    kind = "costs"
+    kind, flag = "costs", "--costs"
 
 
 def costs_file(index: int) -> str:

@@ -53,14 +53,15 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows)
 
 
-def describe(plan: Plan, linears: Sequence[LinearOptions]) -> str:
-    """What is printed before the long work: both tables and the sum."""
+def describe(plan: Plan, linears: Sequence[LinearOptions], at_least: float) -> str:
+    """What is printed before the long work: both tables and the sum, beside the cost `at_least` of any plan."""
     ranks = Counter(option.rank is not None for option in plan.linears.values())
     return "\n\n".join(
         [
             aligned(by_block(plan.linears, linears)),
             aligned(by_role(plan.linears, linears)),
             f"{plan.bits:.4f} bits a weight, {plan.bytes / 1e6:.2f} MB of linears, {ranks[True]} of "
-            f"{len(plan.linears)} low-rank, predicted {plan.predicted:.4f} nats a token",
+            f"{len(plan.linears)} low-rank, predicted {plan.predicted:.4f} nats a token; no plan of these options is "
+            f"below {at_least:.4f}",
         ]
     )

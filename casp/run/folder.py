@@ -63,7 +63,7 @@ def check_places(output: Path, inputs: Iterable[Path], flag: str = "--output") -
     """UserError, before any work, where a run towards `output` would touch `inputs` or what no run of ours made."""
     _check_paths(output, inputs, flag)
     if work_place(output).exists():
-        _refuse_foreign(work_place(output))
+        _refuse_foreign(work_place(output), flag)
 
 
 def _check_paths(output: Path, inputs: Iterable[Path], flag: str = "--output") -> None:
@@ -71,10 +71,10 @@ def _check_paths(output: Path, inputs: Iterable[Path], flag: str = "--output") -
     refuse_inputs(work_place(output), inputs, flag)
 
 
-def _refuse_foreign(folder: Path) -> None:
+def _refuse_foreign(folder: Path, flag: str) -> None:
     """UserError unless `folder` was made by a run and holds nothing but its files."""
     if folder.is_symlink() or not folder.is_dir():
-        raise UserError(f"{folder}, where this run works, is no folder; move it away or choose another --output.")
+        raise UserError(f"{folder}, where this run works, is no folder; move it away or choose another {flag}.")
     known = {RUN_FILE, LOG_FILE, RESULT} if read_record(folder) is not None else set()
     for file in sorted(folder.iterdir()):
         ours = file.name in {LOCK_FILE, *known} or is_temporary(file)
@@ -82,7 +82,7 @@ def _refuse_foreign(folder: Path) -> None:
         if not ours or file.is_symlink():
             raise UserError(
                 f"{folder}, where this run works, holds {file.name}, which no run of CASP put there; move it away or "
-                "choose another --output."
+                f"choose another {flag}."
             )
 
 
@@ -96,6 +96,7 @@ class WorkFolder:
     """
 
     kind = "moments"  # of `casp.run.outputs.KINDS`
+    flag = "--output"  # by which the user named the folder
 
     def __init__(
         self,
@@ -111,7 +112,7 @@ class WorkFolder:
         self.output, self.decoder, self.stage, self.ranks = Path(output), decoder, stage, ranks
         self.base_model, self.settings = base_model, settings
         inputs = [decoder.folder, *inputs]
-        _check_paths(self.output, inputs)
+        _check_paths(self.output, inputs, self.flag)
         self.folder = work_place(self.output)
         self.result = self.folder / RESULT
         # Rank 0 reads the model first: its digests are kept for the others on its machine.
@@ -138,31 +139,31 @@ class WorkFolder:
                 return True
             try:
                 make_folder(self.folder)
-                _refuse_foreign(self.folder)
+                _refuse_foreign(self.folder, self.flag)
                 self._lock = lock(self.folder / LOCK_FILE)
             except FileNotFoundError:
                 continue  # the process that had it has just removed it
             except OSError as error:
                 raise UserError(
-                    f"{self.folder} cannot be written ({error.strerror}); choose another --output."
+                    f"{self.folder} cannot be written ({error.strerror}); choose another {self.flag}."
                 ) from error
             if self._lock is None:
-                raise UserError(f"another process is writing {self.folder}; wait for it or choose another --output.")
+                raise UserError(f"another process is writing {self.folder}; wait for it or choose another {self.flag}.")
             if not self._is_finished():
                 self._begin()
                 return False
             self.release()
-        raise UserError(f"{self.folder} changes all the time; wait for other processes or choose another --output.")
+        raise UserError(f"{self.folder} changes all the time; wait for other processes or choose another {self.flag}.")
 
     def _is_finished(self) -> bool:
-        check_folder(self.output)
+        check_folder(self.output, flag=self.flag)
         record = read_record(self.output) if self.output.exists() else None
         if record is None:
             return False
         if record["fingerprint"] != self.fingerprint:
             raise UserError(
                 f"{self.output} is the result of another run (differs in: "
-                f"{_difference(record['fingerprint'], self.fingerprint)}); choose another --output or move it away."
+                f"{_difference(record['fingerprint'], self.fingerprint)}); choose another {self.flag} or move it away."
             )
         return True
 
@@ -174,7 +175,7 @@ class WorkFolder:
             self.release()
             raise UserError(
                 f"{self.folder} was begun by another run (differs in: "
-                f"{_difference(record['fingerprint'], self.fingerprint)}); choose another --output, or move it away "
+                f"{_difference(record['fingerprint'], self.fingerprint)}); choose another {self.flag}, or move it away "
                 "where that run is not to be resumed."
             )
         self.result.mkdir(exist_ok=True)
@@ -193,7 +194,7 @@ class WorkFolder:
             if not same:
                 raise UserError(
                     f"{file} was changed while the run read it; put it back and run the same command again, or choose "
-                    "another --output for the model as it is now."
+                    f"another {self.flag} for the model as it is now."
                 )
 
     @property

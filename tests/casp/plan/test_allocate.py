@@ -6,9 +6,10 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 
 from casp.errors import UserError
-from casp.plan.allocate import ALLOCATIONS, closed_form, evenly, knapsack, uniform
+from casp.plan.allocate import ALLOCATIONS, closed_form, evenly, knapsack, least_cost, uniform
 from casp.plan.options import LinearOptions, Option
 
 
@@ -43,6 +44,25 @@ def test_knapsack_is_the_best_of_all_plans(problem, extra):
     assert set(found) == {each.path for each in linears}
     assert spent(found) <= budget
     assert paid(found) == pytest.approx(best, rel=1e-5, abs=1e-9)
+
+
+@settings(max_examples=80, deadline=None)
+@given(problem=problems, extra=st.integers(0, 80))
+def test_least_cost_is_the_linear_programs_and_no_plan_is_below_it(problem, extra):
+    linears = [linear(number, options) for number, options in enumerate(problem)]
+    budget = sum(min(option.bytes for option in options) for options in problem) + extra
+    flat = [option for options in problem for option in options]
+    owners = [number for number, options in enumerate(problem) for _ in options]
+    relaxed = linprog(
+        [option.cost for option in flat],
+        A_ub=[[option.bytes for option in flat]],
+        b_ub=[budget],
+        A_eq=[[float(owner == number) for owner in owners] for number in range(len(problem))],
+        b_eq=[1.0] * len(problem),
+    )
+    found = least_cost(linears, budget)
+    assert found == pytest.approx(relaxed.fun, rel=1e-6, abs=1e-9)
+    assert found <= paid(knapsack(linears, budget)) * (1 + 1e-9)
 
 
 @settings(max_examples=30, deadline=None)

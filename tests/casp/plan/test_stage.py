@@ -311,6 +311,17 @@ def test_compress_looks_at_moments_that_are_there(tiny_llama, tiny_qwen2, texts,
         compress(["--model", str(tiny_llama), *flags, "--token-weights", "gradient-norm"])
 
 
+def test_what_stands_in_the_way_is_called_by_the_flag_that_chose_it(tiny_llama, texts, moments, tmp_path, capfd):
+    """Moments of other settings, found by a stage that compress starts, and costs of others."""
+    flags = ["--model", str(tiny_llama), "--backend", "gptq", "--bits", "3.5", "--moments", str(moments)]
+    with pytest.raises(SystemExit):
+        compress([*flags, *data_flags(texts), "--samples", "3", "--output", str(tmp_path / "out")])
+    assert "that stage's --output is --moments here" in capfd.readouterr().err
+    make_plan(tiny_llama, moments, tmp_path / "plan.json", backend="gptq", bits="3.5")
+    with pytest.raises(UserError, match="choose another --costs"):
+        make_plan(tiny_llama, moments, tmp_path / "plan.json", "--seed", "1", backend="gptq", bits="3.5")
+
+
 def test_compress_collects_the_token_weights_that_it_asks_for(tiny_llama, tmp_path):
     flags = ["--model", str(tiny_llama), "--backend", "gptq", "--dry-run", "--output", str(tmp_path / "out")]
     flags += ["--moments", str(tmp_path / "moments"), "--token-weights", "none+gradient-norm"]
