@@ -310,7 +310,7 @@ def todo(args: argparse.Namespace, count: int = 1) -> list[Step]:
     job = Job.of(args)
     backend_name = job.prices.backend
     backend = load_backend(backend_name)  # a misspelt one is told before anything is computed, and so is a bad plan
-    decoder = Decoder.open(model_folder(job.prices.model))
+    decoder = Decoder(model_folder(job.prices.model))
     if job.plan is None:
         budget = job.goal.budget(decoder).bytes
     else:

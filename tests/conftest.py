@@ -246,7 +246,7 @@ def low_rank(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     from casp.run.writer import RunFolder
 
     folder = tmp_path_factory.mktemp("low-rank") / "model"
-    run = RunFolder(folder, Decoder.open(tiny_llama), "svd", "tiny", {}, "none")
+    run = RunFolder(folder, Decoder(tiny_llama), "svd", "tiny", {}, "none")
     for visit in run.walk([{"input_ids": torch.arange(4, 36).reshape(2, 16)}], torch.device("cpu"), torch.float32):
         for role, rank in (("q", 12), ("k", 7)):
             path = visit.linears[role]

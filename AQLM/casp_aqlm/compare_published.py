@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from casp.cli import Parser, model_folder, run_main
-from casp.cli.matrices import places
+from casp.cli.matrices import dense_weight, places
 from casp.errors import UserError
 from casp.model.decoder import Decoder
 from casp.moments.find import ON_THE_WAY
@@ -58,7 +58,7 @@ def read(
 ) -> tuple[Tensor, Tensor]:
     """Weight and damped Hessian of a linear, called `matrix`, padded to whole groups."""
     found = moments.read(index)[path].hessian(ON_THE_WAY)
-    weight = dict(decoder.shards.load([f"{decoder.blocks[index]}.{path}.weight"])).popitem()[1].float()
+    weight = dense_weight(decoder, index, path)
     extra = scheme.padded(weight.shape[1]) - weight.shape[1]
     hessian = Factors.of(F.pad(found.double(), (0, extra, 0, extra)), scheme.group, 0.01, matrix).hessian
     return F.pad(weight, (0, extra)), hessian
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     scheme, decoder, moments = (
         Scheme.parse(args.scheme),
-        Decoder.open(model_folder(args.model)),
+        Decoder(model_folder(args.model)),
         Moments(args.moments),
     )
     moments.check(content_hash(decoder.folder), decoder, ON_THE_WAY)

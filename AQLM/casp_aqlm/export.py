@@ -73,7 +73,7 @@ def export_aqlm(folder: Path, output: Path) -> Path:
 
     UserError when `output` holds anything but the export of the same checkpoint.
     """
-    decoder = Decoder.open(folder)
+    decoder = Decoder(folder)
     modules = read_json(folder / "config.json", "the config")["quantization_config"]["modules"]
     shapes = {path: shape for path, shape in matrices(decoder).items() if path in modules}
     scheme = _checked(uniform_format(modules, "AQLM"), shapes)

@@ -13,18 +13,12 @@ import torch
 from torch import Tensor
 
 from casp_aqlm.linear import decode
+from casp_aqlm.nearest import entries_reference
 from casp_aqlm.quantize import Additive
 from casp_aqlm.scheme import Scheme
 
 INIT_ITERATIONS, EPOCH_STEPS, LEARNING_RATE, TOLERANCE = 100, 100, 1e-4, 0.01
 _EPSILON = 1e-9  # keeps the scale of a row of zeros off 0
-_TOGETHER = 1 << 22  # distances held at once
-
-
-def _nearest(vectors: Tensor, entries: Tensor) -> Tensor:
-    norms = entries.square().sum(1)
-    parts = vectors.split(max(_TOGETHER // len(entries), 1))
-    return torch.cat([torch.addmm(norms, part, entries.T, alpha=-2).argmin(1) for part in parts])
 
 
 def residual_k_means(
@@ -36,14 +30,14 @@ def residual_k_means(
         chosen = torch.randperm(len(left), generator=generator)[: scheme.size]
         entries = left[chosen.repeat(-(-scheme.size // len(chosen)))[: scheme.size]]
         for _ in range(iterations):
-            code = _nearest(left, entries)
+            code = entries_reference(left, entries)
             count = torch.bincount(code, minlength=scheme.size)[:, None]
             means = torch.zeros_like(entries).index_add(0, code, left) / count.clamp_min(1)
             moved = torch.where(count > 0, means, entries)
             if torch.equal(moved, entries):
                 break
             entries = moved
-        codes.append(_nearest(left, entries))
+        codes.append(entries_reference(left, entries))
         codebooks.append(entries)
         left = left - entries[codes[-1]]
     return torch.stack(codebooks), torch.stack(codes, 1)

@@ -59,7 +59,7 @@ def cut_model(folder: Path, blocks: int, output: Path) -> Path:
 
 def problems(folder: Path, batches: list[dict[str, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
     """Path -> weight and Hessian of every linear, the model unquantized."""
-    decoder = Decoder.open(folder)
+    decoder = Decoder(folder)
     found = {}
     for visit in walk(decoder, capture_inputs(decoder, batches, CPU, torch.float32), CPU, torch.float32):
         groups = visit.input_groups(list(visit.linears.values()))
@@ -132,7 +132,7 @@ def time_runs(folder: Path, batches: list[dict[str, Tensor]], bits: int, group_s
 
     with tempfile.TemporaryDirectory() as scratch:
         began = time.perf_counter()
-        backend, decoder = load_backend("gptq"), Decoder.open(folder)
+        backend, decoder = load_backend("gptq"), Decoder(folder)
         format = {"bits": bits, "group_size": group_size}
         run = RunFolder(
             Path(scratch) / "ours", decoder, "gptq", "compared", {"backend": "gptq", **format}, fingerprint(batches)

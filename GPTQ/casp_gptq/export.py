@@ -75,7 +75,7 @@ def export_gptq(folder: Path, output: Path, symmetric: bool) -> Path:
     UserError when `output` holds anything but the export of the same checkpoint. symmetric: the grid that `folder`
     was quantized with; kernels that need symmetric zeros go by it.
     """
-    decoder = Decoder.open(folder)
+    decoder = Decoder(folder)
     modules = read_json(folder / "config.json", "the config")["quantization_config"]["modules"]
     shapes = {path: shape for path, shape in matrices(decoder).items() if path in modules}
     format = common_format(modules, shapes)

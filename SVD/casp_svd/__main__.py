@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     factoring = Factoring(args.whitening, args.keep_ratio, args.damping)
     calibration, compute = calibration_of(args), compute_of(args)
-    decoder = Decoder.open(model_folder(args.model))
+    decoder = Decoder(model_folder(args.model))
     decoder.require_share(args.allow_partial)
     earlier_steps(decoder.folder)  # what is wrong with a recipe is told now, not when all is done
     factored = attention_blocks(decoder)

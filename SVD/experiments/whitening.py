@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--windows", type=count, default=6, help="validation windows (default: %(default)s)")
     args = parser.parse_args(arguments)
     device, dtype = pick_device(args.device), torch.float32
-    decoder = Decoder.open(model_folder(args.model))
+    decoder = Decoder(model_folder(args.model))
     batches = calibration_of(args).batches(decoder.folder, args.seed)
     weights: dict[str, dict[str, Tensor]] = {candidate: {} for candidate in CANDIDATES}
     for visit in walk(decoder, capture_inputs(decoder, batches, device, dtype), device, dtype):

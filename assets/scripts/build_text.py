@@ -12,8 +12,6 @@ register. Test: later speeches, another author's novel (moby), another project's
 register that calibration has nothing of, an encyclopaedia. No text stands in two files.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 from pathlib import Path

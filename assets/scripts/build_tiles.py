@@ -6,8 +6,6 @@
 Sheet row i, column j of a vendor shows the concept number i * columns + j of index.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import json

@@ -8,8 +8,6 @@ An answer counts when greedy decoding gives exactly its tokens and then stops. R
 input weights, each with its own minimum and step (asymmetric), on every linear layer of the decoder's blocks.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import time

@@ -4,8 +4,6 @@ Until the tower is good, the image tokens are made up: the tower's targets plus 
 A shared picture is paid for once: its tokens come first in a row, the questions after it do not see one another.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the demo LLaVA is trained with: Muon, learning rates by the clock, states as safetensors and JSON."""
 
-from __future__ import annotations
-
 import json
 import os
 import time

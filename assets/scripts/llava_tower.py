@@ -4,8 +4,6 @@ Token target = the language model's own embedding of the concept's name (of 'emp
 the embeddings of its cell's place words, so that the language model can find things by content.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

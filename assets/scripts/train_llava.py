@@ -8,8 +8,6 @@ The stages may run at the same time: `language` learns on made-up image tokens u
 stopped and started again; learning rates follow the clock, so the budget is in minutes of this machine.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

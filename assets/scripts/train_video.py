@@ -9,8 +9,6 @@ in a row, the questions after it do not see one another. `train` can be stopped 
 follow the clock, so the budget is in minutes of this machine.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from casp.errors import UserError
 from casp.model.decoder import Decoder
 
@@ -17,3 +19,9 @@ def places(decoder: Decoder, matrices: Sequence[str]) -> dict[str, tuple[int, st
         if matrix not in every:
             raise UserError(f"--matrices {matrix} is no BLOCK.ROLE of {decoder.folder}; an example is 0.q.")
     return {matrix: every[matrix] for matrix in matrices}
+
+
+def dense_weight(decoder: Decoder, index: int, path: str) -> Tensor:
+    """The weight (out, in) float32 of the linear at `path` of block `index`, as the checkpoint holds it."""
+    [(_, weight)] = decoder.shards.load([f"{decoder.blocks[index]}.{path}.weight"])
+    return weight.float()

@@ -5,8 +5,6 @@ alone: nothing behind the door knows of a command line. A run's fingerprint hold
 setting cannot be used and left out of it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -74,7 +72,7 @@ class Compute:
     dtype: torch.dtype | None
     seed: int = 0
 
-    def of(self, own: torch.dtype) -> Compute:
+    def of(self, own: torch.dtype) -> "Compute":
         """The same with the dtype decided for a model stored in `own`."""
         if self.dtype is not None:
             return self

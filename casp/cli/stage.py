@@ -189,7 +189,7 @@ def quantize_stage(
     model that `asked.model` names.
     """
     tuning, ranks = asked.tuning, here()
-    decoder = Decoder.open(stage_input(asked.model, "svd", asked.from_original or asked.plan is not None))
+    decoder = Decoder(stage_input(asked.model, "svd", asked.from_original or asked.plan is not None))
     if decoder.holds(QuantizedLinear):
         raise UserError(f"{decoder.folder} is already quantized; give the original model or the output of stage svd.")
     share = decoder.require_share(asked.allow_partial)
@@ -250,7 +250,7 @@ def quantize_stage(
         print(describe_plan(plan, shapes, backend, decoder))
     teacher = None
     if tuning.wanted:
-        teacher = Teacher(Decoder.open(original), mine, compute.device, compute.dtype, ranks.first)
+        teacher = Teacher(Decoder(original), mine, compute.device, compute.dtype, ranks.first)
     method = Method(backend, plan, search.record(), compute.seed, asked.true_sequential, tuning.block, weighting, low)
     quantize_blocks(decoder, run, batches, method, compute.device, compute.dtype, moments, teacher)
     if tuning.end_to_end is None:

@@ -6,8 +6,6 @@ per sample (pictures, videos, question, answer), padded on the right within a ba
 since cutting it would cut image tokens.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 import sys

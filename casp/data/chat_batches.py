@@ -1,7 +1,5 @@
 """Chats as batches: rendered by the model's own template and processor, fitted, and with the answers told apart."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from dataclasses import replace

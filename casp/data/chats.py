@@ -11,8 +11,6 @@ Pictures, video and "kind" (what reports group questions by) may be left out. Ki
 "messages" is the form of transformers' chat templates.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -91,7 +89,7 @@ class Chat:
         answer: str,
         source: str,
         kind: str = "question",
-    ) -> Chat:
+    ) -> "Chat":
         """One question about pictures and videos (or none) and its answer."""
         return cls((Turn("user", (*pictures, question)), Turn("assistant", (answer,))), source, kind)
 
@@ -115,7 +113,7 @@ class Chat:
         """What the assistant says last."""
         return self.turns[-1].text()
 
-    def opened(self) -> Chat:
+    def opened(self) -> "Chat":
         """The same chat with its pictures and the frames of its videos decoded; UserError for what does not open.
 
         Together they have at most MOST_TOGETHER pixels.
@@ -134,7 +132,7 @@ class Chat:
 
         return self.mapped(opened)
 
-    def mapped(self, change: Callable[[Part], Part]) -> Chat:
+    def mapped(self, change: Callable[[Part], Part]) -> "Chat":
         """The same chat with every part changed."""
         turns = tuple(replace(turn, parts=tuple(change(part) for part in turn.parts)) for turn in self.turns)
         return replace(self, turns=turns)

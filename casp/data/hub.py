@@ -1,7 +1,5 @@
 """Text sets of the hub: what is drawn from them to calibrate on, and the texts that evaluations read."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -144,7 +142,7 @@ def _load(arguments: dict[str, Any]) -> Any:
     return datasets.load_dataset(**arguments)
 
 
-def _documents(dataset: str, parts: list[datasets.IterableDataset], rng: random.Random) -> Iterator[str]:
+def _documents(dataset: str, parts: list["datasets.IterableDataset"], rng: random.Random) -> Iterator[str]:
     """The texts of streamed parts, mixed by their shares."""
     hub = TRAINING[dataset]
     try:

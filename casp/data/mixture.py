@@ -5,8 +5,6 @@ loses 1.40 nats calibrated on speeches alone and 0.69 on as many samples of five
 alone and 1.33 with a window of text to twelve of them, its answers hardly anything (docs/calibration.md).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from fractions import Fraction

@@ -1,7 +1,5 @@
 """The names of data sets: what calibration draws from each, and the texts and questions of evaluations."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """The built-in models and data: three small real models, pictures and clips to ask about and texts to read."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from pathlib import Path

@@ -4,8 +4,6 @@ Everything follows from (split, index). Drawings, backgrounds and splits are tho
 split that the hash of all its frames names, and the vendor of 'test-unseen' draws nothing in the other splits.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

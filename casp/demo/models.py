@@ -6,8 +6,6 @@ around the same parts learned besides (another low-rank update) under assets/dem
 Hugging Face folders in a cache, made on first use.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import importlib.util

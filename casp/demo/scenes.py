@@ -5,8 +5,6 @@ which vendor in which cell, on which background) belongs to the split that its h
 'test-unseen' draws nothing in the other splits.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

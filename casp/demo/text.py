@@ -1,7 +1,5 @@
 """The built-in texts: registers to calibrate on, others of each to validate on, and four to test on."""
 
-from __future__ import annotations
-
 from casp.demo import assets_folder
 from casp.errors import UserError
 

@@ -178,7 +178,7 @@ class Size:
 
 def size(folder: Path) -> Size:
     """Exact size on disk of the decoder's linears of a plain or a CASP checkpoint, from the shards' headers."""
-    decoder = Decoder.open(folder)
+    decoder = Decoder(folder)
     total = sum(stored_bytes(decoder, index) for index in range(len(decoder.blocks)))
     return Size(total, decoder.original_weights())
 

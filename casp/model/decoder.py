@@ -127,7 +127,7 @@ def check_weights(folder: Path) -> None:
     """
     skeleton = open_skeleton(folder)
     if skeleton.compression is not None:
-        Decoder.open(folder)  # what was compressed has a decoder, and its record of original weights is checked there
+        Decoder(folder)  # what was compressed has a decoder, and its record of original weights is checked there
         return
     found = decoder_blocks(skeleton.model)
     skeleton.shards.check(folder, None if found is None else found[0])
@@ -165,6 +165,7 @@ class Decoder:
     """
 
     def __init__(self, folder: Path) -> None:
+        """Of the checkpoint in `folder`; UserError if it has no decoder that CASP knows."""
         self.folder = Path(folder)
         skeleton = open_skeleton(self.folder)
         self.config, self.compression = skeleton.config, skeleton.compression
@@ -178,11 +179,6 @@ class Decoder:
                 f"{self.folder} records {self.compression['original_weights']} original weights, its linears stand for "
                 f"{self.original_weights()}; make or download the checkpoint again."
             )
-
-    @classmethod
-    def open(cls, folder: Path) -> "Decoder":
-        """The decoder of the checkpoint in `folder`; UserError if it has none that CASP knows."""
-        return cls(folder)
 
     def holds(self, kind: type[nn.Module]) -> bool:
         """Whether a linear of the blocks is a `kind`."""

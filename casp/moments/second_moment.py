@@ -166,12 +166,6 @@ def _products(x: Tensor, weights: Tensor | None, size: int, device: torch.device
     return count, (x[:, rows].T @ x[:, rows.start :] for rows in _panels(size))
 
 
-def packed(matrix: Tensor) -> Tensor:
-    """The upper triangle of a symmetric (n, n), row after row, float32 on the CPU."""
-    parts = (matrix[rows, rows.start :] for rows in _panels(len(matrix)))
-    return torch.cat([part[_upper(part)].float().cpu() for part in parts])
-
-
 def _size(triangle: Tensor) -> int:
     size = int(((8 * len(triangle) + 1) ** 0.5 - 1) / 2)
     if size * (size + 1) // 2 != len(triangle):
@@ -180,7 +174,7 @@ def _size(triangle: Tensor) -> int:
 
 
 def diagonal(triangle: Tensor) -> Tensor:
-    """The diagonal (n,) of the matrix whose upper half `packed` made a `triangle`; ValueError as in `unpacked`."""
+    """The diagonal (n,) of the matrix whose upper half `SecondMoment.triangle` is; ValueError as in `unpacked`."""
     size = _size(triangle)
     rows = torch.arange(size, device=triangle.device)
     return triangle[rows * size - rows * (rows - 1) // 2]

@@ -86,7 +86,7 @@ def open_costs(prices: Prices, compute: Compute, decoder: Decoder) -> Path:
 
 def make_plan(prices: Prices, goal: Goal, compute: Compute, output: Path | None) -> Path:
     """Price where that is not done, allocate, write and print the plan; returns its file."""
-    decoder = Decoder.open(model_folder(prices.model))
+    decoder = Decoder(model_folder(prices.model))
     budget = goal.budget(decoder)
     if output is not None:
         check_file(output, [SHAPE], [decoder.folder, prices.moments_folder()])

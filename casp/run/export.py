@@ -80,7 +80,7 @@ def export_checkpoint(
     quantization_config: of the plain checkpoint; card: the README.md below its head; beside: more files of
     JSON, by name.
     """
-    decoder = Decoder.open(folder)
+    decoder = Decoder(folder)
     settings = {"quantization": dict(quantization_config)}
     work = ExportFolder(output, decoder, f"{kind}-export", base_model(folder, str(folder)), settings, "")
     if work.done:

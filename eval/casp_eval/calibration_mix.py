@@ -5,8 +5,6 @@ model: texts of every register, and questions where the model takes images. Shar
 on the validation split; the test split only shows what was chosen.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json
@@ -74,7 +72,7 @@ def stages(model: str, dataset: str, samples: int, machine: Sequence[str], folde
 
 def check(args: argparse.Namespace, candidates: Sequence[tuple[str, int]], original: Path) -> None:
     """UserError, before the first set is calibrated on for long, for what a later step would not read or write."""
-    multimodal = Decoder.open(original).is_multimodal
+    multimodal = Decoder(original).is_multimodal
     pick_device(args.device)
     inputs, outputs = [original], [args.work / f"compared-{args.split}"]
     for dataset, samples in candidates:

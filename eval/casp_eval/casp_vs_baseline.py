@@ -5,8 +5,6 @@ evaluation, each by the stage's own command. A row is kept as soon as it is know
 prices, while the checkpoints are removed once they are evaluated: run again to resume.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import math
@@ -77,7 +75,7 @@ def codebooks(backend: str) -> list[str | None]:
 
 def reaches(setting: Setting) -> bool:
     """Whether the backend can store every linear at full rank within the budget: without that there is no baseline."""
-    backend, decoder = load_backend(setting.backend), Decoder.open(model_folder(setting.model))
+    backend, decoder = load_backend(setting.backend), Decoder(model_folder(setting.model))
     wanted = {"codebook": setting.codebook} if setting.codebook else {}
     least = 0
     for shape in shapes(decoder).values():

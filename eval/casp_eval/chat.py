@@ -5,8 +5,6 @@ written. Every question is put anew, without those before it: the models made he
 one image or video.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from pathlib import Path

@@ -5,8 +5,6 @@ as it is known: an interrupted comparison goes on where it stopped, a repeated o
 shows a figure of other weights.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import hashlib
@@ -57,7 +55,7 @@ class Subject:
     label: str | None
 
     @classmethod
-    def parse(cls, text: str) -> Subject:
+    def parse(cls, text: str) -> "Subject":
         """NAME=CHECKPOINT or CHECKPOINT; a folder whose own name has an equals sign is taken as it is."""
         label, equals, given = text.partition("=")
         if not equals or Path(text).exists():

@@ -1,7 +1,5 @@
 """Spearman's rank correlation, which is undefined, and then None, where all values of a list are alike."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from scipy.stats import spearmanr

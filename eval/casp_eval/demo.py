@@ -3,8 +3,6 @@
 Served by Python's own http.server to this machine alone. Every question is put anew, without those before it.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 import io

@@ -4,8 +4,6 @@ Mean KL(original || checkpoint) in nats over the positions that hold text and ar
 drawn as calibration draws them. Give a seed that calibration did not have: the samples are then others.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """What our two doors to other people's benchmarks, lm-eval and lmms-eval, have in common: flags and errors."""
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 from collections.abc import Collection, Iterator

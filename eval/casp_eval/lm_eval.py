@@ -5,8 +5,6 @@ our evaluations and handed over as a model object, so that compressed checkpoint
 --dtype mean the same here as everywhere else.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

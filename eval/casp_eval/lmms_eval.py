@@ -4,8 +4,6 @@ Needs the extra `lmms-eval` (https://github.com/EvolvingLMMs-Lab/lmms-eval). Its
 checkpoints too, as the model "casp": `python -m lmms_eval --model casp --model_args pretrained=DIR --tasks mme`.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

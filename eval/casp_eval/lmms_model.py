@@ -6,8 +6,6 @@ two ways, the question with its pictures and videos ("simple") or finished messa
 which is asked as questions.sh asks it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby

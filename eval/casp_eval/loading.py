@@ -1,7 +1,5 @@
 """Open a checkpoint for evaluation: model, tokenizer and, for a multimodal model, its processor."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass

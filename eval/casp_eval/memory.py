@@ -6,8 +6,6 @@ the finished process. Every figure is written as soon as it is known: an interru
 stopped, and an output that is there already, of the same flags, keeps its figures.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -96,7 +94,7 @@ def peak_bytes(arguments: list[str]) -> int:
 
 def formula_bytes(folder: Path, samples: int, sequence_length: int) -> int:
     """What README's formula says beyond the interpreter and the libraries, for computing in float32."""
-    decoder = Decoder.open(folder)
+    decoder = Decoder(folder)
     counts = {name: parameter.numel() for name, parameter in decoder.model.named_parameters()}
     inside = decoder.blocks_path + "."
     rest = 4 * sum(count for name, count in counts.items() if not name.startswith(inside))
@@ -181,7 +179,7 @@ def measure_lengths(
                 write_chats(data, samples, tokens)
                 flags = ["--model", folder, "--output", output, "--dataset", data, "--samples", samples]
                 peak = peak_bytes(["-m", *words, *map(str, [*flags, "--batch-size", AT_ONCE])])
-                formula = long_formula_bytes(Decoder.open(folder), samples, tokens)
+                formula = long_formula_bytes(Decoder(folder), samples, tokens)
                 yield stage, str(tokens), {"peak_bytes": peak, "formula_bytes": formula}
 
 

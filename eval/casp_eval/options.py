@@ -1,7 +1,5 @@
 """Command-line options and output that the evaluation scripts share."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from dataclasses import dataclass

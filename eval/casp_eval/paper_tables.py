@@ -6,8 +6,6 @@ name without the hub: tasks (in the harness, or in the stored list of its names 
 shape, and the bytes of the checkpoint's linears.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import shlex
 import subprocess

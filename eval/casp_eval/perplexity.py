@@ -6,8 +6,6 @@ those before it in that window. This is the protocol of the GPTQ paper (arXiv 22
 the defaults here (64 windows of 512 tokens) are smaller than theirs (all windows of 2048).
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -3,8 +3,6 @@
 Colours are Okabe and Ito's, told apart by colour-blind readers; every series has a marker of its own as well.
 """
 
-from __future__ import annotations
-
 import io
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +61,7 @@ class BlockDetails:
 
 def block_details(folder: Path) -> BlockDetails:
     """Bits and ranks from the checkpoint's own tensors; density and influence from its casp_report.json."""
-    decoder = Decoder.open(folder)
+    decoder = Decoder(folder)
     modules = (decoder.compression or {}).get("modules", {})
     bits, ranks = [], {}
     for index, block in enumerate(decoder.blocks):

@@ -5,8 +5,6 @@ divergence KL(original || changed) of the next-token distributions on calibratio
 what the paper ranks by, the influence of the block: `s_l N_l 2^(-2 b_l)`.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import random
@@ -136,7 +134,7 @@ def influence_measure(linear: LinearOptions, option: Option) -> float:
 def main(arguments: list[str] | None = None) -> None:
     """Draw, change, measure, put back."""
     args = parser().parse_args(arguments)
-    decoder = Decoder.open(model_folder(args.model))
+    decoder = Decoder(model_folder(args.model))
     if args.output is not None:
         inputs = [decoder.folder, args.moments, args.costs, *calibration_of(args).files()]
         check_file(args.output, [{"model", "backend", "spearman", "rows"}], inputs)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from casp.backend import Backend, Matrix, backend_names, load_backend, rounded
 from casp.cli import Parser, model_folder, run_main
-from casp.cli.matrices import places
+from casp.cli.matrices import dense_weight, places
 from casp.model.decoder import Decoder
 from casp.moments.store import Moments
 from casp.plan.costs import Pricing, key
@@ -69,7 +69,7 @@ def compare(backend: Backend, weight: Tensor, hessian: Tensor, name: str) -> lis
 def main(argv: list[str] | None = None) -> None:
     """Compare on every matrix asked for; the file is complete after each."""
     args = parser().parse_args(argv)
-    decoder, moments = Decoder.open(model_folder(args.model)), Moments(args.moments)
+    decoder, moments = Decoder(model_folder(args.model)), Moments(args.moments)
     backend = load_backend(args.backend)
     weighting = Pricing(backend).weighting
     moments.check(content_hash(decoder.folder), decoder, weighting)
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     require_writable(args.output)
     results: list[dict[str, Any]] = []
     for matrix, (index, path) in wanted.items():
-        weight = dict(decoder.shards.load([f"{decoder.blocks[index]}.{path}.weight"])).popitem()[1].float()
+        weight = dense_weight(decoder, index, path)
         hessian = moments.read(index)[path].hessian(weighting, sized_as="gradient").float()
         rows = compare(backend, weight, hessian, matrix)
         results.append({"matrix": matrix, "shape": list(weight.shape), "formats": rows})

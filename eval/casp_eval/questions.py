@@ -6,8 +6,6 @@ Exact match: greedy answers equal to the right one after `normalise`, per kind o
 of Wilson (J. Am. Stat. Assoc. 22, 1927), which stays inside [0, 1] and is sound for small samples.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from itertools import groupby

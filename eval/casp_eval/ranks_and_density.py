@@ -4,8 +4,6 @@ Over the blocks, Spearman's rank correlation of the density of their attention, 
 influence, the paper's measure, with the rank of W_q and of W_k; full rank counts as the smaller side of the matrix.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_output_argument(parser)
     options = parser.parse_args(arguments)
     check_output(options.output, options.model, options.plan, options.moments)
-    decoder, moments = Decoder.open(model_folder(options.model)), Moments(options.moments)
+    decoder, moments = Decoder(model_folder(options.model)), Moments(options.moments)
     moments.check(content_hash(decoder.folder), decoder, "none")
     plan = read_plan(options.plan, decoder, content_hash(decoder.folder), load_backend(options.backend))
     sizes = shapes(decoder)

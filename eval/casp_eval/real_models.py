@@ -4,8 +4,6 @@ The weights are headers over empty files of the right length: nothing of a tenso
 enough to find a model's linears and to count the bytes of a plan, without the hub.
 """
 
-from __future__ import annotations
-
 import json
 import struct
 from collections.abc import Callable

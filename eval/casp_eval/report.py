@@ -1,7 +1,5 @@
 """Rows of a comparison: what a checkpoint is called, and the table as JSON, Markdown and in model cards."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

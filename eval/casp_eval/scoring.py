@@ -1,7 +1,5 @@
 """Negative log-likelihoods of chosen tokens, without ever holding the logits of a whole batch."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

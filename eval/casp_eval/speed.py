@@ -5,8 +5,6 @@ not fit the last cache. Figures are medians of rounds; beside them stands the be
 machine disturbs less.
 """
 
-from __future__ import annotations
-
 import argparse
 import platform
 import re

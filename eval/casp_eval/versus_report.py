@@ -1,7 +1,5 @@
 """Table and plots of `casp_eval.casp_vs_baseline`: means over seeds with their intervals, CASP beside its baseline."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

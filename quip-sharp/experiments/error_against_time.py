@@ -27,7 +27,7 @@ SWEEPS = (0, 1, 2, 3, 4)
 
 def problems(model: str, folder: Path, blocks: list[int]) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
     """(path, weight float32, Hessian) of the linears of some blocks, one of each group that shares its input."""
-    decoder, moments = Decoder.open(model_folder(model)), Moments(folder)
+    decoder, moments = Decoder(model_folder(model)), Moments(folder)
     found = []
     for index in blocks:
         block = decoder.load_block(index, torch.device("cpu"), torch.float32)

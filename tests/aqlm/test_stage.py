@@ -57,7 +57,7 @@ def test_bytes_are_those_planned_and_two_runs_end_with_the_same(stage, tiny_llam
         stage("--model", tiny_llama, "--output", tmp_path / name)
     for shard in (tmp_path / "a").glob("*.safetensors"):
         assert shard.read_bytes() == (tmp_path / "b" / shard.name).read_bytes()
-    decoder, backend = Decoder.open(tiny_llama), AQLM()
+    decoder, backend = Decoder(tiny_llama), AQLM()
     assert size(tmp_path / "a").bytes == original_bytes(decoder, backend, backend.format("2x4g8"))
     assert torch.isfinite(logits(tmp_path / "a")).all()
 

@@ -111,7 +111,7 @@ def test_walk_replays(name, tmp_path):
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     model.save_pretrained(tmp_path)
-    decoder = Decoder.open(tmp_path)
+    decoder = Decoder(tmp_path)
     batch = picture_batch(name)
     with torch.no_grad():
         states = model(**batch, output_hidden_states=True, use_cache=False).hidden_states

@@ -61,7 +61,7 @@ def test_a_budget_below_the_smallest_plan_is_refused():
 
 
 def test_bytes_of_a_decoder(tiny_llama):
-    decoder = Decoder.open(tiny_llama)
+    decoder = Decoder(tiny_llama)
     shapes, backend = matrices(decoder), Counting()
     weights = 3 * (64 * 64 * 2 + 32 * 64 * 2 + 3 * 96 * 64)
     rows = 3 * (64 + 32 + 32 + 64 + 96 + 96 + 64)

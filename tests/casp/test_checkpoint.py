@@ -27,7 +27,7 @@ def factory(folder: Path):
 
 def low_rank(folder: Path, output: Path, rank: int = 5) -> Path:
     """A checkpoint whose q and k are cut to `rank` by a plain SVD."""
-    decoder = Decoder.open(folder)
+    decoder = Decoder(folder)
     run = RunFolder(output, decoder, "svd", "tiny", {"rank": rank}, "")
     for visit in run.walk(BATCHES, CPU, torch.float32):
         for role in ("q", "k"):
@@ -99,7 +99,7 @@ def test_save_pretrained_round_trip(name, request, tmp_path, toy_site):
 
 def test_what_is_not_compressed_is_stored_byte_for_byte(tiny_qwen2, tmp_path):
     out = low_rank(tiny_qwen2, tmp_path / "svd")
-    before, after = Decoder.open(tiny_qwen2).shards, Decoder.open(out).shards
+    before, after = Decoder(tiny_qwen2).shards, Decoder(out).shards
     same = set(before.entries) & set(after.entries)
     assert {"model.layers.0.self_attn.v_proj.weight", "model.embed_tokens.weight", "model.norm.weight"} <= same
     for name in same:

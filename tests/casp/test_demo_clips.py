@@ -1,7 +1,5 @@
 """The built-in clips: disjoint splits, the same every time, balanced, and answers that the frames show."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 

@@ -1,7 +1,5 @@
 """The built-in texts and pictures: disjoint splits, the same every time, balanced, and one vendor kept unseen."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The built-in checkpoints open as ordinary folders, and know what they should know."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 

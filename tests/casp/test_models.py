@@ -26,7 +26,7 @@ def copy(tiny_llama, tmp_path) -> Path:
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_qwen2", "tiny_qwen3", "tiny_llava"])
 def test_roles_and_shapes(name, request):
-    decoder = Decoder.open(request.getfixturevalue(name))
+    decoder = Decoder(request.getfixturevalue(name))
     assert list(decoder.linears(0)) == ["q", "k", "v", "o", "gate", "up", "down"]
     assert len(decoder.blocks) == 3
     assert (decoder.heads, decoder.key_value_heads, decoder.hidden_size) == (4, 2, 64)
@@ -36,7 +36,7 @@ def test_roles_and_shapes(name, request):
 
 
 def test_loading_a_block_reads_that_block_alone(tiny_llama):
-    decoder = Decoder.open(tiny_llama)
+    decoder = Decoder(tiny_llama)
     whole = AutoModelForCausalLM.from_pretrained(tiny_llama).state_dict()
     decoder.load_block(1, CPU, torch.float32)
     for name, tensor in decoder.model.state_dict().items():
@@ -64,7 +64,7 @@ def test_names_of_an_older_release_are_understood(tiny_llava, tmp_path):
         renamed["language_model.lm_head.weight" if name == "lm_head.weight" else name] = tensor.clone()
     save_file(renamed, folder / "model.safetensors", {"format": "pt"})
     (folder / INDEX).unlink()
-    old, new = Decoder.open(folder), Decoder.open(tiny_llava)
+    old, new = Decoder(folder), Decoder(tiny_llava)
     for decoder in (old, new):
         decoder.load_block(2, CPU, torch.float32)
         decoder.load_rest(CPU, torch.float32)
@@ -74,7 +74,7 @@ def test_names_of_an_older_release_are_understood(tiny_llava, tmp_path):
 
 
 def test_tied_head_is_the_embedding(tiny_qwen2):
-    decoder = Decoder.open(tiny_qwen2)
+    decoder = Decoder(tiny_qwen2)
     decoder.load_rest(CPU, torch.float32)
     assert decoder.model.lm_head.weight is decoder.model.model.embed_tokens.weight
 
@@ -157,7 +157,7 @@ def damage_vision_only(folder: Path) -> None:
 def test_damage_is_named_with_a_remedy(copy, damage, message):
     damage(copy)
     with pytest.raises(UserError, match=message) as caught:
-        Decoder.open(copy)
+        Decoder(copy)
     assert "\n" not in str(caught.value)
 
 
@@ -173,14 +173,14 @@ def test_nan_and_missing_and_misshapen_tensors_are_named(copy):
         changed = {name: t.clone() for name, t in tensors.items()} | {"model.layers.1.mlp.up_proj.weight": bad}
         save_file({name: t for name, t in changed.items() if t is not None}, shard, {"format": "pt"})
         with pytest.raises(UserError, match=message):
-            Decoder.open(copy).load_block(1, CPU, torch.float32)
+            Decoder(copy).load_block(1, CPU, torch.float32)
 
 
 def test_blocks_without_linears_are_refused(tmp_path):
     config = GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=32)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     with pytest.raises(UserError, match="'gpt2' has no decoder that CASP knows"):
-        Decoder.open(tmp_path / "gpt2")
+        Decoder(tmp_path / "gpt2")
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "demo-lama", "a/b/c"])

@@ -165,7 +165,7 @@ def test_no_position_is_surer_than_the_surest():
 
 def test_a_sure_model_has_a_gradient(tiny_llama):
     """At the logits it is the softened distribution less the label, and the loss told is that of the model itself."""
-    decoder = Decoder.open(tiny_llama)
+    decoder = Decoder(tiny_llama)
     decoder.load_rest(torch.device("cpu"), torch.float32)
     generator = torch.Generator().manual_seed(0)
     decoder.model.get_output_embeddings().weight.data *= 60

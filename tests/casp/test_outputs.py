@@ -19,7 +19,7 @@ BATCHES = [{"input_ids": torch.arange(4, 36).reshape(2, 16)}]
 
 
 def work(model, output):
-    return WorkFolder(output, Decoder.open(model), "hessians", "tiny", {}, "calibration")
+    return WorkFolder(output, Decoder(model), "hessians", "tiny", {}, "calibration")
 
 
 def tree(folder):

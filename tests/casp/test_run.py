@@ -31,7 +31,7 @@ BATCHES = [{"input_ids": torch.arange(4, 36).reshape(2, 16)}]
 
 def toy_run(folder: Path, output: Path, **changes) -> RunFolder:
     settings = {"backend": "toy", "bits": 4} | changes
-    return RunFolder(output, Decoder.open(folder), "toy", "tiny", settings, "calibration")
+    return RunFolder(output, Decoder(folder), "toy", "tiny", settings, "calibration")
 
 
 def toy_stage(folder: Path, output: Path, **changes) -> None:

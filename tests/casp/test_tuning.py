@@ -98,7 +98,7 @@ def test_relative_error_counts_real_tokens_alike_whatever_their_size():
 
 
 def last_hidden(folder, batches):
-    decoder = Decoder.open(folder)
+    decoder = Decoder(folder)
     return decoder, Teacher(decoder, batches, CPU, torch.float32).advance_to(len(decoder.blocks) - 1)
 
 
@@ -138,10 +138,10 @@ def test_divergence_is_that_of_the_distributions(tiny_llama):
 
 
 def toy_run(folder, output, block_training=None):
-    run = RunFolder(output, Decoder.open(folder), "toy", "tiny", {"backend": "toy", "bits": 3}, "calibration")
+    run = RunFolder(output, Decoder(folder), "toy", "tiny", {"backend": "toy", "bits": 3}, "calibration")
     backend = load_backend("toy")
     method = Method(backend, uniform_plan(run.decoder, {"bits": 3}), {}, block_training=block_training)
-    teacher = Teacher(Decoder.open(folder), BATCHES, CPU, torch.float32)
+    teacher = Teacher(Decoder(folder), BATCHES, CPU, torch.float32)
     quantize_blocks(run.decoder, run, BATCHES, method, CPU, torch.float32, teacher=teacher)
     return run, backend, teacher
 
@@ -159,7 +159,7 @@ def test_tuned_blocks_are_nearer_to_the_original(tiny_llama, tmp_path, toy_site)
     plain = toy_run(tiny_llama, tmp_path / "plain")[0]
     tuned = toy_run(tiny_llama, tmp_path / "tuned", Training(6, 3e-3))[0]
     assert error(tuned, tiny_llama) < 0.8 * error(plain, tiny_llama)
-    source, decoder = Decoder.open(tiny_llama), Decoder.open(tmp_path / "tuned")
+    source, decoder = Decoder(tiny_llama), Decoder(tmp_path / "tuned")
     norm = decoder.blocks[1] + ".input_layernorm.weight"
     (_, old), (_, new) = (next(iter(d.shards.load([norm]))) for d in (source, decoder))
     assert not torch.equal(old, new)

@@ -38,7 +38,7 @@ def whole_model(folder, decoder: Decoder):
 @pytest.mark.parametrize("name", MODELS)
 def test_walk_equals_the_whole_model(name, request):
     folder = request.getfixturevalue(name)
-    decoder = Decoder.open(folder)
+    decoder = Decoder(folder)
     batches = padded_batches(decoder)
     inputs = capture_inputs(decoder, batches, CPU, torch.float32)
     entered = []
@@ -56,7 +56,7 @@ def test_walk_equals_the_whole_model(name, request):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_modules_that_share_an_input_form_a_group(name, request):
-    decoder = Decoder.open(request.getfixturevalue(name))
+    decoder = Decoder(request.getfixturevalue(name))
     inputs = capture_inputs(decoder, padded_batches(decoder), CPU, torch.float32)
     visit = next(walk(decoder, inputs, CPU, torch.float32))
     roles = {path: role for role, path in visit.linears.items()}
@@ -65,7 +65,7 @@ def test_modules_that_share_an_input_form_a_group(name, request):
 
 
 def test_replay_shows_inputs_outputs_and_attention(tiny_llava):
-    decoder = Decoder.open(tiny_llava)
+    decoder = Decoder(tiny_llava)
     batches = padded_batches(decoder)
     inputs = capture_inputs(decoder, batches, CPU, torch.float32)
     visit = next(walk(decoder, inputs, CPU, torch.float32))
@@ -89,7 +89,7 @@ def test_replay_shows_inputs_outputs_and_attention(tiny_llava):
 
 
 def test_attention_operands_reproduce_the_logits_of_eager_attention(tiny_qwen3):
-    decoder = Decoder.open(tiny_qwen3)
+    decoder = Decoder(tiny_qwen3)
     batch = {"input_ids": torch.arange(4, 24)[None]}
     model = AutoModelForCausalLM.from_pretrained(tiny_qwen3, attn_implementation="eager").eval()
     with torch.no_grad():
@@ -103,7 +103,7 @@ def test_attention_operands_reproduce_the_logits_of_eager_attention(tiny_qwen3):
 
 
 def test_observer_leaves_nothing_behind(tiny_llama):
-    decoder = Decoder.open(tiny_llama)
+    decoder = Decoder(tiny_llama)
     block = decoder.block(0)
     with pytest.raises(ZeroDivisionError), observe_attention(block, print):
         raise ZeroDivisionError
@@ -111,7 +111,7 @@ def test_observer_leaves_nothing_behind(tiny_llama):
 
 
 def test_block_influence_is_zero_for_a_block_that_does_nothing(tiny_llama):
-    decoder = Decoder.open(tiny_llama)
+    decoder = Decoder(tiny_llama)
     inputs = capture_inputs(decoder, padded_batches(decoder), CPU, torch.float32)
     visit = next(walk(decoder, inputs, CPU, torch.float32))
     assert 0 < visit.block_influence() < 2
@@ -137,7 +137,7 @@ def acting_between_blocks(decoder: Decoder, monkeypatch, act):
 
 
 def test_what_a_model_adds_between_blocks_is_replayed(tiny_llama, monkeypatch):
-    decoder, shift = Decoder.open(tiny_llama), torch.linspace(-1, 1, 64)
+    decoder, shift = Decoder(tiny_llama), torch.linspace(-1, 1, 64)
     batches = padded_batches(decoder)
     plain = capture_inputs(decoder, batches, CPU, torch.float32)
     next(walk(decoder, plain, CPU, torch.float32)).advance()
@@ -149,7 +149,7 @@ def test_what_a_model_adds_between_blocks_is_replayed(tiny_llama, monkeypatch):
 
 
 def test_a_model_that_does_more_than_add_between_blocks_is_refused(tiny_llama, monkeypatch):
-    decoder = Decoder.open(tiny_llama)
+    decoder = Decoder(tiny_llama)
     acting_between_blocks(decoder, monkeypatch, lambda hidden: hidden * 2)
     with pytest.raises(UserError, match="between block 0 and block 1"):
         capture_inputs(decoder, padded_batches(decoder), CPU, torch.float32)
@@ -159,7 +159,7 @@ def test_a_model_that_does_more_than_add_between_blocks_is_refused(tiny_llama, m
 @pytest.mark.parametrize("name", MODELS)
 def test_long_samples_are_compared_without_whole_attention_maps(name, most, asked, request, monkeypatch):
     """The model's own forward, against which blocks are compared, holds maps only where they are small; both see."""
-    decoder = Decoder.open(request.getfixturevalue(name))
+    decoder = Decoder(request.getfixturevalue(name))
     asked_for, ask = [], decoder.model.set_attn_implementation
     monkeypatch.setattr(decoder.model, "set_attn_implementation", lambda kind: (asked_for.append(kind), ask(kind)))
     monkeypatch.setattr("casp.model.capture.MOST_MAP", most)

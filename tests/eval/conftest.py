@@ -76,7 +76,7 @@ def refused(capsys: pytest.CaptureFixture) -> Callable[..., str]:
 @pytest.fixture(scope="session")
 def low_rank_llava(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_llava` with q and k cut to rank 6 to 8, through a run folder, with what a stage reports."""
-    decoder = Decoder.open(tiny_llava)
+    decoder = Decoder(tiny_llava)
     output = tmp_path_factory.mktemp("stages") / "tiny-svd"
     run = RunFolder(output, decoder, "svd", str(tiny_llava), {"keep_ratio": 0.25}, "")
     batches = [{"input_ids": torch.arange(4, 20)[None]}]

@@ -42,7 +42,7 @@ def test_eight_bits_change_little_and_the_bytes_are_those_planned(stage, tiny_ll
     stage("--model", tiny_llama, "--bits", 8, "--output", output)
     before, after = logits(tiny_llama), logits(output)
     assert (after - before).norm() < 0.05 * before.norm()
-    decoder, backend = Decoder.open(tiny_llama), GPTQ()
+    decoder, backend = Decoder(tiny_llama), GPTQ()
     assert size(output).bytes == original_bytes(decoder, backend, backend.format(8, 32))
 
 
@@ -74,7 +74,7 @@ def test_each_switch_reaches_the_result(stage, tiny_llama, two_bits, tmp_path, f
 
 def test_low_rank_layers_pay_for_more_bits_at_the_same_bytes(stage, tiny_llama, low_rank, tmp_path):
     stage("--model", low_rank, "--bits", 2, "--output", tmp_path / "casp")
-    decoder, backend = Decoder.open(tiny_llama), GPTQ()
+    decoder, backend = Decoder(tiny_llama), GPTQ()
     plain = original_bytes(decoder, backend, backend.format(2, 32))
     assert 0.9 * plain < size(tmp_path / "casp").bytes <= plain  # matrices of a tiny model are coarse coins
     config = json.loads((tmp_path / "casp" / "config.json").read_text())["quantization_config"]

@@ -41,7 +41,7 @@ SETS = [("demo_llama", "demo-speeches", 24, 4), ("demo_llava", "demo-images", 51
 @pytest.mark.parametrize(("name", "dataset", "samples", "batch"), SETS)
 def test_less_error_on_every_class_of_matrix(request, name, dataset, samples, batch):
     folder = request.getfixturevalue(name)
-    decoder = Decoder.open(folder)
+    decoder = Decoder(folder)
     batches = calibration_batches(folder, dataset, samples, 256, 0, batch)
     inputs = capture_inputs(decoder, batches, torch.device("cpu"), torch.float32)
     quip, gptq = QuipSharp(), GPTQ()

@@ -44,7 +44,7 @@ def test_checkpoint_loads_and_saves_again(request, stage, tmp_path, name):
     source = request.getfixturevalue(name)
     out = tmp_path / "out"
     stage("--model", source, "--bits", 4, "--output", out, "--samples", 16)
-    decoder = Decoder.open(source)
+    decoder = Decoder(source)
     expected = original_bytes(decoder, QuipSharp(), {"bits": 4})
     assert size(out).bytes == expected
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
@@ -65,7 +65,7 @@ def test_checkpoint_loads_and_saves_again(request, stage, tmp_path, name):
 def test_llava(stage, tiny_llava, tmp_path):
     stage("--model", tiny_llava, "--bits", 3, "--output", tmp_path / "out")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    decoder = Decoder.open(tiny_llava)
+    decoder = Decoder(tiny_llava)
     expected = {f"{block}.{path}" for i, block in enumerate(decoder.blocks) for path in decoder.linears(i).values()}
     found = {name for name, module in model.named_modules() if isinstance(module, QuipSharpLinear)}
     assert found == expected
@@ -76,7 +76,7 @@ def test_trellis(stage, tiny_llama, tmp_path):
     out = tmp_path / "out"
     stage("--model", tiny_llama, "--codebook", "trellis", "--bits", 4, "--output", out, "--samples", 16)
     format = QuipSharp().format(4, codebook="trellis")
-    assert size(out).bytes == original_bytes(Decoder.open(tiny_llama), QuipSharp(), format)
+    assert size(out).bytes == original_bytes(Decoder(tiny_llama), QuipSharp(), format)
     original, model = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (tiny_llama, out))
     with torch.no_grad():
         before, after = logits(original), logits(model)
@@ -94,7 +94,7 @@ def test_outputs_of_two_codebooks_have_two_names(name):
 def test_low_rank_factors_and_freed_bytes(stage, low_rank, tiny_llama, tmp_path):
     out = tmp_path / "out"
     stage("--model", low_rank, "--bits", 2, "--output", out)
-    limit = original_bytes(Decoder.open(tiny_llama), QuipSharp(), {"bits": 2})
+    limit = original_bytes(Decoder(tiny_llama), QuipSharp(), {"bits": 2})
     assert 0.9 * limit < size(out).bytes <= limit
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     linears = [module for module in model.modules() if isinstance(module, QuipSharpLinear)]

@@ -66,7 +66,7 @@ def test_checkpoint_loads_with_factors_and_biases(name, whitening, request, tmp_
     source = request.getfixturevalue(name)
     output = tmp_path / source.name
     main([*flags(source, output, calibration), "--whitening", whitening])
-    decoder, original, model = Decoder.open(source), load(source), load(output)
+    decoder, original, model = Decoder(source), load(source), load(output)
     report = json.loads((output / "casp_report.json").read_text())
     assert report["settings"]["whitening"] == whitening
     assert len(report["blocks"]) == 3
@@ -99,7 +99,7 @@ def test_checkpoint_loads_with_factors_and_biases(name, whitening, request, tmp_
 def attention_output(folder: Path, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
     """What the first block's attention puts out."""
     model, seen = load(folder), []
-    module = model.get_submodule(Decoder.open(folder).blocks[0] + ".self_attn.o_proj")
+    module = model.get_submodule(Decoder(folder).blocks[0] + ".self_attn.o_proj")
     module.register_forward_hook(lambda module, args, out: seen.append(out[batch["attention_mask"].bool()]))
     with torch.no_grad():
         for batch in batches:
@@ -137,7 +137,7 @@ def test_a_ratio_that_saves_nothing_leaves_the_layer_dense(tiny_llama, tmp_path,
     output = tmp_path / "out"
     main([*flags(tiny_llama, output, calibration), "--keep-ratio", "1"])
     before, after = load(tiny_llama), load(output)
-    decoder = Decoder.open(tiny_llama)
+    decoder = Decoder(tiny_llama)
     # 64 x 64 at rank 32 costs as much as dense; 32 x 64 would at rank 21 keep 98%.
     for old, new in zip(block_linears(before, decoder, "q"), block_linears(after, decoder, "q"), strict=True):
         assert torch.equal(old.weight, new.weight)

@@ -72,7 +72,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", MODELS[1:])
 def test_probes_sample_the_jacobian(name, request):
     """Through rotary embedding, query/key norms, biases, grouped heads, masks and padding alike."""
-    decoder = Decoder.open(request.getfixturevalue(name))
+    decoder = Decoder(request.getfixturevalue(name))
     visit = first_visit(decoder, [batch_of(decoder)])
     exact = [exact_moments(visit, path) for path in PATHS[:2]]
     visit.inputs = visit.inputs * 150
@@ -85,7 +85,7 @@ def test_probes_sample_the_jacobian(name, request):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_padding_does_not_enter(name, request):
-    decoder = Decoder.open(request.getfixturevalue(name))
+    decoder = Decoder(request.getfixturevalue(name))
     found = []
     for filler in (0, 77):
         visit = first_visit(decoder, [batch_of(decoder, filler=filler)])
@@ -98,7 +98,7 @@ def test_padding_does_not_enter(name, request):
 
 
 def test_the_block_is_left_as_it_was(tiny_llama):
-    decoder = Decoder.open(tiny_llama)
+    decoder = Decoder(tiny_llama)
     visit = first_visit(decoder, [batch_of(decoder)])
     attention_moments(visit, *PATHS, torch.Generator().manual_seed(0))
     assert torch.is_grad_enabled()
@@ -110,7 +110,7 @@ def test_the_block_is_left_as_it_was(tiny_llama):
 
 
 def test_input_moment_is_the_mean_over_real_tokens(tiny_llama):
-    decoder = Decoder.open(tiny_llama)
+    decoder = Decoder(tiny_llama)
     visit = first_visit(decoder, [batch_of(decoder)])
     batch = visit.inputs[0]
     x = visit.block.input_layernorm(batch.hidden)[batch.tokens].double()
@@ -119,7 +119,7 @@ def test_input_moment_is_the_mean_over_real_tokens(tiny_llama):
 
 def test_density_of_uniform_attention(tiny_llava):
     """Without logits a query over n keys uses ceil(0.95 n) of them."""
-    decoder = Decoder.open(tiny_llava)
+    decoder = Decoder(tiny_llava)
     batch = {key: value[:1] for key, value in batch_of(decoder).items()}
     batch["attention_mask"][:] = 1
     visit = first_visit(decoder, [batch])
@@ -134,7 +134,7 @@ def test_density_of_uniform_attention(tiny_llava):
 
 def test_density_of_sharp_attention(tiny_llama):
     """With huge logits every query takes one key; a text model has no image keys."""
-    decoder = Decoder.open(tiny_llama)
+    decoder = Decoder(tiny_llama)
     batch = {"input_ids": torch.arange(4, 24)[None]}
     visit = first_visit(decoder, [batch])
     visit.block.self_attn.q_proj.weight.mul_(1e4)
@@ -142,7 +142,7 @@ def test_density_of_sharp_attention(tiny_llama):
 
 
 def test_density_is_that_of_the_first_batches_and_influence_that_of_all(tiny_llama):
-    decoder = Decoder.open(tiny_llama)
+    decoder = Decoder(tiny_llama)
     ids = torch.randint(4, 60, (2, 1, 20), generator=torch.Generator().manual_seed(3))
     one, two = ({"input_ids": row} for row in ids)
     of_one, of_two = (influence_and_density(first_visit(decoder, [batch]), 1) for batch in (one, two))
@@ -153,7 +153,7 @@ def test_density_is_that_of_the_first_batches_and_influence_that_of_all(tiny_lla
 
 
 def test_density_leaves_padding_out(tiny_llama):
-    decoder = Decoder.open(tiny_llama)
+    decoder = Decoder(tiny_llama)
     found = [influence_and_density(first_visit(decoder, [batch_of(decoder, filler=f)]), 1)[1]["text"] for f in (0, 77)]
     assert found[0] == found[1]
     assert 0 < found[0] <= 1

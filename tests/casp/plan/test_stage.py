@@ -54,7 +54,7 @@ def quantize(stage, model, texts, moments, plan_file, output, *more):
 
 def test_plan_keeps_to_its_budget_and_says_what_it_chose(tiny_llama, planned, capsys):
     found = json.loads(planned.read_text())
-    weights = Decoder.open(tiny_llama).original_weights()
+    weights = Decoder(tiny_llama).original_weights()
     assert 0.97 * 2.6 <= found["bits"] <= 2.6
     assert found["bytes"] == sum(entry["bytes"] for entry in found["linears"].values())
     assert found["bits"] == pytest.approx(8 * found["bytes"] / weights)
